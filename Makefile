@@ -1,0 +1,38 @@
+# Everything a newcomer or CI needs: each target makes the environment and the build first.
+# TORCH names what is installed when there is no environment yet; `make TORCH="torch==2.13.0"` builds for another.
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: test finetune bench build env lint clean
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+finetune: build
+	$(BIN)/python -m fastops finetune $(ARGS)
+
+bench: build
+	$(BIN)/python -m bench $(ARGS)
+
+build: env
+	MAX_JOBS=$(JOBS) $(BIN)/python setup.py -q build_ext --inplace
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" wheel ninja numpy \
+		pytest hypothesis expecttest tqdm matplotlib pillow rich
+	touch $@
+
+lint: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff mypy clang-format
+	$(BIN)/ruff check fastops tests bench setup.py
+	$(BIN)/ruff format --check fastops tests bench setup.py
+	$(BIN)/mypy
+
+clean:
+	rm -rf build fastops/*.so *.egg-info

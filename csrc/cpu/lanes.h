@@ -1,0 +1,104 @@
+// Between memory of a dtype and registers of what it is computed in: loads and stores with masked tails, dispatch over
+// dtypes, and formulas called with their parameters. No formula by name.
+#pragma once
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <utility>
+
+#include "../kernels.h"
+#include "../math.h"
+
+namespace fastops::CPU_CAPABILITY {
+
+// A group of `size` consecutive elements of scalar_t, held as `count` vectors of real.
+template <class scalar_t>
+struct Lanes {
+  static constexpr bool reduced = sizeof(scalar_t) == 2;
+  using real = std::conditional_t<reduced, float, scalar_t>;
+  using V = Vec<real>;
+  static constexpr int count = reduced ? 2 : 1;
+  static constexpr int64_t size = Vec<scalar_t>::size();
+
+  static FASTOPS_FN void load(const scalar_t* p, int64_t n, V (&v)[count]) {
+    const Vec<scalar_t> raw = n == size ? Vec<scalar_t>::loadu(p) : Vec<scalar_t>::loadu(p, n);
+    if constexpr (reduced) {
+      std::tie(v[0], v[1]) = at::vec::convert_to_float<scalar_t>(raw);
+    } else {
+      v[0] = raw;
+    }
+  }
+  static FASTOPS_FN void store(scalar_t* p, int64_t n, const V (&v)[count]) {
+    Vec<scalar_t> raw;
+    if constexpr (reduced) {
+      raw = at::vec::convert_from_float<scalar_t>(v[0], v[1]);
+    } else {
+      raw = v[0];
+    }
+    if (n == size) {
+      raw.store(p);
+    } else {
+      raw.store(p, n);
+    }
+  }
+  // The first n lanes of the group as they are, the others filled: for sums and maxima over a masked tail.
+  static FASTOPS_FN void keep(int64_t n, real filler, V (&v)[count]) {
+    for (int k = 0; k < count; ++k) {
+      const int64_t left = n - k * V::size();
+      v[k] = V::set(V(filler), v[k], left < 0 ? 0 : left > V::size() ? V::size() : left);
+    }
+  }
+};
+
+// Calls body(i, n) for every group of `group` elements in [begin, end), n < group in the last one only. The full groups
+// are a loop of their own, in which n is a constant.
+template <int64_t group, class Body>
+FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + group <= end; i += group) body(i, std::integral_constant<int64_t, group>{});
+  if (i < end) body(i, end - i);
+}
+
+// f(inputs..., parameters...) with the parameters spread as values of T.
+template <class T, class real, size_t... I, class F, class... In>
+FASTOPS_FN T apply(F f, const real* params, std::index_sequence<I...>, In... in) {
+  return f(in..., T(params[I])...);
+}
+template <int n, class T, class F, class real, class... In>
+FASTOPS_FN T with_params(F f, const real* params, In... in) {
+  return apply<T>(f, params, std::make_index_sequence<n>{}, in...);
+}
+
+template <int n, class real>
+struct Params {
+  real value[n > 0 ? n : 1] = {};
+  FASTOPS_FN explicit Params(const double* p) {
+    for (int k = 0; k < n; ++k) value[k] = static_cast<real>(p[k]);
+  }
+};
+
+template <class F>
+FASTOPS_FN Error dispatch(c10::ScalarType dtype, F f) {
+  switch (dtype) {
+    case c10::ScalarType::Float:
+      return f(float{});
+    case c10::ScalarType::Double:
+      return f(double{});
+    case c10::ScalarType::Half:
+      return f(c10::Half{});
+    case c10::ScalarType::BFloat16:
+      return f(c10::BFloat16{});
+    default:
+      return "unsupported dtype";
+  }
+}
+
+// A table of rows from a list of formulas, by `make<Formula>()`.
+template <class Row, template <class> class Make, class L>
+struct Table;
+template <class Row, template <class> class Make, class... Ops>
+struct Table<Row, Make, List<Ops...>> {
+  static constexpr Row rows[] = {Make<Ops>::row...};
+};
+
+}  // namespace fastops::CPU_CAPABILITY

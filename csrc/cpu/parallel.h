@@ -1,0 +1,25 @@
+// Threads for the loops: one call is one parallel region. The body is defined in csrc/torch (at::parallel_for), so that
+// torch.set_num_threads rules here too.
+#pragma once
+#include <cstdint>
+
+#include "../math.h"
+
+namespace fastops::cpu {
+
+// Calls body(context, begin, end) on disjoint ranges that cover [0, n), each of at least `grain` items but the last.
+void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
+
+template <class F>
+FASTOPS_FN void parallel(int64_t n, int64_t grain, F f) {
+  if (n <= grain) {
+    if (n > 0) f(int64_t{0}, n);
+    return;
+  }
+  parallel_for(
+      n, grain,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
+      &f);
+}
+
+}  // namespace fastops::cpu

@@ -1,0 +1,237 @@
+// Dropout: words from the counter-based generator, keep or drop. The word of an element depends on the seed and its
+// logical index alone, so any split over threads, vectors and memory layouts gives the same mask.
+#include "../formulas/dropout.h"
+#include "lanes.h"
+#include "parallel.h"
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace fastops::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kGrain = 4096;
+
+// A vector of 32-bit words. interleave() turns the four words of `lanes` counters, vector by vector, into the order of
+// the elements that own them; it wants lane l to hold the counter base + offset(l), which saves the cross-lane moves.
+#if defined(CPU_CAPABILITY_AVX512)
+struct U32 {
+  static constexpr int lanes = 16;
+  __m512i v;
+  FASTOPS_FN U32(__m512i v) : v(v) {}
+  FASTOPS_FN explicit U32(uint32_t x) : v(_mm512_set1_epi32(static_cast<int>(x))) {}
+  static FASTOPS_FN U32 load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  FASTOPS_FN void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  friend FASTOPS_FN U32 operator*(U32 a, U32 b) { return _mm512_mullo_epi32(a.v, b.v); }
+  friend FASTOPS_FN U32 operator^(U32 a, U32 b) { return _mm512_xor_si512(a.v, b.v); }
+  friend FASTOPS_FN U32 mulhi(U32 a, U32 b) {
+    const __m512i even = _mm512_mul_epu32(a.v, b.v);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
+    return _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  }
+  static FASTOPS_FN uint32_t offset(int lane) { return 4 * (lane % 4) + lane / 4; }
+  static FASTOPS_FN void interleave(U32 (&w)[4]) {
+    const __m512i a = _mm512_unpacklo_epi32(w[0].v, w[1].v), b = _mm512_unpackhi_epi32(w[0].v, w[1].v);
+    const __m512i c = _mm512_unpacklo_epi32(w[2].v, w[3].v), d = _mm512_unpackhi_epi32(w[2].v, w[3].v);
+    w[0].v = _mm512_unpacklo_epi64(a, c);
+    w[1].v = _mm512_unpackhi_epi64(a, c);
+    w[2].v = _mm512_unpacklo_epi64(b, d);
+    w[3].v = _mm512_unpackhi_epi64(b, d);
+  }
+};
+#elif defined(CPU_CAPABILITY_AVX2)
+struct U32 {
+  static constexpr int lanes = 8;
+  __m256i v;
+  FASTOPS_FN U32(__m256i v) : v(v) {}
+  FASTOPS_FN explicit U32(uint32_t x) : v(_mm256_set1_epi32(static_cast<int>(x))) {}
+  static FASTOPS_FN U32 load(const uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  FASTOPS_FN void store(uint32_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  friend FASTOPS_FN U32 operator*(U32 a, U32 b) { return _mm256_mullo_epi32(a.v, b.v); }
+  friend FASTOPS_FN U32 operator^(U32 a, U32 b) { return _mm256_xor_si256(a.v, b.v); }
+  friend FASTOPS_FN U32 mulhi(U32 a, U32 b) {
+    const __m256i even = _mm256_mul_epu32(a.v, b.v);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
+    return _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  }
+  static FASTOPS_FN uint32_t offset(int lane) { return 2 * (lane % 4) + lane / 4; }
+  static FASTOPS_FN void interleave(U32 (&w)[4]) {
+    const __m256i a = _mm256_unpacklo_epi32(w[0].v, w[1].v), b = _mm256_unpackhi_epi32(w[0].v, w[1].v);
+    const __m256i c = _mm256_unpacklo_epi32(w[2].v, w[3].v), d = _mm256_unpackhi_epi32(w[2].v, w[3].v);
+    w[0].v = _mm256_unpacklo_epi64(a, c);
+    w[1].v = _mm256_unpackhi_epi64(a, c);
+    w[2].v = _mm256_unpacklo_epi64(b, d);
+    w[3].v = _mm256_unpackhi_epi64(b, d);
+  }
+};
+#else
+struct U32 {
+  static constexpr int lanes = 8;
+  uint32_t v[lanes];
+  FASTOPS_FN U32() {}
+  FASTOPS_FN explicit U32(uint32_t x) {
+    for (auto& lane : v) lane = x;
+  }
+  static FASTOPS_FN U32 load(const uint32_t* p) {
+    U32 r;
+    for (int k = 0; k < lanes; ++k) r.v[k] = p[k];
+    return r;
+  }
+  FASTOPS_FN void store(uint32_t* p) const {
+    for (int k = 0; k < lanes; ++k) p[k] = v[k];
+  }
+  friend FASTOPS_FN U32 operator*(U32 a, U32 b) {
+    for (int k = 0; k < lanes; ++k) a.v[k] *= b.v[k];
+    return a;
+  }
+  friend FASTOPS_FN U32 operator^(U32 a, U32 b) {
+    for (int k = 0; k < lanes; ++k) a.v[k] ^= b.v[k];
+    return a;
+  }
+  friend FASTOPS_FN U32 mulhi(U32 a, U32 b) {
+    for (int k = 0; k < lanes; ++k) a.v[k] = fastops::mulhi(a.v[k], b.v[k]);
+    return a;
+  }
+  static FASTOPS_FN uint32_t offset(int lane) { return lane; }
+  static FASTOPS_FN void interleave(U32 (&w)[4]) {
+    uint32_t flat[4 * lanes];
+    for (int k = 0; k < lanes; ++k)
+      for (int j = 0; j < 4; ++j) flat[4 * k + j] = w[j].v[k];
+    for (int j = 0; j < 4; ++j) w[j] = load(flat + lanes * j);
+  }
+};
+#endif
+
+constexpr int kSpan = 4 * U32::lanes;  // elements whose words come of one vector of counters
+
+struct Key {
+  uint32_t k0, k1;
+  FASTOPS_FN explicit Key(int64_t seed)
+      : k0(static_cast<uint32_t>(seed)), k1(static_cast<uint32_t>(seed >> 32)) {}
+};
+
+// The words of elements [i, i + kSpan) in row-major order; i is a multiple of kSpan.
+FASTOPS_FN void contiguous_words(Key key, U32 offsets, int64_t i, uint32_t* word) {
+  const uint64_t counter = static_cast<uint64_t>(i) / 4;
+  // counter is a multiple of `lanes`, so adding a lane's offset never carries into the high half
+  Philox<U32> philox(offsets ^ U32(static_cast<uint32_t>(counter)),
+                     U32(static_cast<uint32_t>(counter >> 32)), key.k0, key.k1);
+  U32::interleave(philox.word);
+  for (int j = 0; j < 4; ++j) philox.word[j].store(word + j * U32::lanes);
+}
+
+// Walks the elements in memory order and tells where each stands in logical order.
+struct Walk {
+  const LogicalOrder& order;
+  int64_t at[kMaxDims], logical = 0;
+  FASTOPS_FN Walk(const LogicalOrder& order, int64_t position) : order(order) {
+    for (int d = order.dims - 1; d >= 0; --d) {
+      at[d] = position % order.size[d];
+      position /= order.size[d];
+      logical += at[d] * order.logical_stride[d];
+    }
+  }
+  FASTOPS_FN void next() {
+    for (int d = order.dims - 1; d >= 0; --d) {
+      logical += order.logical_stride[d];
+      if (++at[d] < order.size[d]) return;
+      logical -= at[d] * order.logical_stride[d];
+      at[d] = 0;
+    }
+  }
+};
+
+// The words of the next `count` <= kSpan elements in memory order, each from a counter of its own.
+FASTOPS_FN void walked_words(Key key, Walk& walk, int64_t count, uint32_t* word) {
+  uint32_t low[kSpan] = {}, high[kSpan] = {}, which[kSpan] = {};
+  for (int64_t k = 0; k < count; ++k, walk.next()) {
+    const uint64_t counter = static_cast<uint64_t>(walk.logical) / 4;
+    low[k] = static_cast<uint32_t>(counter);
+    high[k] = static_cast<uint32_t>(counter >> 32);
+    which[k] = static_cast<uint32_t>(walk.logical % 4);
+  }
+  for (int64_t k = 0; k < count; k += U32::lanes) {
+    Philox<U32> philox(U32::load(low + k), U32::load(high + k), key.k0, key.k1);
+    uint32_t lane[4][U32::lanes];
+    for (int j = 0; j < 4; ++j) philox.word[j].store(lane[j]);
+    for (int l = 0; l < U32::lanes; ++l) word[k + l] = lane[which[k + l]][l];
+  }
+}
+
+// Which of the words of one vector of real are at or above the threshold, as a mask of that vector.
+template <class real>
+FASTOPS_FN Vec<real> at_least(const uint32_t* word, uint32_t threshold) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<real, float>) {
+    return _mm512_castsi512_ps(_mm512_movm_epi32(
+        _mm512_cmpge_epu32_mask(_mm512_loadu_si512(word), _mm512_set1_epi32(static_cast<int>(threshold)))));
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<real, float>) {
+    const __m256i w = U32::load(word).v, t = U32(threshold).v;
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, t), w));
+  }
+#endif
+  real above[Vec<real>::size()];
+  for (int k = 0; k < Vec<real>::size(); ++k) above[k] = word[k] >= threshold ? real(1) : real(0);
+  return Vec<real>::loadu(above) > Vec<real>(real(0));
+}
+
+template <class Op>
+struct MakeRandom {
+  static_assert(Op::inputs == 1);
+
+  static Error forward(const RandomArgs& a) {
+    return dispatch(a.dtype, [&](auto zero) -> Error {
+      using scalar_t = decltype(zero);
+      using L = Lanes<scalar_t>;
+      using V = typename L::V;
+      const Key key(*a.seed);
+      const uint32_t threshold = a.threshold;
+      const V scale(static_cast<typename L::real>(a.scale));
+      auto* out = static_cast<scalar_t*>(a.out);
+      auto* in = static_cast<const scalar_t*>(a.in[0]);
+      const bool contiguous = a.order.dims == 1 && a.order.logical_stride[0] == 1;
+      const int64_t total = a.n;
+      const LogicalOrder& order = a.order;
+      cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan, [=, &order](int64_t begin, int64_t end) {
+        uint32_t lane[U32::lanes];
+        for (int l = 0; l < U32::lanes; ++l) lane[l] = U32::offset(l);
+        const U32 offsets = U32::load(lane);
+        Walk walk(order, begin * kSpan);
+        for (int64_t span = begin; span < end; ++span) {
+          const int64_t first = span * kSpan, last = first + kSpan < total ? first + kSpan : total;
+          uint32_t word[kSpan];
+          if (contiguous) {
+            contiguous_words(key, offsets, first, word);
+          } else {
+            walked_words(key, walk, last - first, word);
+          }
+          groups<L::size>(first, last, [&](int64_t i, auto n) {
+            V x[L::count];
+            L::load(in + i, n, x);
+            for (int k = 0; k < L::count; ++k) {
+              const auto keep = at_least<typename L::real>(word + (i - first) + k * V::size(), threshold);
+              x[k] = Op::forward(x[k], keep, scale);
+            }
+            L::store(out + i, n, x);
+          });
+        }
+      });
+      return nullptr;
+    });
+  }
+  static constexpr RandomRow row{Op::name, Op::inputs, &forward};
+};
+using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
+
+}  // namespace
+
+extern constinit const Rows<RandomRow> random_rows{RandomTable::rows, std::size(RandomTable::rows)};
+
+}  // namespace fastops::CPU_CAPABILITY

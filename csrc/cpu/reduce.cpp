@@ -1,0 +1,167 @@
+// Elementwise losses and their sums: values, total, first and second derivatives. Sums are taken chunk by chunk in an
+// order that n alone decides, so that they have the same bits for any number of threads.
+#include "../formulas/losses.h"
+#include "lanes.h"
+#include "parallel.h"
+
+namespace fastops::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kGrain = 16384;
+constexpr int64_t kBlock = 1024;  // summed in float registers; blocks are joined in double
+
+struct Sum {
+  static constexpr const char *name = "sum", *params = "";
+  static constexpr int inputs = 1;
+  template <class T>
+  static FASTOPS_FN T value(T x) {
+    return x;
+  }
+};
+
+template <class V>
+FASTOPS_FN double horizontal_sum(V v) {
+  typename V::value_type lane[V::size()];
+  v.store(lane);
+  double sum = 0;
+  for (int k = 0; k < V::size(); ++k) sum += static_cast<double>(lane[k]);
+  return sum;
+}
+
+// sum of f over [begin, end)
+template <class scalar_t, int inputs, class F>
+FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs], F f) {
+  using L = Lanes<scalar_t>;
+  using V = typename L::V;
+  double sum = 0;
+  for (int64_t block = begin; block < end; block += kBlock) {
+    V total(typename L::real(0));
+    groups<L::size>(block, block + kBlock < end ? block + kBlock : end, [&](int64_t i, auto n) {
+      V x[inputs][L::count], v[L::count];
+      for (int k = 0; k < inputs; ++k) L::load(in[k] + i, n, x[k]);
+      for (int k = 0; k < L::count; ++k) {
+        if constexpr (inputs == 1) v[k] = f(x[0][k]);
+        if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
+      }
+      if (n < L::size) L::keep(n, 0, v);
+      for (int k = 0; k < L::count; ++k) total = total + v[k];
+    });
+    sum += horizontal_sum(total);
+  }
+  return sum;
+}
+
+template <int params, int inputs, class F>
+Error total(const ReduceArgs& a, F f) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    using real = typename Lanes<scalar_t>::real;
+    using V = typename Lanes<scalar_t>::V;
+    const Params<params, real> p(a.params);
+    const scalar_t* in[inputs];
+    for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
+    auto* partial = static_cast<double*>(a.workspace);
+    const int64_t n = a.n, chunks = (n + kReduceChunk - 1) / kReduceChunk;
+    cpu::parallel(chunks, 1, [=](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t from = k * kReduceChunk, to = from + kReduceChunk;
+        partial[k] = sum_chunk(from, to < n ? to : n, in,
+                               [&](auto... x) { return with_params<params, V>(f, p.value, x...); });
+      }
+    });
+    double sum = 0;
+    for (int64_t k = 0; k < chunks; ++k) sum += partial[k];
+    sum *= a.scale;
+    if (a.divisor) sum /= *static_cast<const real*>(a.divisor);
+    *static_cast<real*>(a.out) = static_cast<real>(sum);
+    return nullptr;
+  });
+}
+
+// out[i] = f(x, t) times scale * grad[i], where there is a grad
+template <int params, class F>
+Error each(const ReduceArgs& a, F f) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    using L = Lanes<scalar_t>;
+    using V = typename L::V;
+    using real = typename L::real;
+    const Params<params, real> p(a.params);
+    auto* out = static_cast<scalar_t*>(a.out);
+    auto* x = static_cast<const scalar_t*>(a.in[0]);
+    auto* t = static_cast<const scalar_t*>(a.in[1]);
+    auto* grad = static_cast<const scalar_t*>(a.grad);
+    const bool has_grad = grad != nullptr, scalar = a.grad_is_scalar;
+    const real scale = static_cast<real>(a.scale);
+    const real factor = has_grad && scalar ? static_cast<real>(*grad) * scale : scale;
+    cpu::parallel(a.n, kGrain, [=](int64_t begin, int64_t end) {
+      groups<L::size>(begin, end, [&](int64_t i, auto n) {
+        V vx[L::count], vt[L::count], y[L::count], g[L::count];
+        L::load(x + i, n, vx);
+        L::load(t + i, n, vt);
+        if (has_grad && !scalar) L::load(grad + i, n, g);
+        for (int k = 0; k < L::count; ++k) {
+          y[k] = with_params<params, V>(f, p.value, vx[k], vt[k]);
+          if (has_grad) y[k] = y[k] * (scalar ? V(factor) : g[k] * V(factor));
+        }
+        L::store(out + i, n, y);
+      });
+    });
+    return nullptr;
+  });
+}
+
+template <class Op>
+struct MakeReduce {
+  static constexpr int params = count_params(Op::params);
+
+  static Error values(const ReduceArgs& a) {
+    return each<params>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+  }
+  static Error sum(const ReduceArgs& a) {
+    return total<params, 2>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+  }
+  static Error d0(const ReduceArgs& a) {
+    return each<params>(a, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
+  }
+  static Error d1(const ReduceArgs& a) {
+    return each<params>(a, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
+  }
+  static Error d00(const ReduceArgs& a) {
+    return each<params>(a, [](auto x, auto t, auto... p) {
+      using D = Dual<decltype(x)>;
+      return Op::d0(D(x, c<decltype(x)>(1)), D(t, c<decltype(x)>(0)), D(p, c<decltype(x)>(0))...).d;
+    });
+  }
+  static Error d01(const ReduceArgs& a) {
+    return each<params>(a, [](auto x, auto t, auto... p) {
+      using D = Dual<decltype(x)>;
+      return Op::d0(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
+    });
+  }
+  static Error d11(const ReduceArgs& a) {
+    return each<params>(a, [](auto x, auto t, auto... p) {
+      using D = Dual<decltype(x)>;
+      return Op::d1(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
+    });
+  }
+  static constexpr ReduceRow row{Op::name, Op::params, &values, &sum, &d0, &d1, &d00, &d01, &d11};
+};
+template <>
+struct MakeReduce<Sum> {
+  static Error sum(const ReduceArgs& a) {
+    return total<0, 1>(a, [](auto x) { return Sum::value(x); });
+  }
+  static constexpr ReduceRow row{Sum::name, Sum::params, nullptr, &sum,
+                                 nullptr,   nullptr,     nullptr, nullptr, nullptr};
+};
+
+template <class... Ops>
+auto with_sum(List<Ops...>) -> List<Ops..., Sum>;
+using ReduceTable = Table<ReduceRow, MakeReduce, decltype(with_sum(Losses{}))>;
+
+}  // namespace
+
+extern constinit const Rows<ReduceRow> reduce_rows{ReduceTable::rows, std::size(ReduceTable::rows)};
+
+}  // namespace fastops::CPU_CAPABILITY

@@ -1,0 +1,506 @@
+// Softmax, log-softmax and cross-entropy over the middle dimension of (outer, n, inner). Where inner is 1 a row is
+// contiguous and walked in blocks that stay in the first-level cache, with a running maximum per block, so that memory
+// is read once; elsewhere a vector holds neighbouring rows and walks them all together.
+#include "../formulas/softmax.h"
+#include "lanes.h"
+#include "parallel.h"
+
+namespace fastops::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kGrain = 16384;     // elements a thread takes at least
+constexpr int64_t kMaxBlocks = 256;   // of one row
+constexpr int64_t kMinBlock = 2048;   // elements
+
+FASTOPS_FN int64_t block_of(int64_t n) {
+  const int64_t least = (n + kMaxBlocks - 1) / kMaxBlocks;
+  return least <= kMinBlock ? kMinBlock : (least + 63) / 64 * 64;
+}
+FASTOPS_FN int64_t rows_per_thread(int64_t n) { return n >= kGrain ? 1 : kGrain / (n < 1 ? 1 : n); }
+
+template <class V>
+FASTOPS_FN double add_lanes(V v) {
+  typename V::value_type lane[V::size()];
+  v.store(lane);
+  double sum = 0;
+  for (int k = 0; k < V::size(); ++k) sum += static_cast<double>(lane[k]);
+  return sum;
+}
+template <class V>
+FASTOPS_FN typename V::value_type max_lanes(V v) {
+  typename V::value_type lane[V::size()];
+  v.store(lane);
+  auto peak = lane[0];
+  for (int k = 1; k < V::size(); ++k) peak = max(peak, lane[k]);
+  return peak;
+}
+
+// Calls body(i, n, x) with x loaded from `row` for every group of [begin, end).
+template <class L, class scalar_t, class Body>
+FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body body) {
+  groups<L::size>(begin, end, [&](int64_t i, auto n) {
+    typename L::V x[L::count];
+    L::load(row + i, n, x);
+    body(i, n, x);
+  });
+}
+
+template <class L, class scalar_t>
+FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t end) {
+  using real = typename L::real;
+  using V = typename L::V;
+  constexpr real lowest = -std::numeric_limits<real>::infinity();
+  V peak(lowest);
+  each_group<L>(row, begin, end, [&](int64_t, auto n, auto& x) {
+    if (n < L::size) L::keep(n, lowest, x);
+    for (int k = 0; k < L::count; ++k) peak = max(peak, x[k]);
+  });
+  return max_lanes(peak);
+}
+
+// What one visit of a contiguous row leaves: its maximum, the sum of exp(x - peak), and the maximum each block knew.
+template <class real>
+struct Visit {
+  int64_t block;
+  real peak = -std::numeric_limits<real>::infinity();
+  double sum = 0;
+  real known[kMaxBlocks];
+};
+
+// Where `exponential` is given, exp(x - known[block]) is left there.
+template <class L, class scalar_t, class real>
+FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Visit<real>& v) {
+  using V = typename L::V;
+  v.block = block_of(n);
+  v.peak = -std::numeric_limits<real>::infinity();
+  v.sum = 0;
+  for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
+    const int64_t end = begin + v.block < n ? begin + v.block : n;
+    const real peak = max(v.peak, peak_of<L>(row, begin, end)), base = LogSumExp<real>::origin(peak);
+    if (begin > 0) v.sum *= static_cast<double>(exp(v.peak - base));
+    v.peak = v.known[b] = peak;
+    const V shift(base);
+    V sum[2] = {V(real(0)), V(real(0))};
+    each_group<L>(row, begin, end, [&](int64_t i, auto count, auto& x) {
+      for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - shift);
+      if constexpr (!L::reduced) {
+        if (exponential) L::store(exponential + i, count, x);
+      }
+      if (count < L::size) L::keep(count, 0, x);
+      sum[(i / L::size) & 1] = sum[(i / L::size) & 1] + x[0];
+      if constexpr (L::count == 2) sum[1] = sum[1] + x[1];
+    });
+    v.sum += add_lanes(sum[0] + sum[1]);
+  }
+}
+
+// Calls body(i, count, e) with e = exp(x - v.peak) times `factor` for every group of the row: from the exponentials
+// that visit() left, or from x where it left none.
+template <class L, class scalar_t, class real, class Body>
+FASTOPS_FN void each_exponential(const scalar_t* row, const scalar_t* exponential, int64_t n, const Visit<real>& v,
+                                 Body body) {
+  using V = typename L::V;
+  const real base = LogSumExp<real>::origin(v.peak);
+  for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
+    const int64_t end = begin + v.block < n ? begin + v.block : n;
+    const V shift(base), lag(exp(v.known[b] - base));
+    if (exponential) {
+      if (v.known[b] == v.peak) {
+        each_group<L>(exponential, begin, end, [&](int64_t i, auto count, auto& e) { body(i, count, e); });
+      } else {
+        each_group<L>(exponential, begin, end, [&](int64_t i, auto count, auto& e) {
+          for (int k = 0; k < L::count; ++k) e[k] = e[k] * lag;
+          body(i, count, e);
+        });
+      }
+    } else {
+      each_group<L>(row, begin, end, [&](int64_t i, auto count, auto& x) {
+        for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - shift);
+        body(i, count, x);
+      });
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ softmax
+
+template <class Op, class L, class scalar_t>
+FASTOPS_FN void softmax_row(const scalar_t* x, scalar_t* y, int64_t n) {
+  using real = typename L::real;
+  using V = typename L::V;
+  Visit<real> v;
+  constexpr bool leaves = Op::from_exponential && !L::reduced;
+  visit<L>(x, n, leaves ? y : nullptr, v);
+  const V k(Op::constant(static_cast<real>(v.sum))), peak(v.peak);
+  if constexpr (Op::from_exponential) {
+    each_exponential<L>(x, leaves ? y : nullptr, n, v, [&](int64_t i, auto count, auto& e) {
+      for (int j = 0; j < L::count; ++j) e[j] = Op::forward(e[j], peak, k);
+      L::store(y + i, count, e);
+    });
+  } else {
+    each_group<L>(x, 0, n, [&](int64_t i, auto count, auto& u) {
+      for (int j = 0; j < L::count; ++j) u[j] = Op::forward(u[j], peak, k);
+      L::store(y + i, count, u);
+    });
+  }
+}
+
+template <class Op, class L, class scalar_t>
+FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, scalar_t* dx, int64_t n) {
+  using real = typename L::real;
+  using V = typename L::V;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kMinBlock) {
+    V sum(real(0));
+    each_group<L>(y, begin, begin + kMinBlock < n ? begin + kMinBlock : n, [&](int64_t i, auto count, auto& vy) {
+      V g[L::count];
+      L::load(dy + i, count, g);
+      for (int j = 0; j < L::count; ++j) g[j] = Op::summand(vy[j], g[j]);
+      if (count < L::size) L::keep(count, 0, g);
+      for (int j = 0; j < L::count; ++j) sum = sum + g[j];
+    });
+    total += add_lanes(sum);
+  }
+  const V all(static_cast<real>(total));
+  each_group<L>(y, 0, n, [&](int64_t i, auto count, auto& vy) {
+    V g[L::count];
+    L::load(dy + i, count, g);
+    for (int j = 0; j < L::count; ++j) g[j] = Op::backward(vy[j], g[j], all);
+    L::store(dx + i, count, g);
+  });
+}
+
+// `count` neighbouring rows at once, element j of each at stride `inner`.
+template <class Op, class L, class scalar_t, class N>
+FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner, N count) {
+  using V = typename L::V;
+  LogSumExp<V> row[L::count];
+  V k[L::count];
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count];
+    L::load(x + j * inner, count, u);
+    for (int g = 0; g < L::count; ++g) row[g].peak = max(row[g].peak, u[g]);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count];
+    L::load(x + j * inner, count, u);
+    for (int g = 0; g < L::count; ++g) row[g].sum = row[g].sum + exp(u[g] - row[g].peak);
+  }
+  for (int g = 0; g < L::count; ++g) k[g] = Op::constant(row[g].sum);
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count];
+    L::load(x + j * inner, count, u);
+    for (int g = 0; g < L::count; ++g) {
+      if constexpr (Op::from_exponential) u[g] = exp(u[g] - row[g].peak);
+      u[g] = Op::forward(u[g], row[g].peak, k[g]);
+    }
+    L::store(y + j * inner, count, u);
+  }
+}
+
+template <class Op, class L, class scalar_t, class N>
+FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, scalar_t* dx, int64_t n,
+                                         int64_t inner, N count) {
+  using V = typename L::V;
+  V total[L::count];
+  for (auto& t : total) t = V(typename L::real(0));
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count], g[L::count];
+    L::load(y + j * inner, count, u);
+    L::load(dy + j * inner, count, g);
+    for (int k = 0; k < L::count; ++k) total[k] = total[k] + Op::summand(u[k], g[k]);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count], g[L::count];
+    L::load(y + j * inner, count, u);
+    L::load(dy + j * inner, count, g);
+    for (int k = 0; k < L::count; ++k) g[k] = Op::backward(u[k], g[k], total[k]);
+    L::store(dx + j * inner, count, g);
+  }
+}
+
+// Runs `rows(first element, n)` for each contiguous row, or `columns(first element, count)` for each group of
+// neighbouring rows, over the threads.
+template <class L, class RowBody, class ColumnBody>
+FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, RowBody row, ColumnBody columns) {
+  if (inner == 1) {
+    cpu::parallel(outer, rows_per_thread(n), [=](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) row(r);
+    });
+  } else {
+    const int64_t tiles = (inner + L::size - 1) / L::size;
+    cpu::parallel(outer * tiles, rows_per_thread(n * L::size), [=](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t o = t / tiles, i = t % tiles * L::size;
+        if (inner - i >= L::size) {
+          columns(o, i, std::integral_constant<int64_t, L::size>{});
+        } else {
+          columns(o, i, inner - i);
+        }
+      }
+    });
+  }
+}
+
+template <class Op>
+struct MakeSoftmax {
+  static Error forward(const SoftmaxArgs& a) {
+    return dispatch(a.dtype, [&](auto zero) -> Error {
+      using scalar_t = decltype(zero);
+      using L = Lanes<scalar_t>;
+      auto* x = static_cast<const scalar_t*>(a.in[0]);
+      auto* y = static_cast<scalar_t*>(a.out);
+      const int64_t n = a.n, inner = a.inner;
+      over_rows<L>(
+          a.outer, n, inner, [=](int64_t r) { softmax_row<Op, L>(x + r * n, y + r * n, n); },
+          [=](int64_t o, int64_t i, auto count) {
+            const int64_t at = o * n * inner + i;
+            softmax_columns<Op, L>(x + at, y + at, n, inner, count);
+          });
+      return nullptr;
+    });
+  }
+  static Error backward(const SoftmaxArgs& a) {
+    return dispatch(a.dtype, [&](auto zero) -> Error {
+      using scalar_t = decltype(zero);
+      using L = Lanes<scalar_t>;
+      auto* y = static_cast<const scalar_t*>(a.in[0]);
+      auto* dy = static_cast<const scalar_t*>(a.in[1]);
+      auto* dx = static_cast<scalar_t*>(a.out);
+      const int64_t n = a.n, inner = a.inner;
+      over_rows<L>(
+          a.outer, n, inner,
+          [=](int64_t r) { softmax_row_backward<Op, L>(y + r * n, dy + r * n, dx + r * n, n); },
+          [=](int64_t o, int64_t i, auto count) {
+            const int64_t at = o * n * inner + i;
+            softmax_columns_backward<Op, L>(y + at, dy + at, dx + at, n, inner, count);
+          });
+      return nullptr;
+    });
+  }
+  static constexpr SoftmaxRow row{Op::name, &forward, &backward};
+};
+
+// ------------------------------------------------------------------------------------------------ cross-entropy
+
+// The constants of a call, in real.
+template <class real>
+struct Target {
+  const int64_t* index;
+  const real* weight;
+  int64_t ignore_index;
+  real smoothing, soft, scale, mass;  // soft = smoothing / n; scale of the gradient; mass = sum of the weights
+
+  FASTOPS_FN Target(const CrossEntropyArgs& a)
+      : index(a.target),
+        weight(static_cast<const real*>(a.weight)),
+        ignore_index(a.ignore_index),
+        smoothing(static_cast<real>(a.label_smoothing)),
+        soft(static_cast<real>(a.label_smoothing / static_cast<double>(a.n))),
+        scale(static_cast<real>(a.divisor ? a.scale / static_cast<double>(*static_cast<const real*>(a.divisor))
+                                          : a.scale)),
+        mass(static_cast<real>(a.n)) {
+    if (weight) {
+      double sum = 0;
+      for (int64_t j = 0; j < a.n; ++j) sum += static_cast<double>(weight[j]);
+      mass = static_cast<real>(sum);
+    }
+  }
+  FASTOPS_FN real hard(int64_t t) const { return (real(1) - smoothing) * (weight ? weight[t] : real(1)); }
+};
+
+template <class L, class scalar_t, class real>
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, real* loss, int64_t n, int64_t t,
+                                  const Target<real>& q) {
+  using V = typename L::V;
+  if (t == q.ignore_index) {
+    *loss = 0;
+    if (grad) {
+      V none[L::count];
+      for (auto& v : none) v = V(real(0));
+      groups<L::size>(0, n, [&](int64_t i, auto count) { L::store(grad + i, count, none); });
+    }
+    return;
+  }
+  const real hard = q.hard(t), x_target = static_cast<real>(x[t]);  // before grad, which may be x, is written
+  real smooth_depth = 0;
+  Visit<real> v;
+  if (q.soft != real(0)) {
+    const real peak = peak_of<L>(x, 0, n);
+    double depth = 0;
+    for (int64_t begin = 0; begin < n; begin += kMinBlock) {
+      V sum(real(0));
+      each_group<L>(x, begin, begin + kMinBlock < n ? begin + kMinBlock : n, [&](int64_t i, auto count, auto& u) {
+        for (int k = 0; k < L::count; ++k) u[k] = V(peak) - u[k];
+        if (q.weight) {
+          typename Lanes<real>::V w[1];
+          for (int k = 0; k < L::count; ++k) {
+            const int64_t from = k * V::size(), left = count - from;
+            if (left <= 0) continue;
+            Lanes<real>::load(q.weight + i + from, left < V::size() ? left : V::size(), w);
+            u[k] = u[k] * w[0];
+          }
+        }
+        if (count < L::size) L::keep(count, 0, u);
+        for (int k = 0; k < L::count; ++k) sum = sum + u[k];
+      });
+      depth += add_lanes(sum);
+    }
+    smooth_depth = static_cast<real>(depth);
+  }
+  const bool leaves = grad && !L::reduced;
+  visit<L>(x, n, leaves ? grad : nullptr, v);
+  const real log_sum = static_cast<real>(log(v.sum));
+  *loss = CrossEntropy::loss(log_sum, v.peak, x_target, hard);
+  if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, q.soft);
+  if (!grad) return;
+
+  const V inverse(static_cast<real>(1 / v.sum)), total((hard + q.soft * q.mass) * q.scale), none(real(0));
+  const V soft(q.soft * q.scale);
+  const int64_t block_begin = t / L::size * L::size;
+  each_exponential<L>(x, leaves ? grad : nullptr, n, v, [&](int64_t i, auto count, auto& e) {
+    for (int k = 0; k < L::count; ++k) {
+      V soft_weight = none;
+      if (q.soft != real(0)) {
+        soft_weight = soft;
+        const int64_t from = k * V::size(), left = count - from;
+        if (q.weight && left > 0) {
+          typename Lanes<real>::V w[1];
+          Lanes<real>::load(q.weight + i + from, left < V::size() ? left : V::size(), w);
+          soft_weight = soft * w[0];
+        }
+      }
+      e[k] = CrossEntropy::gradient(e[k] * inverse, total, soft_weight);
+    }
+    if (i == block_begin) {  // the target's share is subtracted before the value is rounded to the dtype
+      real lane[L::count * V::size()];
+      for (int k = 0; k < L::count; ++k) e[k].store(lane + k * V::size());
+      lane[t - i] -= hard * q.scale;
+      for (int k = 0; k < L::count; ++k) e[k] = V::loadu(lane + k * V::size());
+    }
+    L::store(grad + i, count, e);
+  });
+}
+
+template <class L, class scalar_t, class real, class N>
+FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* loss, const int64_t* target, int64_t n,
+                                      int64_t inner, N count, const Target<real>& q) {
+  using V = typename L::V;
+  constexpr int64_t size = L::size;
+  real hard[size] = {}, x_target[size] = {}, live[size] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    if (target[i] == q.ignore_index) continue;
+    live[i] = 1;
+    hard[i] = q.hard(target[i]);
+    x_target[i] = static_cast<real>(x[target[i] * inner + i]);
+  }
+  LogSumExp<V> row[L::count];
+  V depth[L::count];
+  for (auto& d : depth) d = V(real(0));
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count];
+    L::load(x + j * inner, count, u);
+    for (int k = 0; k < L::count; ++k) row[k].peak = max(row[k].peak, u[k]);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count];
+    L::load(x + j * inner, count, u);
+    const V w(q.weight ? q.weight[j] : real(1));
+    for (int k = 0; k < L::count; ++k) {
+      row[k].sum = row[k].sum + exp(u[k] - row[k].peak);
+      if (q.soft != real(0)) depth[k] = depth[k] + w * (row[k].peak - u[k]);
+    }
+  }
+  V inverse[L::count], total[L::count];
+  real lane[size], out[size];
+  for (int k = 0; k < L::count; ++k) {
+    const V log_sum = log(row[k].sum), h = V::loadu(hard + k * V::size());
+    const V one_hot = CrossEntropy::loss(log_sum, row[k].peak, V::loadu(x_target + k * V::size()), h);
+    V value = one_hot;
+    if (q.soft != real(0))
+      value = value + CrossEntropy::smooth_loss(log_sum, depth[k], V(q.mass), V(q.soft));
+    value.store(out + k * V::size());
+    inverse[k] = V(real(1)) / row[k].sum;
+    total[k] = (h + V(q.soft * q.mass)) * V(q.scale);
+  }
+  for (int64_t i = 0; i < count; ++i) loss[i] = live[i] != real(0) ? out[i] : real(0);
+  if (!grad) return;
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count];
+    L::load(x + j * inner, count, u);
+    const V soft_weight(q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
+    for (int k = 0; k < L::count; ++k) {
+      const V p = exp(u[k] - row[k].peak) * inverse[k];
+      u[k] = CrossEntropy::gradient(p, total[k], soft_weight);
+      u[k].store(lane + k * V::size());
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (target[i] == j) lane[i] -= hard[i] * q.scale;
+      if (live[i] == real(0)) lane[i] = 0;
+    }
+    for (int k = 0; k < L::count; ++k) u[k] = V::loadu(lane + k * V::size());
+    L::store(grad + j * inner, count, u);
+  }
+}
+
+template <class Op>
+struct MakeCrossEntropy {
+  static Error forward(const CrossEntropyArgs& a) {
+    return dispatch(a.dtype, [&](auto zero) -> Error {
+      using scalar_t = decltype(zero);
+      using L = Lanes<scalar_t>;
+      using real = typename L::real;
+      const Target<real> q(a);
+      auto* x = static_cast<const scalar_t*>(a.x);
+      auto* grad = static_cast<scalar_t*>(a.grad);
+      auto* loss = static_cast<real*>(a.loss);
+      const int64_t n = a.n, inner = a.inner;
+      over_rows<L>(
+          a.outer, n, inner,
+          [=](int64_t r) {
+            cross_entropy_row<L>(x + r * n, grad ? grad + r * n : nullptr, loss + r, n, q.index[r], q);
+          },
+          [=](int64_t o, int64_t i, auto count) {
+            const int64_t at = o * n * inner + i, r = o * inner + i;
+            cross_entropy_columns<L>(x + at, grad ? grad + at : nullptr, loss + r, q.index + r, n, inner, count, q);
+          });
+      return nullptr;
+    });
+  }
+
+  static Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
+    const int64_t rows = a.outer * a.inner;
+    const bool is_double = a.dtype == c10::ScalarType::Double;
+    *bad_row = -1;
+    double sum = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t t = a.target[r];
+      if (t == a.ignore_index) continue;
+      if (t < 0 || t >= a.n) {
+        *bad_row = r;
+        return nullptr;
+      }
+      sum += !a.weight   ? 1.0
+             : is_double ? static_cast<const double*>(a.weight)[t]
+                         : static_cast<double>(static_cast<const float*>(a.weight)[t]);
+    }
+    if (is_double) {
+      *static_cast<double*>(divisor_out) = sum;
+    } else {
+      *static_cast<float*>(divisor_out) = static_cast<float>(sum);
+    }
+    return nullptr;
+  }
+  static constexpr CrossEntropyRow row{Op::name, &forward, &divisor};
+};
+
+using SoftmaxTable = Table<SoftmaxRow, MakeSoftmax, Softmaxes>;
+using CrossEntropyTable = Table<CrossEntropyRow, MakeCrossEntropy, CrossEntropies>;
+
+}  // namespace
+
+extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows, std::size(SoftmaxTable::rows)};
+extern constinit const Rows<CrossEntropyRow> cross_entropy_rows{CrossEntropyTable::rows,
+                                                               std::size(CrossEntropyTable::rows)};
+
+}  // namespace fastops::CPU_CAPABILITY

@@ -1,0 +1,193 @@
+// The seam. Above it: torch, schemas, shapes, gradients. Below it: loops over raw memory. A back end is five constant
+// tables of rows, one per kind; nothing above the seam knows a formula, nothing below it knows a tensor.
+#pragma once
+#include <c10/core/ScalarType.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastops {
+
+using Error = const char*;  // null, or what went wrong (a CUDA error string); static storage
+
+template <class Row>
+struct Rows {
+  const Row* data;
+  size_t size;
+  constexpr const Row* begin() const { return data; }
+  constexpr const Row* end() const { return data + size; }
+};
+
+// `real` below is what a dtype is computed in: double for Double, float for Float, Half and BFloat16.
+// `params` points to the values of the row's parameters, in the declared order.
+
+// ------------------------------------------------------------------------------------------------ map
+// out[i] = f(in[0][i], ...), elementwise over n values of one dtype in one memory order. out may be in[0].
+struct MapArgs {
+  c10::ScalarType dtype;
+  int64_t n;
+  void* out;
+  const void* in[3];
+  const double* params;
+  void* stream;  // a cudaStream_t; null on CPU
+};
+using MapKernel = Error (*)(const MapArgs&);
+struct MapRow {
+  const char* name;    // "gelu_tanh"
+  const char* params;  // "float alpha=1.0", or ""
+  bool from_output;    // what backward takes as s: the output rather than the input
+  MapKernel forward;   // (x) -> y
+  MapKernel backward;  // (s, dy) -> dx = dy f'
+  MapKernel second;    // (s, dy, ddx) -> ddx d(backward)/ds
+};
+
+// ------------------------------------------------------------------------------------------------ reduce
+// An elementwise loss of (x, t) and its reduction.
+struct ReduceArgs {
+  c10::ScalarType dtype;
+  int64_t n;
+  void* out;          // n of dtype; for `total` one real
+  const void* in[2];  // x, t; `total` of the row "sum" takes one input of reals
+  const void* grad;   // d0, d1: of dtype, n values, or one where grad_is_scalar
+  bool grad_is_scalar;
+  double scale;        // total: multiplies the sum; d0, d1: multiplies the gradient
+  const void* divisor; // one real in device memory that divides the sum in `total`, or null
+  const double* params;
+  void* workspace;     // total: reduce_workspace(n) bytes
+  void* stream;
+};
+using ReduceKernel = Error (*)(const ReduceArgs&);
+struct ReduceRow {
+  const char* name;
+  const char* params;
+  ReduceKernel values;     // out[i] = value(x, t)
+  ReduceKernel total;      // out = scale sum(value(x, t)) / divisor; the order of summation is fixed by n alone
+  ReduceKernel d0, d1;     // out[i] = scale grad d value / dx, and to t
+  ReduceKernel d00, d01, d11;  // out[i] = d2 value / dx dx, dx dt, dt dt
+};
+// Sums are taken in chunks of so many elements, chunk by chunk in order, whatever runs them.
+constexpr int64_t kReduceChunk = 16384;
+constexpr int64_t reduce_workspace(int64_t n) { return ((n + kReduceChunk - 1) / kReduceChunk) * 8; }
+
+// ------------------------------------------------------------------------------------------------ rows
+// A dense tensor seen as (outer, n, inner), the middle one being the dimension that is normalised.
+struct SoftmaxArgs {
+  c10::ScalarType dtype;
+  int64_t outer, n, inner;
+  void* out;
+  const void* in[2];  // forward: x; backward: y, dy
+  void* stream;
+};
+using SoftmaxKernel = Error (*)(const SoftmaxArgs&);
+struct SoftmaxRow {
+  const char* name;
+  SoftmaxKernel forward, backward;
+};
+
+// Rows of logits against class indices. Row r = (o, i) of outer x inner has target[r], loss[r], log_sum[r].
+struct CrossEntropyArgs {
+  c10::ScalarType dtype;
+  int64_t outer, n, inner;
+  const void* x;
+  const int64_t* target;
+  const void* weight;  // n reals, or null
+  int64_t ignore_index;
+  double label_smoothing;
+  void* loss;           // outer * inner reals; 0 where ignored
+  void* grad;           // d loss[r] / dx * scale / divisor, of dtype, laid out like x, or null. May be x itself
+  double scale;
+  const void* divisor;  // one real in device memory, or null for 1
+  void* stream;
+};
+using CrossEntropyKernel = Error (*)(const CrossEntropyArgs&);
+struct CrossEntropyRow {
+  const char* name;
+  CrossEntropyKernel forward;  // loss, and the gradient in the same visit where `grad` is given
+  // Writes sum(weight[target[r]]) over the rows not ignored (a count where weight is null) to `divisor_out`, one real.
+  // On CPU the target is also checked: returns the first row out of range in *bad_row, else -1; CUDA asserts on device.
+  Error (*divisor)(const CrossEntropyArgs&, void* divisor_out, int64_t* bad_row);
+};
+
+// ------------------------------------------------------------------------------------------------ random
+// The tensor's elements in memory order, with where each stands in logical (row-major) order: dimension 0 is the
+// outermost in memory, and logical index = sum(coordinate[d] * logical_stride[d]). A contiguous tensor has dims = 1.
+constexpr int kMaxDims = 8;
+struct LogicalOrder {
+  int dims;
+  int64_t size[kMaxDims], logical_stride[kMaxDims];
+};
+struct RandomArgs {
+  c10::ScalarType dtype;
+  int64_t n;
+  void* out;
+  const void* in[3];
+  const int64_t* seed;  // in device memory
+  uint32_t threshold;   // an element is dropped when its word is below
+  double scale;
+  LogicalOrder order;
+  void* stream;
+};
+using RandomKernel = Error (*)(const RandomArgs&);
+struct RandomRow {
+  const char* name;
+  int inputs;
+  RandomKernel forward;
+};
+
+// ------------------------------------------------------------------------------------------------ step
+// One optimizer step over a list of tensors, each a flat run of n elements. `numbers` are the row's numbers per tensor
+// (see formulas/optimizers.h), as doubles.
+constexpr int kMaxStates = 4;
+constexpr int kMaxNumbers = 16;
+struct StepTensor {
+  int64_t n;
+  void* p;
+  const void* g;
+  void* s[kMaxStates];
+  const double* numbers;
+};
+struct StepArgs {
+  c10::ScalarType dtype;        // of p and g
+  c10::ScalarType state_dtype;  // of s
+  int64_t count;
+  const StepTensor* tensors;
+  const float* grad_scale;  // in device memory: g is divided by it; or null
+  const float* found_inf;   // in device memory: a value other than 0 makes the step do nothing; or null
+  void* stream;
+};
+using StepKernel = Error (*)(const StepArgs&);
+struct StepRow {
+  const char* name;
+  int states, numbers;
+  StepKernel step;
+};
+
+// ------------------------------------------------------------------------------------------------ back ends
+struct Tables {
+  Rows<MapRow> map;
+  Rows<ReduceRow> reduce;  // the last row is "sum": value(x) = x over reals
+  Rows<SoftmaxRow> softmax;
+  Rows<CrossEntropyRow> cross_entropy;
+  Rows<RandomRow> random;
+  Rows<StepRow> step;
+};
+
+#define FASTOPS_TABLES(back_end)                   \
+  namespace back_end {                             \
+  extern const Rows<MapRow> map_rows;              \
+  extern const Rows<ReduceRow> reduce_rows;        \
+  extern const Rows<SoftmaxRow> softmax_rows;      \
+  extern const Rows<CrossEntropyRow> cross_entropy_rows; \
+  extern const Rows<RandomRow> random_rows;        \
+  extern const Rows<StepRow> step_rows;            \
+  inline Tables tables() {                         \
+    return {map_rows, reduce_rows, softmax_rows, cross_entropy_rows, random_rows, step_rows}; \
+  }                                                \
+  }
+FASTOPS_TABLES(DEFAULT)
+FASTOPS_TABLES(AVX2)
+FASTOPS_TABLES(AVX512)
+FASTOPS_TABLES(cuda)
+#undef FASTOPS_TABLES
+
+}  // namespace fastops

@@ -1,0 +1,203 @@
+// The vocabulary that formulas are written in: the same words for a float or double in a CUDA thread, for a vector
+// register of them on the CPU, and for a Dual of either (a value with its derivative). No loop, no torch, no formula.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define FASTOPS_FN __host__ __device__ __forceinline__
+#else
+#define FASTOPS_FN inline __attribute__((always_inline))
+#endif
+
+// Vectors exist where a CPU loop is compiled for one instruction set; elsewhere (nvcc, emulation, tests) only scalars.
+#if defined(CPU_CAPABILITY) && !defined(__CUDACC__) && !defined(FASTOPS_EMULATION)
+#define FASTOPS_VECTORS 1
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#endif
+
+namespace fastops {
+
+// ------------------------------------------------------------------------------------------------ scalars
+
+FASTOPS_FN float exp(float x) { return ::expf(x); }
+FASTOPS_FN double exp(double x) { return ::exp(x); }
+FASTOPS_FN float log(float x) { return ::logf(x); }
+FASTOPS_FN double log(double x) { return ::log(x); }
+FASTOPS_FN float tanh(float x) { return ::tanhf(x); }
+FASTOPS_FN double tanh(double x) { return ::tanh(x); }
+FASTOPS_FN float erf(float x) { return ::erff(x); }
+FASTOPS_FN double erf(double x) { return ::erf(x); }
+FASTOPS_FN float expm1(float x) { return ::expm1f(x); }
+FASTOPS_FN double expm1(double x) { return ::expm1(x); }
+FASTOPS_FN float log1p(float x) { return ::log1pf(x); }
+FASTOPS_FN double log1p(double x) { return ::log1p(x); }
+FASTOPS_FN float sqrt(float x) { return ::sqrtf(x); }
+FASTOPS_FN double sqrt(double x) { return ::sqrt(x); }
+FASTOPS_FN float abs(float x) { return ::fabsf(x); }
+FASTOPS_FN double abs(double x) { return ::fabs(x); }
+
+// min and max hand on a NaN from either side, as torch.minimum and torch.maximum do.
+template <class T>
+  requires std::is_floating_point_v<T>
+FASTOPS_FN T max(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+template <class T>
+  requires std::is_floating_point_v<T>
+FASTOPS_FN T min(T a, T b) {
+  return a < b || a != a ? a : b;
+}
+template <class T>
+  requires std::is_floating_point_v<T>
+FASTOPS_FN T select(bool c, T a, T b) {
+  return c ? a : b;
+}
+
+// The high half of a 32 x 32 bit product.
+FASTOPS_FN uint32_t mulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+}
+
+// `Real<T>`: the scalar that T is made of.
+template <class T>
+struct RealOf {
+  using type = T;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
+
+// ------------------------------------------------------------------------------------------------ vectors
+#if FASTOPS_VECTORS
+inline namespace CPU_CAPABILITY {
+
+template <class T>
+using Vec = at::vec::Vectorized<T>;
+
+// Names in here would hide the scalar words from code of this namespace.
+using ::fastops::abs, ::fastops::erf, ::fastops::exp, ::fastops::expm1, ::fastops::log, ::fastops::log1p;
+using ::fastops::max, ::fastops::min, ::fastops::mulhi, ::fastops::select, ::fastops::sqrt, ::fastops::tanh;
+
+template <class T>
+FASTOPS_FN Vec<T> select(Vec<T> c, Vec<T> a, Vec<T> b) {
+  return Vec<T>::blendv(b, a, c);
+}
+template <class T>
+FASTOPS_FN Vec<T> max(Vec<T> a, Vec<T> b) {
+  return at::vec::maximum(a, b);
+}
+template <class T>
+FASTOPS_FN Vec<T> min(Vec<T> a, Vec<T> b) {
+  return at::vec::minimum(a, b);
+}
+template <class T>
+FASTOPS_FN Vec<T> sqrt(Vec<T> x) {
+  return x.sqrt();
+}
+template <class T>
+FASTOPS_FN Vec<T> abs(Vec<T> x) {
+  return x.abs();
+}
+#include "cpu/words.h"  // exp, log, tanh, erf, expm1, log1p
+}  // namespace CPU_CAPABILITY
+
+template <class T>
+struct RealOf<at::vec::Vectorized<T>> {
+  using type = T;
+};
+#endif  // FASTOPS_VECTORS
+
+// ------------------------------------------------------------------------------------------------ derivatives
+// A value and its derivative along one direction. A formula evaluated on Duals differentiates itself: this is where
+// every second derivative comes from, so that no formula states its own.
+template <class T>
+struct Dual {
+  T v, d;
+  FASTOPS_FN Dual() : v(T(Real<T>(0))), d(T(Real<T>(0))) {}
+  FASTOPS_FN explicit Dual(double c) : v(T(Real<T>(c))), d(T(Real<T>(0))) {}
+  FASTOPS_FN Dual(T v, T d) : v(v), d(d) {}
+
+  friend FASTOPS_FN Dual operator+(Dual a, Dual b) { return {a.v + b.v, a.d + b.d}; }
+  friend FASTOPS_FN Dual operator-(Dual a, Dual b) { return {a.v - b.v, a.d - b.d}; }
+  friend FASTOPS_FN Dual operator*(Dual a, Dual b) { return {a.v * b.v, a.d * b.v + a.v * b.d}; }
+  friend FASTOPS_FN Dual operator/(Dual a, Dual b) {
+    const T q = a.v / b.v;
+    return {q, (a.d - q * b.d) / b.v};
+  }
+  FASTOPS_FN Dual operator-() const { return Dual(0.0) - *this; }
+  friend FASTOPS_FN auto operator>(Dual a, Dual b) { return a.v > b.v; }
+  friend FASTOPS_FN auto operator<(Dual a, Dual b) { return a.v < b.v; }
+  friend FASTOPS_FN auto operator>=(Dual a, Dual b) { return a.v >= b.v; }
+  friend FASTOPS_FN auto operator<=(Dual a, Dual b) { return a.v <= b.v; }
+};
+template <class T>
+struct RealOf<Dual<T>> : RealOf<T> {};
+
+template <class C, class T>
+FASTOPS_FN Dual<T> select(C c, Dual<T> a, Dual<T> b) {
+  return {select(c, a.v, b.v), select(c, a.d, b.d)};
+}
+template <class T>
+FASTOPS_FN Dual<T> max(Dual<T> a, Dual<T> b) {
+  return {max(a.v, b.v), select(a.v > b.v, a.d, b.d)};
+}
+template <class T>
+FASTOPS_FN Dual<T> min(Dual<T> a, Dual<T> b) {
+  return {min(a.v, b.v), select(a.v < b.v, a.d, b.d)};
+}
+template <class T>
+FASTOPS_FN Dual<T> exp(Dual<T> x) {
+  const T y = exp(x.v);
+  return {y, y * x.d};
+}
+template <class T>
+FASTOPS_FN Dual<T> log(Dual<T> x) {
+  return {log(x.v), x.d / x.v};
+}
+template <class T>
+FASTOPS_FN Dual<T> tanh(Dual<T> x) {
+  const T y = tanh(x.v);
+  return {y, (T(Real<T>(1)) - y * y) * x.d};
+}
+template <class T>
+FASTOPS_FN Dual<T> erf(Dual<T> x) {
+  return {erf(x.v), T(Real<T>(1.1283791670955126)) * exp(-(x.v * x.v)) * x.d};
+}
+template <class T>
+FASTOPS_FN Dual<T> expm1(Dual<T> x) {
+  return {expm1(x.v), exp(x.v) * x.d};
+}
+template <class T>
+FASTOPS_FN Dual<T> log1p(Dual<T> x) {
+  return {log1p(x.v), x.d / (T(Real<T>(1)) + x.v)};
+}
+template <class T>
+FASTOPS_FN Dual<T> sqrt(Dual<T> x) {
+  const T y = sqrt(x.v);
+  return {y, x.d / (y + y)};
+}
+template <class T>
+FASTOPS_FN Dual<T> abs(Dual<T> x) {
+  return {abs(x.v), select(x.v > T(Real<T>(0)), x.d, select(x.v < T(Real<T>(0)), -x.d, T(Real<T>(0))))};
+}
+
+// A constant of a formula, rounded once to T's scalar: `c<T>(0.5)`.
+template <class T>
+FASTOPS_FN T c(double value) {
+  return T(Real<T>(value));
+}
+
+// ------------------------------------------------------------------------------------------------ tables of formulas
+template <class... Ops>
+struct List {};
+
+// How many parameters a formula's `params` declares: "float alpha=1.0, float beta=2.0" has two.
+constexpr int count_params(const char* p) {
+  int n = 0;
+  for (; *p; ++p) n += *p == '=';
+  return n;
+}
+}  // namespace fastops

@@ -1,0 +1,82 @@
+#include "layout.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+
+#include <algorithm>
+
+#include "pool.h"
+
+namespace fastops {
+
+at::Tensor dense(const at::Tensor& x) {
+  if (x.is_non_overlapping_and_dense()) return x;
+  return at::empty_like(x).copy_(x);
+}
+
+at::Tensor output_like(const at::Tensor& x) {
+  if (x.is_cpu() && pool_serves(x.nbytes())) {
+    return at::Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), pool_allocator(),
+                                                        c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
+  }
+  return at::empty_like(x);
+}
+
+namespace {
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), s = a.strides(), t = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && s[d] != t[d]) return false;
+  return true;
+}
+}  // namespace
+
+at::Tensor matching(const at::Tensor& t, const at::Tensor& like) {
+  if (t.numel() == 0 || same_order(t, like)) return t;
+  return at::empty_strided(like.sizes(), like.strides(), t.options()).copy_(t);
+}
+
+Rows3 around(const at::Tensor& x, int64_t dim) {
+  if (x.dim() == 0) return {1, 1, 1};
+  const int64_t n = x.size(dim), numel = x.numel();
+  if (numel == 0) return {0, n, 1};
+  // A dimension of size 1 may carry any stride; what lies inside it is then told by nothing, and nothing depends on it.
+  const int64_t inner = n == 1 ? 1 : x.stride(dim);
+  return {numel / (n * inner), n, inner};
+}
+
+LogicalOrder logical_order(const at::Tensor& x) {
+  LogicalOrder order{1, {x.numel()}, {1}};
+  if (x.is_contiguous() || x.numel() == 0) return order;
+  struct Dim {
+    int64_t size, stride, logical;
+  };
+  c10::SmallVector<Dim, 8> dims;
+  int64_t logical = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    if (x.size(d) != 1) dims.push_back({x.size(d), x.stride(d), logical});
+    logical *= x.size(d);
+  }
+  std::sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
+  // Neighbours in memory that are neighbours in logical order too are one dimension.
+  c10::SmallVector<Dim, 8> merged;
+  for (const Dim& d : dims) {
+    if (!merged.empty() && merged.back().logical == d.logical * d.size) {
+      merged.back() = {merged.back().size * d.size, d.stride, d.logical};
+    } else {
+      merged.push_back(d);
+    }
+  }
+  TORCH_CHECK(merged.size() <= kMaxDims, "fastops: a tensor of more than ", kMaxDims,
+              " dimensions in a permuted memory order; make it contiguous() first");
+  order.dims = static_cast<int>(merged.size());
+  for (size_t k = 0; k < merged.size(); ++k) {
+    order.size[k] = merged[k].size;
+    order.logical_stride[k] = merged[k].logical;
+  }
+  return order;
+}
+
+}  // namespace fastops

@@ -1,0 +1,29 @@
+// Memory layouts: what the loops, which walk raw memory, need to be told. Any dense layout is taken as it is and kept.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include "../kernels.h"
+
+namespace fastops {
+
+// x itself where its memory is non-overlapping and dense (contiguous, channels_last, transposed ...), else a copy with
+// the strides that torch gives to results of elementwise ops on x.
+at::Tensor dense(const at::Tensor& x);
+
+// t in the memory order of `like` (dense, of t's shape): t itself, or a copy.
+at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
+
+// An uninitialised tensor with the shape, strides, device and dtype of x (which is dense); large ones on CPU come from
+// the pool.
+at::Tensor output_like(const at::Tensor& x);
+
+// A dense tensor around dimension `dim`: (outer, n, inner) in memory, with n along `dim`.
+struct Rows3 {
+  int64_t outer, n, inner;
+};
+Rows3 around(const at::Tensor& x, int64_t dim);
+
+// Where the elements of a dense tensor, walked in memory order, stand in logical order.
+LogicalOrder logical_order(const at::Tensor& x);
+
+}  // namespace fastops

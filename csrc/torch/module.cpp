@@ -1,0 +1,50 @@
+// The extension module fastops._C: the functions of every kind, the tables as data, and the pool's switches.
+#include <pybind11/stl.h>
+
+#include "backend.h"
+#include "bind.h"
+#include "pool.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fastops;
+  m.doc() = "Kernels of fastops. Use fastops.functional, fastops.nn and fastops.optim.";
+  bind_map(m);
+  bind_reduce(m);
+  bind_rows(m);
+  bind_random(m);
+  bind_step(m);
+
+  m.def("cpu_capability", [] { return std::string(cpu_capability()); });
+  m.def("cuda_built", &cuda_built);
+  m.def("torch_version", [] { return std::string(FASTOPS_TORCH_VERSION); });
+
+  // (kind, name, params) of every row
+  m.def("rows", [] {
+    std::vector<std::tuple<std::string, std::string, std::string>> rows;
+    const Tables& t = tables(c10::DeviceType::CPU);
+    for (const auto& r : t.map) rows.emplace_back("map", r.name, r.params);
+    for (const auto& r : t.reduce) rows.emplace_back("reduce", r.name, r.params);
+    for (const auto& r : t.softmax) rows.emplace_back("softmax", r.name, "");
+    for (const auto& r : t.cross_entropy) rows.emplace_back("cross_entropy", r.name, "");
+    for (const auto& r : t.random) rows.emplace_back("random", r.name, "");
+    for (const auto& r : t.step) rows.emplace_back("step", r.name, "");
+    return rows;
+  });
+
+  m.def("pool_info", [] {
+    const PoolInfo i = pool_info();
+    py::dict d;
+    d["enabled"] = i.enabled;
+    d["limit"] = i.limit;
+    d["cached"] = i.cached;
+    d["in_use"] = i.in_use;
+    d["hits"] = i.hits;
+    d["misses"] = i.misses;
+    return d;
+  });
+  m.def("pool_set_limit", &pool_set_limit);
+  m.def("pool_trim", &pool_trim);
+  m.def("pool_enable", &pool_enable);
+}

@@ -1,0 +1,387 @@
+// Elementwise losses as torch sees them: for every row `name`, `name_backward` (to input or target) and `name_second`,
+// their schemas, checks and derivatives. No formula, no row by name.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/result_type.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+
+#include "../math.h"
+#include "autograd.h"
+#include "backend.h"
+#include "bind.h"
+#include "layout.h"
+#include "reduction.h"
+
+namespace fastops {
+namespace {
+
+using at::Tensor;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+
+template <class... P>
+struct Ops {
+  // (input, target, reduction, float32 result wanted of half inputs, parameters)
+  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)> forward;
+  // (grad, input, target, reduction, parameters, 0 for the gradient to the input or 1 to the target)
+  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)> backward;
+  // (input, target, parameters, two of 0 and 1): the second derivative of the values
+  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, P..., int64_t, int64_t)> second;
+};
+constexpr size_t kMaxRows = 32;
+
+const Rows<ReduceRow>& rows(c10::DeviceType device) { return tables(device).reduce; }
+const char* name_of(size_t row) { return rows(c10::DeviceType::CPU).data[row].name; }
+
+template <class... P>
+const Ops<P...>& ops(size_t row) {
+  static std::array<std::unique_ptr<const Ops<P...>>, kMaxRows> cache;
+  static std::array<std::once_flag, kMaxRows> once;
+  std::call_once(once[row], [row] {
+    const std::string n = name_of(row);
+    cache[row] = std::make_unique<const Ops<P...>>(Ops<P...>{
+        find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)>(n),
+        find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)>(n + "_backward"),
+        find_op<Tensor(const Tensor&, const Tensor&, P..., int64_t, int64_t)>(n + "_second")});
+  });
+  return *cache[row];
+}
+
+// ------------------------------------------------------------------------------------------------ kernels
+
+// Input and target in one dense layout, shape and dtype.
+std::pair<Tensor, Tensor> aligned(const char* op, const Tensor& input, const Tensor& target) {
+  TORCH_CHECK(input.device() == target.device(), op, ": expected input and target on one device, got ", input.device(),
+              " and ", target.device());
+  TORCH_CHECK(input.sizes() == target.sizes(), op, ": expected input and target of one shape, got ", input.sizes(),
+              " and ", target.sizes(), "; torch.broadcast_tensors them first");
+  const auto dtype = at::result_type(input, target);
+  const Tensor x = dense(input.to(dtype));
+  check_dtype(op, x);
+  return {x, matching(target.to(dtype), x)};
+}
+
+ReduceArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const double* params) {
+  ReduceArgs a{};
+  a.dtype = x.scalar_type();
+  a.n = x.numel();
+  a.out = out.mutable_data_ptr();
+  a.in[0] = x.const_data_ptr();
+  if (t.defined()) a.in[1] = t.const_data_ptr();
+  a.scale = 1;
+  a.params = params;
+  a.stream = stream_of(x);
+  return a;
+}
+
+Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scale, const Tensor& divisor,
+             const double* params) {
+  const Tensor out = at::empty({}, x.options().dtype(real_of(x.scalar_type())));
+  const int64_t bytes = reduce_workspace(x.numel());
+  constexpr int64_t kStack = 256;
+  double stack[kStack];
+  const bool fits = x.is_cpu() && bytes <= kStack * 8;
+  const Tensor workspace = fits ? Tensor() : at::empty({bytes}, x.options().dtype(at::kByte));
+  ReduceArgs a = arguments(x, t, out, params);
+  a.scale = scale;
+  if (divisor.defined()) a.divisor = divisor.const_data_ptr();
+  a.workspace = fits ? static_cast<void*>(stack) : workspace.mutable_data_ptr();
+  check(row.name, row.total(a));
+  return out;
+}
+
+template <class... P>
+struct Forward {
+  size_t row;
+  explicit Forward(size_t row) : row(row) {}
+  Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool upcast, P... p) {
+    check_reduction(name_of(row), reduction);
+    const auto [x, t] = aligned(name_of(row), input, target);
+    const c10::DeviceGuard guard(x.device());
+    const ReduceRow& r = rows(x.device().type()).data[row];
+    const double params[sizeof...(P) + 1] = {p...};
+    const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
+    if (reduction == at::Reduction::None) {
+      Tensor out = output_like(x);
+      if (x.numel() > 0) check(r.name, r.values(arguments(x, t, out, params)));
+      return out.to(dtype);
+    }
+    // The mean of nothing is nan, as torch has it: 0 / 0.
+    const double scale = reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(x.numel()) : 1.0;
+    return total(r, x, t, scale, Tensor(), params).to(dtype);
+  }
+};
+
+template <class... P>
+struct BackwardOp {
+  size_t row;
+  explicit BackwardOp(size_t row) : row(row) {}
+  Tensor operator()(const Tensor& grad, const Tensor& input, const Tensor& target, int64_t reduction, P... p,
+                    int64_t wrt) {
+    check_reduction(name_of(row), reduction);
+    TORCH_CHECK(wrt == 0 || wrt == 1, name_of(row), "_backward: wrt is 0 (input) or 1 (target), got ", wrt);
+    const auto [x, t] = aligned(name_of(row), input, target);
+    const bool each = reduction == at::Reduction::None;
+    TORCH_CHECK(each ? grad.sizes() == x.sizes() : grad.numel() == 1, name_of(row),
+                "_backward: grad of shape ", grad.sizes(), " does not fit reduction ", reduction);
+    const c10::DeviceGuard guard(x.device());
+    const ReduceRow& r = rows(x.device().type()).data[row];
+    const Tensor g = grad.scalar_type() == x.scalar_type() ? grad : grad.to(x.scalar_type());
+    const Tensor dy = each ? matching(g, x) : g;
+    Tensor out = output_like(x);
+    if (x.numel() > 0) {
+      const double params[sizeof...(P) + 1] = {p...};
+      ReduceArgs a = arguments(x, t, out, params);
+      a.grad = dy.const_data_ptr();
+      a.grad_is_scalar = !each;
+      if (reduction == at::Reduction::Mean) a.scale = 1.0 / static_cast<double>(x.numel());
+      check(r.name, (wrt == 0 ? r.d0 : r.d1)(a));
+    }
+    return out.to((wrt == 0 ? input : target).scalar_type());
+  }
+};
+
+template <class... P>
+struct Second {
+  size_t row;
+  explicit Second(size_t row) : row(row) {}
+  Tensor operator()(const Tensor& input, const Tensor& target, P... p, int64_t first, int64_t then) {
+    const auto [x, t] = aligned(name_of(row), input, target);
+    const c10::DeviceGuard guard(x.device());
+    const ReduceRow& r = rows(x.device().type()).data[row];
+    Tensor out = output_like(x);
+    if (x.numel() == 0) return out;
+    const double params[sizeof...(P) + 1] = {p...};
+    check(r.name, (first + then == 0 ? r.d00 : first + then == 1 ? r.d01 : r.d11)(arguments(x, t, out, params)));
+    return out;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ derivatives
+
+// Attributes are the row, the reduction and the parameters.
+template <class... P, class F>
+auto with_attributes(const std::vector<c10::IValue>& attributes, F f) {
+  const auto& op = ops<P...>(static_cast<size_t>(attributes[0].toInt()));
+  return [&]<size_t... I>(std::index_sequence<I...>) {
+    return f(op, attributes[1].toInt(), static_cast<P>(attributes[I + 2].toDouble())...);
+  }(std::index_sequence_for<P...>{});
+}
+
+Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : at::add(a, b); }
+
+template <class... P>
+variable_list forward_vjp(const variable_list& grads, const BackwardContext& c) {
+  return with_attributes<P...>(c.attributes, [&](const auto& op, int64_t reduction, auto... p) {
+    variable_list result(2);
+    for (int64_t wrt = 0; wrt < 2; ++wrt)
+      if (c.needed[wrt]) result[wrt] = op.backward.call(grads[0], c.saved[0], c.saved[1], reduction, p..., wrt);
+    return result;
+  });
+}
+
+// values -> the reduction's result, in torch ops
+Tensor reduced(const Tensor& values, int64_t reduction) {
+  return reduction == at::Reduction::None   ? values
+         : reduction == at::Reduction::Mean ? values.mean()
+                                            : values.sum();
+}
+
+// Of out = reduced gradient g * d[wrt](x, t) / n: linear in g; to x and t by the second derivatives.
+template <class... P>
+variable_list backward_vjp(const variable_list& grads, const BackwardContext& c) {
+  const int64_t wrt = c.attributes.back().toInt();
+  return with_attributes<P...>(c.attributes, [&](const auto& op, int64_t reduction, auto... p) {
+    const Tensor &g = c.saved[0], &x = c.saved[1], &t = c.saved[2], &v = grads[0];
+    variable_list result(3);
+    if (c.needed[0]) {
+      const Tensor values = op.backward.call(v, x, t, at::Reduction::None, p..., wrt);
+      result[0] = reduced(values, reduction);
+    }
+    for (int64_t then = 0; then < 2; ++then) {
+      if (!c.needed[1 + then]) continue;
+      Tensor value = at::mul(at::mul(op.second.call(x, t, p..., wrt, then), v), g);
+      if (reduction == at::Reduction::Mean) value = value / x.sym_numel();
+      result[1 + then] = value;
+    }
+    return result;
+  });
+}
+
+template <class... P>
+struct ForwardAutograd {
+  size_t row;
+  std::string label;
+  explicit ForwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row))) {}
+  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, int64_t reduction, bool upcast,
+                    P... p) {
+    const auto& op = ops<P...>(row);
+    Tensor y;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      y = op.forward.redispatch(ks & c10::after_autograd_keyset, input, target, reduction, upcast, p...);
+    }
+    Tensor dy;
+    if (is_dual(input) || is_dual(target)) {
+      const Tensor x = primal(input), t = primal(target);
+      Tensor values;
+      if (is_dual(input))
+        values = op.backward.call(tangent(input), x, t, at::Reduction::None, p..., 0);
+      if (is_dual(target))
+        values = plus(values, op.backward.call(tangent(target), x, t, at::Reduction::None, p..., 1));
+      dy = reduced(values, reduction).to(y.scalar_type());
+    }
+    if (requires_grad(input, target))
+      record(label.c_str(), &forward_vjp<P...>, {y}, {input, target}, {{input}, {target}},
+             {static_cast<int64_t>(row), reduction, p...});
+    set_tangent(y, dy);
+    return y;
+  }
+};
+
+template <class... P>
+struct BackwardAutograd {
+  size_t row;
+  std::string label;
+  explicit BackwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_backward") {}
+  Tensor operator()(DispatchKeySet ks, const Tensor& grad, const Tensor& input, const Tensor& target,
+                    int64_t reduction, P... p, int64_t wrt) {
+    const auto& op = ops<P...>(row);
+    Tensor dx;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      dx = op.backward.redispatch(ks & c10::after_autograd_keyset, grad, input, target, reduction, p..., wrt);
+    }
+    Tensor dual;
+    const Tensor g = primal(grad), x = primal(input), t = primal(target);
+    if (is_dual(grad)) dual = op.backward.call(tangent(grad), x, t, reduction, p..., wrt);
+    for (int64_t then = 0; then < 2; ++then) {
+      const Tensor& of = then == 0 ? input : target;
+      if (!is_dual(of)) continue;
+      Tensor value = at::mul(at::mul(op.second.call(x, t, p..., wrt, then), tangent(of)), g);
+      if (reduction == at::Reduction::Mean) value = value / x.sym_numel();
+      dual = plus(dual, value);
+    }
+    if (requires_grad(grad, input, target))
+      record(label.c_str(), &backward_vjp<P...>, {dx}, {grad, input, target}, {{grad}, {input}, {target}},
+             {static_cast<int64_t>(row), reduction, p..., wrt});
+    set_tangent(dx, dual);
+    return dx;
+  }
+};
+
+template <class... P>
+struct SecondAutograd {
+  size_t row;
+  std::string label;
+  explicit SecondAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_second") {}
+  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, P... p, int64_t first,
+                    int64_t then) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(input) && !is_dual(target), "forward-mode derivative of ", label,
+                                " is not implemented");
+    Tensor out;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      out = ops<P...>(row).second.redispatch(ks & c10::after_autograd_keyset, input, target, p..., first, then);
+    }
+    if (requires_grad(input, target)) record_not_implemented(label.c_str(), out, {input, target});
+    return out;
+  }
+};
+
+// Under autocast the loss is float32, though input and target are read as they are.
+template <class... P, DispatchKey key>
+Tensor autocast(const Ops<P...>& op, std::integral_constant<DispatchKey, key>, const Tensor& input,
+                const Tensor& target, int64_t reduction, P... p) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  return op.forward.call(input, target, reduction, /*upcast=*/true, p...);
+}
+template <DispatchKey key, class... P>
+struct Autocast {
+  size_t row;
+  explicit Autocast(size_t row) : row(row) {}
+  Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool, P... p) {
+    return autocast<P...>(ops<P...>(row), std::integral_constant<DispatchKey, key>{}, input, target, reduction, p...);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ registration
+
+template <class... P>
+void define(torch::Library& m, size_t row, const ReduceRow& r) {
+  const std::string n = r.name, params = *r.params ? std::string(", ") + r.params : "";
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def((n + "(Tensor input, Tensor target, int reduction=1, bool upcast=False" + params + ") -> Tensor").c_str(), tags);
+  m.def((n + "_backward(Tensor grad, Tensor input, Tensor target, int reduction" + params + ", int wrt) -> Tensor").c_str(),
+        tags);
+  m.def((n + "_second(Tensor input, Tensor target" + params + ", int first, int then) -> Tensor").c_str(), tags);
+  const auto impl = [&](const std::string& name, DispatchKey key, torch::CppFunction f) {
+    m.impl(name.c_str(), torch::dispatch(key, std::move(f)));
+  };
+  for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
+    if (key == DispatchKey::CUDA && !cuda_built()) continue;
+    impl(n, key, torch::CppFunction(Forward<P...>(row)));
+    impl(n + "_backward", key, torch::CppFunction(BackwardOp<P...>(row)));
+    impl(n + "_second", key, torch::CppFunction(Second<P...>(row)));
+  }
+  impl(n, DispatchKey::Autograd, torch::CppFunction(ForwardAutograd<P...>(row)));
+  impl(n + "_backward", DispatchKey::Autograd, torch::CppFunction(BackwardAutograd<P...>(row)));
+  impl(n + "_second", DispatchKey::Autograd, torch::CppFunction(SecondAutograd<P...>(row)));
+  impl(n, DispatchKey::AutocastCPU, torch::CppFunction(Autocast<DispatchKey::AutocastCPU, P...>(row)));
+  impl(n, DispatchKey::AutocastCUDA, torch::CppFunction(Autocast<DispatchKey::AutocastCUDA, P...>(row)));
+}
+
+template <class... P>
+void bind(pybind11::module_& m, size_t row, const ReduceRow& r) {
+  m.def(r.name, [row](const Tensor& input, const Tensor& target, int64_t reduction, P... p) {
+    return ops<P...>(row).forward.call(input, target, reduction, false, p...);
+  });
+}
+
+template <class F>
+void each_row(F f) {
+  size_t i = 0;
+  for (const ReduceRow& r : rows(c10::DeviceType::CPU)) {
+    if (r.values == nullptr) continue;  // "sum", which is no loss
+    switch (count_params(r.params)) {
+      case 0:
+        f.template operator()<>(i, r);
+        break;
+      case 1:
+        f.template operator()<double>(i, r);
+        break;
+      default:
+        TORCH_INTERNAL_ASSERT(false, "a loss with more than one parameter: ", r.name);
+    }
+    ++i;
+  }
+  TORCH_INTERNAL_ASSERT(i <= kMaxRows);
+}
+
+TORCH_LIBRARY_FRAGMENT(fastops, m) {
+  each_row([&]<class... P>(size_t i, const ReduceRow& r) { define<P...>(m, i, r); });
+}
+
+}  // namespace
+
+Tensor sum_of(const Tensor& values, double scale, const Tensor& divisor) {
+  const c10::DeviceGuard guard(values.device());
+  const auto& all = rows(values.device().type());
+  return total(all.data[all.size - 1], values, Tensor(), scale, divisor, nullptr);
+}
+
+void bind_reduce(pybind11::module_& m) {
+  each_row([&]<class... P>(size_t i, const ReduceRow& r) { bind<P...>(m, i, r); });
+}
+
+}  // namespace fastops

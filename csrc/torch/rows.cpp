@@ -1,0 +1,511 @@
+// Softmax, log-softmax and cross-entropy as torch sees them: schemas, checks and derivatives.
+//
+// cross_entropy_forward computes the loss and, in the same visit of the logits, its gradient, and gives both out; the
+// backward pass then has next to nothing to do, and no more is saved than the gradient itself. Where a gradient of the
+// gradient is asked for, the softmax is recovered from it (see hessian_product).
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/WrapDimUtils.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/eq.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "backend.h"
+#include "bind.h"
+#include "layout.h"
+#include "reduction.h"
+
+namespace fastops {
+namespace {
+
+using at::Tensor;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+
+// ------------------------------------------------------------------------------------------------ softmax
+
+struct SoftmaxOps {
+  c10::TypedOperatorHandle<Tensor(const Tensor&, int64_t)> forward;
+  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, int64_t)> backward;  // (grad, output, dim)
+};
+
+const Rows<SoftmaxRow>& softmax_table(c10::DeviceType device) { return tables(device).softmax; }
+std::string softmax_name(size_t row) { return softmax_table(c10::DeviceType::CPU).data[row].name; }
+
+const SoftmaxOps& softmax_ops(size_t row) {
+  static const auto all = [] {
+    std::vector<SoftmaxOps> ops;
+    for (const auto& r : softmax_table(c10::DeviceType::CPU)) {
+      const std::string n = r.name;
+      ops.push_back({find_op<Tensor(const Tensor&, int64_t)>(n),
+                     find_op<Tensor(const Tensor&, const Tensor&, int64_t)>(n + "_backward")});
+    }
+    return ops;
+  }();
+  return all[row];
+}
+
+bool is_log(size_t row) { return softmax_name(row) == "log_softmax"; }
+
+struct SoftmaxForward {
+  size_t row;
+  Tensor operator()(const Tensor& input, int64_t dim) {
+    const std::string name = softmax_name(row);
+    check_dtype(name.c_str(), input);
+    const int64_t d = at::maybe_wrap_dim(dim, input.dim());
+    const Tensor x = dense(input);
+    Tensor y = x.is_same(input) ? output_like(x) : x;
+    if (x.numel() == 0) return y;
+    const c10::DeviceGuard guard(x.device());
+    const Rows3 r = around(x, d);
+    check(name.c_str(), softmax_table(x.device().type())
+                            .data[row]
+                            .forward({x.scalar_type(), r.outer, r.n, r.inner, y.mutable_data_ptr(),
+                                      {x.const_data_ptr(), nullptr}, stream_of(x)}));
+    return y;
+  }
+};
+
+struct SoftmaxBackward {
+  size_t row;
+  Tensor operator()(const Tensor& grad, const Tensor& output, int64_t dim) {
+    const std::string name = softmax_name(row) + "_backward";
+    TORCH_CHECK(grad.sizes() == output.sizes() && grad.scalar_type() == output.scalar_type() &&
+                    grad.device() == output.device(),
+                name, ": expected grad like output ", output.toString(), output.sizes(), ", got ", grad.toString(),
+                grad.sizes());
+    check_dtype(name.c_str(), output);
+    const int64_t d = at::maybe_wrap_dim(dim, output.dim());
+    const Tensor y = dense(output), dy = matching(grad, y);
+    Tensor dx = output_like(y);
+    if (y.numel() == 0) return dx;
+    const c10::DeviceGuard guard(y.device());
+    const Rows3 r = around(y, d);
+    check(name.c_str(), softmax_table(y.device().type())
+                            .data[row]
+                            .backward({y.scalar_type(), r.outer, r.n, r.inner, dx.mutable_data_ptr(),
+                                       {y.const_data_ptr(), dy.const_data_ptr()}, stream_of(y)}));
+    return dx;
+  }
+};
+
+variable_list softmax_vjp(const variable_list& grads, const BackwardContext& c) {
+  return {softmax_ops(c.attributes[0].toInt()).backward.call(grads[0], c.saved[0], c.attributes[1].toInt())};
+}
+
+// d backward(dy, y) / dy, applied to v, and to y; in torch ops, so that it can be differentiated without end.
+Tensor softmax_backward_dy(bool log, const Tensor& v, const Tensor& y, int64_t dim) {
+  if (log) return v - (v * y.exp()).sum(dim, true);
+  return y * (v - (y * v).sum(dim, true));
+}
+Tensor softmax_backward_y(bool log, const Tensor& v, const Tensor& dy, const Tensor& y, int64_t dim) {
+  if (log) return -(v * y.exp() * dy.sum(dim, true));
+  return v * (dy - (y * dy).sum(dim, true)) - dy * (v * y).sum(dim, true);
+}
+
+variable_list softmax_backward_vjp(const variable_list& grads, const BackwardContext& c) {
+  const bool log = is_log(c.attributes[0].toInt());
+  const int64_t dim = c.attributes[1].toInt();
+  variable_list result(2);
+  if (c.needed[0]) result[0] = softmax_backward_dy(log, grads[0], c.saved[1], dim);
+  if (c.needed[1]) result[1] = softmax_backward_y(log, grads[0], c.saved[0], c.saved[1], dim);
+  return result;
+}
+
+struct SoftmaxForwardAutograd {
+  size_t row;
+  Tensor operator()(DispatchKeySet ks, const Tensor& input, int64_t dim) {
+    const auto& op = softmax_ops(row);
+    Tensor y;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      y = op.forward.redispatch(ks & c10::after_autograd_keyset, input, dim);
+    }
+    Tensor dy;
+    if (is_dual(input)) {  // softmax's Jacobian is symmetric, log-softmax's is not
+      const Tensor t = tangent(input);
+      dy = is_log(row) ? t - (t * y.exp()).sum(dim, true) : op.backward.call(t, y, dim);
+    }
+    if (requires_grad(input))
+      record(("fastops::" + softmax_name(row)).c_str(), &softmax_vjp, {y}, {input}, {{y, true}},
+             {static_cast<int64_t>(row), dim});
+    set_tangent(y, dy);
+    return y;
+  }
+};
+
+struct SoftmaxBackwardAutograd {
+  size_t row;
+  Tensor operator()(DispatchKeySet ks, const Tensor& grad, const Tensor& output, int64_t dim) {
+    const auto& op = softmax_ops(row);
+    Tensor dx;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      dx = op.backward.redispatch(ks & c10::after_autograd_keyset, grad, output, dim);
+    }
+    Tensor t;
+    if (is_dual(grad)) t = op.backward.call(tangent(grad), primal(output), dim);
+    if (is_dual(output)) {
+      const Tensor y = primal(output), dy = primal(grad), ty = tangent(output);
+      const Tensor s = is_log(row) ? -(y.exp() * ty * dy.sum(dim, true))
+                              : ty * (dy - (y * dy).sum(dim, true)) - y * (ty * dy).sum(dim, true);
+      t = t.defined() ? at::add(t, s) : s;
+    }
+    if (requires_grad(grad, output))
+      record(("fastops::" + softmax_name(row) + "_backward").c_str(), &softmax_backward_vjp, {dx}, {grad, output},
+             {{grad}, {output}}, {static_cast<int64_t>(row), dim});
+    set_tangent(dx, t);
+    return dx;
+  }
+};
+
+template <DispatchKey key>
+struct SoftmaxAutocast {
+  size_t row;
+  Tensor operator()(const Tensor& input, int64_t dim) {
+    c10::impl::ExcludeDispatchKeyGuard guard(key);
+    const auto device = key == DispatchKey::AutocastCPU ? c10::DeviceType::CPU : c10::DeviceType::CUDA;
+    return softmax_ops(row).forward.call(at::autocast::cached_cast(at::kFloat, input, device), dim);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ cross-entropy
+
+using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t,
+                                           double, bool);
+using Whole = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t, double, bool);
+auto forward_op() {
+  static const auto op = find_op<Forward>("cross_entropy_forward");
+  return op;
+}
+auto whole_op() {
+  static const auto op = find_op<Whole>("cross_entropy");
+  return op;
+}
+
+struct Problem {
+  Tensor x, weight;  // dense logits, weights in real
+  Rows3 rows;
+  std::vector<int64_t> result_sizes;
+};
+
+Problem problem(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
+                double label_smoothing) {
+  check_reduction("cross_entropy", reduction);
+  check_dtype("cross_entropy", input);
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  TORCH_CHECK_VALUE(input.dim() >= 1, "cross_entropy: expected logits of 1 or more dimensions, (C), (N, C) or (N, C, d1, ...); got ",
+                    input.dim());
+  const int64_t dim = input.dim() == 1 ? 0 : 1, n = input.size(dim);
+  auto expected = input.sizes().vec();
+  expected.erase(expected.begin() + dim);
+  if (input.dim() > 1 && target.dim() >= 1)
+    TORCH_CHECK_VALUE(input.size(0) == target.size(0), "Expected input batch_size (", input.size(0),
+                      ") to match target batch_size (", target.size(0), ").");
+  TORCH_CHECK(target.sizes() == c10::IntArrayRef(expected), "cross_entropy: expected a target of size ",
+              c10::IntArrayRef(expected), " for logits of size ", input.sizes(), ", got ", target.sizes());
+  TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
+              "cross_entropy: expected class indices of dtype int64 or uint8, got ", c10::toString(target.scalar_type()));
+  TORCH_CHECK(target.device() == input.device(), "cross_entropy: expected logits and target on one device, got ",
+              input.device(), " and ", target.device());
+  Problem p;
+  if (weight && weight->defined()) {
+    TORCH_CHECK(weight->dim() == 1 && weight->numel() == n,
+                "cross_entropy: weight tensor should be defined either for all ", n, " classes or no classes but got weight tensor of shape: ",
+                weight->sizes());
+    TORCH_CHECK(weight->device() == input.device(), "cross_entropy: expected logits and weight on one device, got ",
+                input.device(), " and ", weight->device());
+    p.weight = weight->to(real_of(input.scalar_type())).contiguous();
+  }
+  p.x = dense(input);
+  p.rows = around(p.x, dim);
+  p.result_sizes = expected;
+  return p;
+}
+
+struct Computed {
+  Tensor loss, grad;
+};
+
+Computed compute(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
+                 int64_t ignore_index, double label_smoothing, bool upcast, bool with_grad) {
+  const int64_t dim = input.dim() <= 1 ? 0 : 1;
+  Problem p = problem(input, target, weight, reduction, label_smoothing);
+  const auto options = p.x.options().dtype(real_of(p.x.scalar_type()));
+  const auto dtype = upcast ? options.dtype().toScalarType() : p.x.scalar_type();
+  const c10::DeviceGuard guard(p.x.device());
+  const auto& row = tables(p.x.device().type()).cross_entropy.data[0];
+
+  Computed result;
+  if (with_grad) result.grad = p.x.numel() == 0 ? at::zeros_like(p.x) : output_like(p.x);
+  if (p.x.numel() == 0) {  // no rows, or rows of no classes
+    TORCH_CHECK(target.numel() == 0, "cross_entropy: logits of size ", input.sizes(), " have no classes");
+    result.loss = reduction == at::Reduction::None
+                      ? at::zeros(p.result_sizes, options)
+                      : at::zeros({}, options).div_(reduction == at::Reduction::Mean ? 0.0 : 1.0);
+    result.loss = result.loss.to(dtype);
+    return result;
+  }
+
+  // Losses and targets stand row by row in the logits' memory order: that of a dense tensor with one dimension cut out.
+  const Tensor like = p.x.select(dim, 0);
+  auto strides = like.strides().vec();
+  for (auto& s : strides)
+    if (s >= p.rows.n * p.rows.inner) s /= p.rows.n;
+  Tensor index = target.to(at::kLong);
+  if (index.strides() != c10::IntArrayRef(strides))
+    index = at::empty_strided(like.sizes(), strides, index.options()).copy_(index);
+  const Tensor losses = at::empty({p.rows.outer * p.rows.inner}, options);
+
+  CrossEntropyArgs a{};
+  a.dtype = p.x.scalar_type();
+  a.outer = p.rows.outer;
+  a.n = p.rows.n;
+  a.inner = p.rows.inner;
+  a.x = p.x.const_data_ptr();
+  a.target = index.const_data_ptr<int64_t>();
+  a.weight = p.weight.defined() ? p.weight.const_data_ptr() : nullptr;
+  a.ignore_index = ignore_index;
+  a.label_smoothing = label_smoothing;
+  a.loss = losses.mutable_data_ptr();
+  a.scale = 1;
+  a.stream = stream_of(p.x);
+
+  const Tensor divisor = at::empty({}, options);
+  int64_t bad_row = -1;
+  check("cross_entropy", row.divisor(a, divisor.mutable_data_ptr(), &bad_row));
+  if (bad_row >= 0) {
+    const Tensor flat = index.as_strided({losses.numel()}, {1});
+    TORCH_CHECK_INDEX(false, "cross_entropy: target ", flat[bad_row].item<int64_t>(), " at row ", bad_row,
+                      " is out of range for ", a.n, " classes (ignore_index=", ignore_index, ")");
+  }
+  if (with_grad) {
+    a.grad = result.grad.mutable_data_ptr();
+    // float16 cannot hold gradients divided by a large batch: they are left as they are, see scale_of_saved().
+    if (reduction == at::Reduction::Mean && p.x.scalar_type() != at::kHalf) a.divisor = divisor.const_data_ptr();
+  }
+  check("cross_entropy", row.forward(a));
+  if (reduction == at::Reduction::None) {
+    result.loss = losses.as_strided(p.result_sizes, strides).contiguous().to(dtype);
+  } else {
+    result.loss = sum_of(losses, 1.0, reduction == at::Reduction::Mean ? divisor : Tensor()).to(dtype);
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
+                                                 const std::optional<Tensor>& weight, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing, bool upcast) {
+  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, true);
+  return {c.loss, c.grad};
+}
+
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
+                     int64_t ignore_index, double label_smoothing, bool upcast) {
+  return compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, false).loss;
+}
+
+// -- derivatives, in torch ops but for the common case. `grad` is the second output of cross_entropy_forward.
+
+struct Attributes {
+  int64_t reduction, ignore_index;
+  double label_smoothing;
+  bool exclusive;  // nobody else can see the saved gradient: it may be handed on or overwritten
+};
+
+Tensor live_rows(const Tensor& target, int64_t ignore_index) { return target.ne(ignore_index); }
+
+// sum of the weights of the rows that count
+Tensor divisor_of(const Tensor& target, const Tensor& weight, const Attributes& a, at::TensorOptions options) {
+  const Tensor live = live_rows(target, a.ignore_index);
+  if (!weight.defined()) return live.sum().to(options.dtype());
+  const Tensor w = weight.to(options.dtype()).index_select(0, at::where(live, target, 0).to(at::kLong).reshape(-1));
+  return (w * live.reshape(-1).to(options.dtype())).sum();
+}
+
+// What the saved gradient has still to be multiplied with; undefined for 1.
+Tensor scale_of_saved(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a) {
+  if (a.reduction != at::Reduction::Mean || grad.scalar_type() != at::kHalf) return Tensor();
+  return divisor_of(target, weight, a, grad.options().dtype(at::kFloat)).reciprocal();
+}
+
+int64_t class_dim(const Tensor& grad) { return grad.dim() == 1 ? 0 : 1; }
+
+// saved gradient x upstream gradient of the loss
+Tensor scaled(const Tensor& grad, const Tensor& dloss, const Tensor& scale, const Attributes& a) {
+  const Tensor factor = scale.defined() ? dloss * scale : dloss;
+  const Tensor shaped = a.reduction == at::Reduction::None ? factor.unsqueeze(class_dim(grad)) : factor;
+  return at::mul(grad, shaped).to(grad.scalar_type());
+}
+
+// The derivative of the gradient G, applied to v. With q the target distribution times the row's scale s, G = p S - q
+// where S = sum(q), so p = (G + q) / S, and d G / dx v = S p (v - sum(p v)).
+Tensor hessian_product(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
+                       const Tensor& v) {
+  const int64_t dim = class_dim(grad), n = grad.size(dim);
+  const auto options = grad.options().dtype(real_of(grad.scalar_type()));
+  std::vector<int64_t> class_shape(grad.dim(), 1);
+  class_shape[dim] = n;
+  const Tensor classes = at::arange(n, target.options().dtype(at::kLong)).reshape(class_shape);
+  const Tensor w = (weight.defined() ? weight.to(options.dtype()) : at::ones({n}, options)).reshape(class_shape);
+  const Tensor live = live_rows(target, a.ignore_index).unsqueeze(dim).to(options.dtype());
+  const Tensor one_hot = classes.eq(target.unsqueeze(dim)).to(options.dtype());
+  Tensor q = (one_hot * w * (1 - a.label_smoothing) + w * (a.label_smoothing / static_cast<double>(n))) * live;
+  if (a.reduction == at::Reduction::Mean && grad.scalar_type() != at::kHalf)
+    q = q / divisor_of(target, weight, a, options);
+  const Tensor mass = q.sum(dim, true), some = mass.ne(0);
+  const Tensor p = at::where(some, (grad.to(options.dtype()) + q) / at::where(some, mass, 1), 0);
+  const Tensor u = v.to(options.dtype());
+  return (mass * p * (u - (p * u).sum(dim, true))).to(grad.scalar_type());
+}
+
+Attributes attributes_of(const std::vector<c10::IValue>& v) {
+  return {v[0].toInt(), v[1].toInt(), v[2].toDouble(), v[3].toBool()};
+}
+
+variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContext& c) {
+  const Attributes a = attributes_of(c.attributes);
+  const Tensor &grad = c.saved[0], &target = c.saved[1], &weight = c.saved[2], &dloss = grads[0];
+  variable_list result(3);
+  if (c.needed.size() > 2 && c.needed[2])
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "cross_entropy: the gradient to weight is not implemented; detach it");
+  if (!c.needed[0]) return result;
+  Tensor dx;
+  if (dloss.defined()) {
+    const Tensor scale = scale_of_saved(grad, target, weight, a);
+    const bool plain = c.last_use && a.exclusive && !at::isTensorSubclassLike(dloss) && !at::isTensorSubclassLike(grad);
+    if (plain && dloss.is_cpu() && !scale.defined() && a.reduction != at::Reduction::None) {
+      // The saved gradient is given up: handed on as it is, or scaled where it lies.
+      dx = grad.detach();
+      const double factor = dloss.item<double>();
+      if (factor != 1.0) dx.mul_(factor);
+    } else {
+      dx = scaled(grad, dloss, scale, a);
+    }
+  }
+  if (grads.size() > 1 && grads[1].defined()) {
+    Tensor h = hessian_product(grad, target, weight, a, grads[1]);
+    dx = dx.defined() ? at::add(dx, h) : h;
+  }
+  result[0] = dx;
+  return result;
+}
+
+std::tuple<Tensor, Tensor> forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor& target,
+                                              const std::optional<Tensor>& weight, int64_t reduction,
+                                              int64_t ignore_index, double label_smoothing, bool upcast,
+                                              bool exclusive) {
+  Tensor loss, grad;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, grad) = forward_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction,
+                                                   ignore_index, label_smoothing, upcast);
+  }
+  const Tensor w = weight.value_or(Tensor());
+  const Attributes a{reduction, ignore_index, label_smoothing, exclusive};
+  Tensor dloss, dgrad;
+  if (is_dual(input)) {
+    const Tensor t = tangent(input), pt = primal(target), pw = w.defined() ? primal(w) : w;
+    const Tensor scale = scale_of_saved(grad, pt, pw, a);
+    const Tensor real = at::mul(grad.to(real_of(grad.scalar_type())), t);
+    Tensor total = reduction == at::Reduction::None ? real.sum(class_dim(grad)) : real.sum();
+    if (scale.defined()) total = total * scale;
+    dloss = total.to(loss.scalar_type());
+    dgrad = hessian_product(grad, pt, pw, a, t);
+  }
+  if (requires_grad(input) || (w.defined() && requires_grad(w)))
+    record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
+           {{grad, true}, {target}, {w}}, {reduction, ignore_index, label_smoothing, exclusive});
+  set_tangent(loss, dloss);
+  set_tangent(grad, dgrad);
+  return {loss, grad};
+}
+
+std::tuple<Tensor, Tensor> forward_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target,
+                                            const std::optional<Tensor>& weight, int64_t reduction,
+                                            int64_t ignore_index, double label_smoothing, bool upcast) {
+  return forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, false);
+}
+
+Tensor whole_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast) {
+  const Tensor w = weight.value_or(Tensor());
+  if (requires_grad(input) || is_dual(input) || (w.defined() && requires_grad(w)))
+    return std::get<0>(
+        forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, true));
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return whole_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
+                               label_smoothing, upcast);
+}
+
+// Under autocast the loss is float32; the logits are read as they are.
+template <DispatchKey key>
+Tensor whole_autocast(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true);
+}
+
+TORCH_LIBRARY_FRAGMENT(fastops, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  size_t i = 0;
+  for (const SoftmaxRow& r : softmax_table(c10::DeviceType::CPU)) {
+    const std::string n = r.name, b = n + "_backward";
+    m.def((n + "(Tensor input, int dim) -> Tensor").c_str(), tags);
+    m.def((b + "(Tensor grad, Tensor output, int dim) -> Tensor").c_str(), tags);
+    for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
+      if (key == DispatchKey::CUDA && !cuda_built()) continue;
+      m.impl(n.c_str(), torch::dispatch(key, torch::CppFunction(SoftmaxForward{i})));
+      m.impl(b.c_str(), torch::dispatch(key, torch::CppFunction(SoftmaxBackward{i})));
+    }
+    m.impl(n.c_str(), torch::dispatch(DispatchKey::Autograd, torch::CppFunction(SoftmaxForwardAutograd{i})));
+    m.impl(b.c_str(), torch::dispatch(DispatchKey::Autograd, torch::CppFunction(SoftmaxBackwardAutograd{i})));
+    m.impl(n.c_str(), torch::dispatch(DispatchKey::AutocastCPU,
+                                      torch::CppFunction(SoftmaxAutocast<DispatchKey::AutocastCPU>{i})));
+    m.impl(n.c_str(), torch::dispatch(DispatchKey::AutocastCUDA,
+                                      torch::CppFunction(SoftmaxAutocast<DispatchKey::AutocastCUDA>{i})));
+    ++i;
+  }
+  const std::string arguments =
+      "(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "float label_smoothing=0.0, bool upcast=False) -> ";
+  m.def(("cross_entropy" + arguments + "Tensor").c_str(), tags);
+  m.def(("cross_entropy_forward" + arguments + "(Tensor, Tensor)").c_str(), tags);
+  for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
+    if (key == DispatchKey::CUDA && !cuda_built()) continue;
+    m.impl("cross_entropy", torch::dispatch(key, &cross_entropy));
+    m.impl("cross_entropy_forward", torch::dispatch(key, &cross_entropy_forward));
+  }
+  m.impl("cross_entropy", torch::dispatch(DispatchKey::Autograd, &whole_autograd));
+  m.impl("cross_entropy_forward", torch::dispatch(DispatchKey::Autograd, &forward_autograd));
+  m.impl("cross_entropy", torch::dispatch(DispatchKey::AutocastCPU, &whole_autocast<DispatchKey::AutocastCPU>));
+  m.impl("cross_entropy", torch::dispatch(DispatchKey::AutocastCUDA, &whole_autocast<DispatchKey::AutocastCUDA>));
+}
+
+}  // namespace
+
+void bind_rows(pybind11::module_& m) {
+  size_t i = 0;
+  for (const SoftmaxRow& r : softmax_table(c10::DeviceType::CPU)) {
+    m.def(r.name, [i](const Tensor& input, int64_t dim) { return softmax_ops(i).forward.call(input, dim); });
+    ++i;
+  }
+  m.def("cross_entropy", [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                            int64_t reduction, int64_t ignore_index, double label_smoothing) {
+    return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false);
+  });
+}
+
+}  // namespace fastops

@@ -1,0 +1,57 @@
+"""fastops: fused kernels for PyTorch.
+
+    fastops.functional   torch.nn.functional's functions, in fewer passes over memory
+    fastops.nn           the same as modules
+    fastops.autograd     the same as torch.autograd.Functions
+    fastops.optim        optimizers whose step is one kernel over all parameters
+    fastops.patch(model) puts them into a model that is already built
+    fastops.memory       the pool behind large CPU results
+"""
+
+import torch as _torch
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastops._C does not load under torch {_torch.__version__}: {error}. It is built for one torch version; "
+        "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+    ) from error
+
+from . import _compile, autograd, functional, memory, nn, optim  # noqa: E402
+from .patch import PatchReport, patch, patched, unpatch  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "PatchReport",
+    "autograd",
+    "functional",
+    "memory",
+    "nn",
+    "optim",
+    "patch",
+    "patched",
+    "show_config",
+    "unpatch",
+]
+
+del _compile
+
+
+def show_config() -> str:
+    """Versions, the instruction set that the CPU kernels were chosen for, what was built for CUDA, and the pool's
+    state, as lines of text."""
+    pool = memory.pool_info()
+    built = _C.torch_version()
+    lines = {
+        "fastops": __version__,
+        "torch": _torch.__version__ + ("" if built == _torch.__version__ else f" (built for {built})"),
+        "CPU kernels": f"{_C.cpu_capability()}, {_torch.get_num_threads()} threads",
+        "CUDA kernels": "built" if _C.cuda_built() else "not built",
+        "GPU": _torch.cuda.get_device_name() if _torch.cuda.is_available() else "none visible",
+        "CPU pool": f"{pool['in_use'] >> 20} MiB in use, {pool['cached'] >> 20} MiB idle, limit {pool['limit'] >> 20} MiB"
+        if pool["enabled"]
+        else "off",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())

@@ -1,0 +1,275 @@
+"""What torch.compile, torch.export and torch.func need to know of the ops beside their kernels: shapes without values
+(fake), batches (vmap), and what to trace in place of the C functions. From the tables, in loops; no formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _C
+from ._op import ROWS, overload
+
+NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction.get_enum
+
+
+def rows_of(kind: str) -> list[str]:
+    return [name for name, (k, _) in ROWS.items() if k == kind]
+
+
+def fake(name: str):
+    return torch.library.register_fake(f"fastops::{name}")
+
+
+def like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+# ---------------------------------------------------------------------------------------------- fake kernels
+
+
+def _fakes() -> None:
+    for name in rows_of("map"):
+        fake(name)(lambda input, *params: like(input))
+        fake(f"{name}_")(lambda self, *params: None)
+        fake(f"{name}_backward")(lambda saved, grad, *params: like(saved))
+        fake(f"{name}_second")(lambda saved, grad, grad_grad, *params: like(saved))
+
+    def real(x: Tensor, upcast: bool) -> torch.dtype:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32 if upcast else x.dtype
+
+    def loss(input, target, reduction=MEAN, upcast=False, *params):
+        x = like(input).to(torch.result_type(input, target))
+        x = x.to(real(x, upcast))
+        return x if reduction == NONE else x.new_empty(())
+
+    for name in rows_of("reduce"):
+        if name == "sum":
+            continue
+        fake(name)(loss)
+        fake(f"{name}_backward")(
+            lambda grad, input, target, reduction, *rest: like(target if rest[-1] else input)
+        )
+        fake(f"{name}_second")(
+            lambda input, target, *rest: like(input).to(torch.result_type(input, target))
+        )
+
+    for name in rows_of("softmax"):
+        fake(name)(lambda input, dim: like(input))
+        fake(f"{name}_backward")(lambda grad, output, dim: like(output))
+
+    def cross_entropy(
+        input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False
+    ):
+        shape = target.shape if reduction == NONE else ()
+        return input.new_empty(shape, dtype=real(input, upcast))
+
+    fake("cross_entropy")(cross_entropy)
+    fake("cross_entropy_forward")(lambda input, *rest: (cross_entropy(input, *rest), like(input)))
+
+    fake("dropout")(lambda input, p, seed: like(input))
+    fake("dropout_")(lambda self, p, seed: None)
+
+
+# ---------------------------------------------------------------------------------------------- vmap
+
+
+def at_front(x, dim, size):
+    """x with its batch dimension first; expanded to it where x has none."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def batched(name: str, rule=None):
+    def register(rule):
+        torch.library.register_vmap(f"fastops::{name}", rule)
+        return rule
+
+    return register(rule) if rule else register
+
+
+def elementwise_rule(name: str):
+    call = overload(name)
+
+    def rule(info, dims, *args):
+        return call(*(at_front(a, d, info.batch_size) for a, d in zip(args, dims))), 0
+
+    return rule
+
+
+def inplace_rule(name: str):
+    call = overload(name)
+
+    def rule(info, dims, self, *rest):
+        if dims[0] is None:
+            raise RuntimeError(f"fastops::{name}: an unbatched tensor cannot be written to under vmap")
+        return call(self.movedim(dims[0], 0), *rest), None
+
+    return rule
+
+
+def reduced(values: Tensor, reduction: int) -> Tensor:
+    if reduction == NONE:
+        return values
+    flat = values.reshape(values.shape[0], -1)
+    return flat.mean(1) if reduction == MEAN else flat.sum(1)
+
+
+def _vmaps() -> None:
+    for name in rows_of("map"):
+        batched(name, elementwise_rule(name))
+        batched(f"{name}_backward", elementwise_rule(f"{name}_backward"))
+        batched(f"{name}_second", elementwise_rule(f"{name}_second"))
+        batched(f"{name}_", inplace_rule(f"{name}_"))
+
+    def losses(name):
+        forward, backward = overload(name), overload(f"{name}_backward")
+
+        def rule(info, dims, input, target, reduction=MEAN, upcast=False, *params):
+            x, t = (at_front(a, d, info.batch_size) for a, d in zip((input, target), dims))
+            return reduced(forward(x, t, NONE, upcast, *params), reduction), 0
+
+        def backward_rule(info, dims, grad, input, target, reduction, *rest):
+            g, x, t = (at_front(a, d, info.batch_size) for a, d in zip((grad, input, target), dims))
+            if reduction != NONE:
+                g = g.reshape(-1, *(1,) * (x.dim() - 1)).expand_as(x).to(x.dtype)
+                if reduction == MEAN:
+                    g = g / x[0].numel()
+            return backward(g, x, t, NONE, *rest), 0
+
+        batched(name, rule)
+        batched(f"{name}_backward", backward_rule)
+        batched(f"{name}_second", elementwise_rule(f"{name}_second"))
+
+    for name in rows_of("reduce"):
+        if name != "sum":
+            losses(name)
+
+    def softmaxes(name):
+        forward, backward = overload(name), overload(f"{name}_backward")
+
+        def shifted(dim, logical_dims):
+            return dim + 1 if dim >= 0 else dim + max(logical_dims, 1) + 1
+
+        def rule(info, dims, input, dim):
+            x = at_front(input, dims[0], info.batch_size)
+            if x.dim() == 1:  # a batch of scalars: each is a row of its own
+                return forward(x.unsqueeze(1), 1).squeeze(1), 0
+            return forward(x, shifted(dim, x.dim() - 1)), 0
+
+        def backward_rule(info, dims, grad, output, dim):
+            g, y = (at_front(a, d, info.batch_size) for a, d in zip((grad, output), dims))
+            if y.dim() == 1:
+                return backward(g.unsqueeze(1), y.unsqueeze(1), 1).squeeze(1), 0
+            return backward(g, y, shifted(dim, y.dim() - 1)), 0
+
+        batched(name, rule)
+        batched(f"{name}_backward", backward_rule)
+
+    for name in rows_of("softmax"):
+        softmaxes(name)
+
+    def cross_entropy_parts(info, dims, input, target, weight, reduction, ignore_index, smoothing, upcast):
+        """Unbatched calls, one per example, where more than the logits and targets are batched; else one call."""
+        x, t = (at_front(a, d, info.batch_size) for a, d in zip((input, target), dims))
+        return x, t, [
+            (x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k),
+             reduction, ignore_index, smoothing, upcast)
+            for k in range(info.batch_size)
+        ]  # fmt: skip
+
+    def cross_entropy_rule(info, dims, *args):
+        args = complete(args)
+        _, _, calls = cross_entropy_parts(info, dims, *args)
+        return torch.stack([overload("cross_entropy")(*c) for c in calls]), 0
+
+    def cross_entropy_forward_rule(info, dims, *args):
+        args = complete(args)
+        _, _, calls = cross_entropy_parts(info, dims, *args)
+        loss, grad = zip(*(overload("cross_entropy_forward")(*c) for c in calls))
+        return (torch.stack(loss), torch.stack(grad)), (0, 0)
+
+    def complete(args):
+        defaults = (None, None, None, MEAN, -100, 0.0, False)
+        return (*args, *defaults[len(args) :])
+
+    batched("cross_entropy", cross_entropy_rule)
+    batched("cross_entropy_forward", cross_entropy_forward_rule)
+
+    def dropout_rule(info, dims, input, p, seed):
+        call = overload("dropout")
+        if dims[2] is None:  # one seed: every example has the same mask
+            x = input.movedim(dims[0], 0)
+            keep = call(torch.ones_like(x[0]), p, seed)
+            return x * keep, 0
+        seeds = seed.movedim(dims[2], 0)
+        x = at_front(input, dims[0], info.batch_size)
+        return torch.stack([call(a, p, s) for a, s in zip(x.unbind(0), seeds.unbind(0))]), 0
+
+    batched("dropout", dropout_rule)
+
+
+# ---------------------------------------------------------------------------------------------- torch.compile
+
+
+def substitute(function):
+    return torch.compiler.substitute_in_graph(function, skip_signature_check=True)
+
+
+def _polyfills() -> None:
+    def plain(name):
+        call = overload(name)
+
+        def polyfill(*args):
+            return call(*args)
+
+        substitute(getattr(_C, name))(polyfill)
+
+    def inplace(name):
+        call = overload(name)
+
+        def polyfill(input, *params):
+            return input.copy_(call(input, *params))
+
+        substitute(getattr(_C, f"{name}_"))(polyfill)
+
+    for name in rows_of("map"):
+        plain(name)
+        inplace(name)
+    for name in rows_of("softmax"):
+        plain(name)
+    plain("cross_entropy")
+
+    def loss(name):
+        call = overload(name)
+
+        def polyfill(input, target, reduction, *params):
+            return call(input, target, reduction, False, *params)
+
+        substitute(getattr(_C, name))(polyfill)
+
+    for name in rows_of("reduce"):
+        if name != "sum":
+            loss(name)
+
+    dropout_op = overload("dropout")
+
+    def dropout(input, p, training, inplace=False, generator=None):
+        if p < 0 or p > 1:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        if not training or p == 0 or input.numel() == 0:
+            return input
+        if p == 1:
+            return input.mul_(0) if inplace else input * 0
+        seed = torch.randint(
+            2**63 - 1, (), dtype=torch.int64, device=input.device, generator=generator
+        )
+        y = dropout_op(input, p, seed)
+        return input.copy_(y) if inplace else y
+
+    substitute(_C.dropout)(dropout)
+
+
+_fakes()
+_vmaps()
+_polyfills()

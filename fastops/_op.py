@@ -1,0 +1,62 @@
+"""What a declaration in functional.py means: `@op` enters it into the table that everything else is made from.
+
+Fake kernels, vmap rules, torch.compile's view of the C functions, autograd.Function classes, tests and benchmarks all
+read `OPS`; no op is named here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+
+@dataclass(frozen=True)
+class Op:
+    """One public function: what it is called, which kind of kernel computes it, and what it means.
+
+    `reference` is a torch function of the same signature: documentation, test oracle and benchmark baseline.
+    """
+
+    name: str
+    kind: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    rows: tuple[str, ...] = field(default=())  # the rows of the kernels' tables behind it
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+
+OPS: dict[str, Op] = {}
+ROWS: dict[str, tuple[str, str]] = {name: (kind, params) for kind, name, params in _C.rows()}
+
+
+def op(*, kind: str, reference: Callable[..., Tensor], rows: tuple[str, ...] = ()):
+    """Enters the decorated function into `OPS`. `rows` defaults to the one row of the function's own name."""
+
+    def enter(function):
+        name = function.__name__
+        OPS[name] = Op(name, kind, function, reference, rows or (name,))
+        return function
+
+    return enter
+
+
+def parameters_of(row: str) -> list[tuple[str, float]]:
+    """The parameters of a row and their defaults, as its schema declares them."""
+    return [(n, float(v)) for n, v in re.findall(r"float (\w+)=([-\w.]+)", ROWS[row][1])]
+
+
+def overload(name: str) -> Any:
+    """The dispatcher's op fastops::name."""
+    return getattr(torch.ops.fastops, name).default

@@ -1,0 +1,288 @@
+"""The ops, one declaration each: torch.nn.functional's signature, what it computes, and the torch function that means
+the same. Every function takes tensors of any dense layout and keeps it (channels_last stays channels_last)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
+
+from . import _C
+from ._op import op
+
+__all__ = [
+    "cross_entropy",
+    "dropout",
+    "gelu",
+    "log_softmax",
+    "mse_loss",
+    "relu",
+    "softmax",
+]
+
+# ---------------------------------------------------------------------------------------------- activations
+
+
+@op(kind="map", reference=F.relu)
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """max(input, 0), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+        RuntimeError: `inplace` on a leaf that requires grad, or on a tensor that overlaps itself.
+
+    Same as :func:`torch.nn.functional.relu`. Example: ``relu(torch.tensor([-1.0, 2.0]))`` is ``[0., 2.]``.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(relu, (input,), input, inplace=inplace)
+    return _C.relu_(input) if inplace else _C.relu(input)
+
+
+@op(kind="map", reference=F.gelu, rows=("gelu", "gelu_tanh"))
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """input * Phi(input), with Phi the cumulative distribution function of the normal distribution.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        approximate: ``"none"``, or ``"tanh"`` for 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+        RuntimeError: `approximate` is neither.
+
+    Same as :func:`torch.nn.functional.gelu` (Hendrycks and Gimpel, 2016). Example: ``gelu(torch.ones(1))`` is 0.8413.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(gelu, (input,), input, approximate=approximate)
+    if approximate == "none":
+        return _C.gelu(input)
+    if approximate == "tanh":
+        return _C.gelu_tanh(input)
+    raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}.")
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+
+@op(kind="reduce", reference=F.mse_loss)
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The squared difference of input and target, elementwise or its mean or sum.
+
+    Args:
+        input, target: float tensors of one shape; others are broadcast, with torch's warning.
+        size_average, reduce: deprecated, as in torch.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        weight: a factor per element, of input's shape; the mean is then the weighted mean.
+
+    Returns:
+        A 0-d tensor, or one of the inputs' shape for ``"none"``; of the inputs' dtype, float32 under autocast.
+
+    Raises:
+        ValueError: an unknown reduction, or a weight of another size.
+
+    Same as :func:`torch.nn.functional.mse_loss`. Gradients flow to input and target. Example:
+    ``mse_loss(torch.zeros(2), torch.tensor([1.0, 3.0]))`` is 5.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            mse_loss, (input, target, weight), input, target, size_average=size_average,
+            reduce=reduce, reduction=reduction, weight=weight,
+        )  # fmt: skip
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is not None or input.shape != target.shape:
+        return _broadcast_mse_loss(input, target, reduction, weight)
+    return _C.mse_loss(input, target, _reduction.get_enum(reduction))
+
+
+def _broadcast_mse_loss(input, target, reduction, weight):
+    if input.shape != target.shape:
+        torch._C._log_api_usage_once("fastops.broadcast_mse_loss")
+        import warnings
+
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=3,
+        )
+    expanded = torch.broadcast_tensors(input, target)
+    if weight is None:
+        return _C.mse_loss(*expanded, _reduction.get_enum(reduction))
+    if weight.shape != input.shape:
+        raise ValueError("Weights and input must have the same size.")
+    weighted = _C.mse_loss(*expanded, _reduction.get_enum("none")) * weight
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    if reduction == "mean":
+        return weighted.sum() / weight.sum()
+    raise ValueError(
+        f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'."
+    )
+
+
+@op(kind="rows", reference=F.cross_entropy)
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy between logits and targets: -log(softmax(input)[target]).
+
+    The loss and its gradient are computed in one visit of the logits when a gradient will be wanted; nothing else is
+    kept for backward.
+
+    Args:
+        input: logits of shape (C), (N, C) or (N, C, d1, ...), in any dense layout.
+        target: class indices (int64 or uint8) of shape (), (N) or (N, d1, ...); or probabilities of input's shape,
+            which are handed to torch.nn.functional.cross_entropy.
+        weight: a factor per class, of shape (C). No gradient flows to it.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows with this target count for nothing.
+        reduction: ``"none"``, ``"mean"`` (weighted, over rows not ignored) or ``"sum"``.
+        label_smoothing: in [0, 1]; how much of the target distribution is spread over all classes.
+
+    Returns:
+        A 0-d tensor, or one of target's shape for ``"none"``; of input's dtype, float32 under autocast.
+
+    Raises:
+        IndexError: a target out of range (on CUDA a device assertion, as torch's).
+        ValueError: batch sizes that differ, an unknown reduction.
+        RuntimeError: shapes, dtypes or devices that do not fit.
+
+    Same as :func:`torch.nn.functional.cross_entropy`. Example: ``cross_entropy(torch.zeros(1, 10), torch.tensor([3]))``
+    is log(10) = 2.3026.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy, (input, target, weight), input, target, weight=weight,
+            size_average=size_average, ignore_index=ignore_index, reduce=reduce,
+            reduction=reduction, label_smoothing=label_smoothing,
+        )  # fmt: skip
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if target.is_floating_point():
+        return F.cross_entropy(
+            input, target, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+    return _C.cross_entropy(
+        input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
+    )
+
+
+# ---------------------------------------------------------------------------------------------- softmax
+
+
+def _softmax_dim(name: str, ndim: int, stacklevel: int) -> int:
+    return F._get_softmax_dim(name, ndim, stacklevel + 1)
+
+
+@op(kind="rows", reference=F.softmax)
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """exp(input) / sum(exp(input)) along a dimension.
+
+    Args:
+        input: a float tensor of any shape and dense layout; other dtypes with `dtype` only.
+        dim: the dimension whose values sum to 1.
+        dtype: what input is converted to first.
+
+    Raises:
+        IndexError: `dim` is out of range.
+        NotImplementedError: a dtype that is not float64, float32, bfloat16 or float16.
+
+    Same as :func:`torch.nn.functional.softmax`; float32 under autocast. Example: ``softmax(torch.zeros(4), dim=0)`` is
+    0.25 four times.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
+        )
+    if dim is None:
+        dim = _softmax_dim("softmax", input.dim(), _stacklevel)
+    return _C.softmax(input if dtype is None else input.to(dtype), dim)
+
+
+@op(kind="rows", reference=F.log_softmax)
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """log(softmax(input)) along a dimension, without overflow.
+
+    Args, errors: those of :func:`softmax`. Same as :func:`torch.nn.functional.log_softmax`.
+    Example: ``log_softmax(torch.zeros(4), dim=0)`` is -1.3863 four times.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
+        )
+    if dim is None:
+        dim = _softmax_dim("log_softmax", input.dim(), _stacklevel)
+    return _C.log_softmax(input if dtype is None else input.to(dtype), dim)
+
+
+# ---------------------------------------------------------------------------------------------- dropout
+
+
+@op(kind="random", reference=F.dropout)
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zeroes each element with probability p and scales the others by 1 / (1 - p).
+
+    The mask comes of a counter-based generator (Philox 4x32-10) keyed by one random seed and the element's row-major
+    index. Backward makes it again: no mask is kept. It is the same on every device, for any number of threads and any
+    memory layout, and obeys torch.manual_seed, fork_rng and activation checkpointing.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        p: in [0, 1].
+        training: False returns input as it is.
+        inplace: overwrite `input` and return it.
+        generator: where the seed is drawn from; torch's default generator otherwise.
+
+    Raises:
+        ValueError: `p` is not in [0, 1].
+        NotImplementedError: `input` is of another dtype.
+
+    Same in distribution as :func:`torch.nn.functional.dropout` (Srivastava et al., 2014).
+    Example: ``dropout(torch.ones(4), 0.5)`` holds zeros and twos.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout, (input,), input, p=p, training=training, inplace=inplace, generator=generator
+        )
+    return _C.dropout(input, p, training, inplace, generator)
+
+

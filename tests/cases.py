@@ -1,0 +1,178 @@
+"""Inputs for every op of the table: what the tests of all kinds iterate over. A new elementwise op needs no line here;
+an op with arguments of its own gets them in `ARGUMENTS`, or samples in `SAMPLES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastops._op import OPS, Op
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FAST = torch.float32
+
+# Keyword arguments to try beside the defaults.
+ARGUMENTS: dict[str, list[dict]] = {"gelu": [{"approximate": "tanh"}]}
+
+
+@dataclass
+class Case:
+    """One call: tensors by position, the rest by name. `name` is the test's id."""
+
+    op: Op
+    name: str
+    tensors: tuple[Tensor, ...]
+    kwargs: dict = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        convert = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+        kwargs = {k: convert(v) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
+        return Case(self.op, self.name, tuple(convert(t) for t in self.tensors), kwargs)
+
+    def leaves(self) -> Case:
+        """The same with leaves that require grad, in the same memory layout."""
+        return Case(
+            self.op,
+            self.name,
+            tuple(t.detach().requires_grad_(t.is_floating_point()) for t in self.tensors),
+            self.kwargs,
+        )
+
+    def __call__(self, function: Callable | None = None) -> Tensor:
+        return (function or self.op.function)(*self.tensors, **self.kwargs)
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "0-d": lambda: randn(),
+    "empty": lambda: randn(0, 3),
+    "one": lambda: randn(1),
+    "odd": lambda: randn(7, 13),
+    "lines": lambda: randn(33, 65),
+    "channels_last": lambda: randn(2, 3, 5, 7).to(memory_format=torch.channels_last),
+    "channels_last_3d": lambda: randn(2, 3, 2, 3, 4).to(memory_format=torch.channels_last_3d),
+    "transposed": lambda: randn(9, 17).t(),
+    "permuted": lambda: randn(3, 4, 5).permute(2, 0, 1),
+    "strided": lambda: randn(8, 30)[:, ::3],
+    "offset": lambda: randn(101)[1:],
+    "expanded": lambda: randn(5, 1).expand(5, 6),
+}
+
+
+def map_cases(op: Op) -> Iterator[Case]:
+    for kwargs in [{}, *ARGUMENTS.get(op.name, [])]:
+        label = "".join(f",{k}={v}" for k, v in kwargs.items())
+        for layout, make in LAYOUTS.items():
+            yield Case(op, f"{op.name}-{layout}{label}", (make(),), kwargs)
+
+
+def reduce_cases(op: Op) -> Iterator[Case]:
+    for reduction in ("none", "mean", "sum"):
+        for layout, make in LAYOUTS.items():
+            x = make()
+            t = randn(*x.shape, seed=1)
+            yield Case(op, f"{op.name}-{layout},{reduction}", (x, t), {"reduction": reduction})
+
+
+def softmax_cases(op: Op) -> Iterator[Case]:
+    shapes = {
+        "0-d": (randn(), 0),
+        "empty": (randn(0, 3), 1),
+        "row": (randn(1000), 0),
+        "rows": (randn(7, 130), -1),
+        "long": (randn(2, 5000), 1),
+        "columns": (randn(6, 5, 37), 1),
+        "first": (randn(5, 70), 0),
+        "channels_last": (randn(2, 19, 3, 5).to(memory_format=torch.channels_last), 1),
+        "strided": (randn(8, 60)[:, ::3], 1),
+        "one column": (randn(4, 1, 3), 1),
+        "large": (randn(3, 40) * 1e4, 1),
+    }
+    for name, (x, dim) in shapes.items():
+        yield Case(op, f"{op.name}-{name}", (x,), {"dim": dim})
+
+
+def targets(*shape: int, classes: int, seed: int = 3) -> Tensor:
+    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cross_entropy_cases(op: Op) -> Iterator[Case]:
+    ignored = targets(9, classes=13)
+    ignored[2::3] = 5
+    weight = randn(13, seed=4).abs() + 0.1
+    inputs = {
+        "(C)": (randn(13), targets(classes=13), {}),
+        "(N,C)": (randn(9, 13), targets(9, classes=13), {}),
+        "many classes": (randn(3, 5003), targets(3, classes=5003), {}),
+        "one class": (randn(4, 1), targets(4, classes=1), {}),
+        "ignored": (randn(9, 13), ignored, {"ignore_index": 5}),
+        "(N,C,d)": (randn(4, 13, 37), targets(4, 37, classes=13), {}),
+        "(N,C,h,w)": (randn(2, 13, 5, 7), targets(2, 5, 7, classes=13), {}),
+        "channels_last": (
+            randn(2, 13, 5, 7).to(memory_format=torch.channels_last),
+            targets(2, 5, 7, classes=13),
+            {},
+        ),
+        "permuted": (randn(5, 2, 13).permute(1, 2, 0), targets(2, 5, classes=13), {}),
+        "strided": (randn(9, 39)[:, ::3], targets(9, classes=13), {}),
+        "transposed": (randn(13, 9).t(), targets(9, classes=13), {}),
+        "uint8": (randn(9, 13), targets(9, classes=13).to(torch.uint8), {}),
+        "large": (randn(9, 13) * 1e4, targets(9, classes=13), {}),
+    }
+    for name, (x, t, kwargs) in inputs.items():
+        for reduction in ("mean", "sum", "none"):
+            yield Case(op, f"{op.name}-{name},{reduction}", (x, t), {**kwargs, "reduction": reduction})
+        if x.dim() > 1 and x.size(1) == 13:
+            for smoothing in (0.0, 0.1, 1.0):
+                for w in (None, weight):
+                    extra = {"label_smoothing": smoothing, "weight": w}
+                    label = f"{smoothing}{',weight' if w is not None else ''}"
+                    yield Case(op, f"{op.name}-{name},smoothing={label}", (x, t), {**kwargs, **extra})
+
+
+SAMPLES: dict[str, Callable[[Op], Iterator[Case]]] = {
+    "cross_entropy": cross_entropy_cases,
+    "softmax": softmax_cases,
+    "log_softmax": softmax_cases,
+}
+KINDS: dict[str, Callable[[Op], Iterator[Case]]] = {"map": map_cases, "reduce": reduce_cases}
+
+
+def cases(kind: str | None = None) -> list[Case]:
+    """Every sample of every op (of one kind); random ops, which have no reference to the bit, are tested apart."""
+    found = []
+    for op in OPS.values():
+        make = SAMPLES.get(op.name) or KINDS.get(op.kind)
+        if make and kind in (None, op.kind):
+            found += make(op)
+    return found
+
+
+def ids(found: list[Case]) -> list[str]:
+    return [c.name for c in found]
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """The largest deviation, relative to the largest exact value where that is above 1. What is not finite must agree."""
+    a, b = actual.detach().double(), exact.detach().double()
+    assert a.shape == b.shape, (a.shape, b.shape)
+    if b.numel() == 0:
+        return 0.0
+    finite = b.isfinite()
+    torch.testing.assert_close(a[~finite], b[~finite], equal_nan=True)
+    if not finite.any():
+        return 0.0
+    deviation = (a - b)[finite].abs().max().item()
+    return deviation / max(1.0, b[finite].abs().max().item())
+
+
+def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """The project's one tolerance: error to float64 at most twice torch's own, plus 4 eps."""
+    mine, theirs = error(ours, exact), error(torchs, exact)
+    assert mine <= 2 * theirs + 4 * torch.finfo(dtype).eps, f"error {mine:.3g}, torch's {theirs:.3g}"

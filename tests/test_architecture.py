@@ -1,0 +1,117 @@
+"""The architecture: what may include what, one formula once, and that the table is what everything is made from."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastops
+from fastops import functional
+from fastops._op import OPS, ROWS, overload
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+
+
+def files(folder: str, *endings: str) -> list[Path]:
+    found = [p for p in sorted((CSRC / folder).iterdir()) if p.suffix in endings]
+    assert found
+    return found
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r"^\s*#\s*include\s+[<\"]([^>\"]+)[>\"]", path.read_text(), re.M)
+
+
+def test_formulas_know_nothing_but_the_vocabulary():
+    for path in files("formulas", ".h"):
+        assert includes(path) == ["../math.h"], path.name
+        assert not re.search(r"\b(for|while|Vectorized|blockIdx|Tensor)\b *\(", path.read_text()) or path.name in {
+            "dropout.h"  # the ten rounds of its generator
+        }, path.name
+
+
+def test_cpu_loops_know_no_torch():
+    for path in files("cpu", ".h", ".cpp"):
+        for name in includes(path):
+            assert not name.startswith(("torch/", "ATen/ops", "ATen/core")), (path.name, name)
+            assert name not in ("vector", "string", "functional"), (path.name, name)
+
+
+def test_cuda_kernels_know_no_torch():
+    for path in files("cuda", ".cu", ".cuh"):
+        for name in includes(path):
+            assert not name.startswith(("torch/", "ATen/")), (path.name, name)
+
+
+def test_torch_layer_names_no_elementwise_op():
+    """Kinds of many rows are registered from the table: their files name none."""
+    for kind, name in (("map", "map.cpp"), ("reduce", "reduce.cpp")):
+        text = (CSRC / "torch" / name).read_text()
+        for row in (r for r, (k, _) in ROWS.items() if k == kind and r != "sum"):
+            assert f'"{row}' not in text, (name, row)
+
+
+def test_files_pair_up():
+    cpu = {p.stem for p in files("cpu", ".cpp")}
+    assert cpu == {"map", "reduce", "rows", "random", "step"}
+    assert cpu == {p.stem for p in files("cuda", ".cu")}
+    assert cpu <= {p.stem for p in files("torch", ".cpp")}
+
+
+def test_every_public_function_is_in_the_table():
+    assert sorted(functional.__all__) == sorted(OPS)
+    for name, op in OPS.items():
+        assert op.function is getattr(functional, name)
+        for row in op.rows:
+            assert row in ROWS
+
+
+def test_every_kernel_is_public():
+    used = {row for op in OPS.values() for row in op.rows}
+    assert used == {r for r, (kind, _) in ROWS.items() if kind != "step" and r != "sum"}
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_docstring_and_signature(name):
+    op = OPS[name]
+    doc = inspect.getdoc(op.function)
+    assert doc and "torch.nn.functional" in doc and "Example" in doc
+    try:
+        theirs = inspect.signature(op.reference)
+    except ValueError:  # a builtin
+        return
+    ours = list(op.signature.parameters.values())
+    for mine, other in zip(ours, theirs.parameters.values()):  # noqa: B905  ours may add keywords
+        assert (mine.name, mine.default) == (other.name, other.default), name
+    assert len(ours) >= len(theirs.parameters)
+
+
+@pytest.mark.parametrize("row", [r for r, (kind, _) in ROWS.items() if kind == "map"])
+def test_schema_has_the_formulas_parameters(row):
+    arguments = overload(row)._schema.arguments[1:]
+    assert [(a.name, a.default_value) for a in arguments] == fastops._op.parameters_of(row)
+
+
+def test_every_function_has_a_function_class_and_all_names_exist():
+    for module in (fastops, fastops.autograd, fastops.functional, fastops.nn, fastops.optim, fastops.memory):
+        for name in module.__all__:
+            assert hasattr(module, name), (module.__name__, name)
+    for row, (kind, _) in ROWS.items():
+        if kind != "step" and row != "sum":
+            words = "".join({"relu": "ReLU", "gelu": "GELU", "mse": "MSE"}.get(w, w.capitalize()) for w in row.split("_"))
+            assert issubclass(getattr(fastops.autograd, f"{words}Function"), torch.autograd.Function)
+
+
+def test_version_is_in_one_place():
+    assert f'version = "{fastops.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_no_private_words():
+    """No path of a developer's machine, no registry host."""
+    pattern = re.compile(r"/work/|/root/|/home/\w|pypi\.org|https?://[\w.]*(?:artifactory|nexus|proxy)")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("csrc/**/*.*"), *ROOT.glob("fastops/**/*.py")]:
+        if path.is_file() and path.suffix not in {".so", ".npz", ".png", ".pt"}:
+            assert not pattern.search(path.read_text(errors="ignore")), path

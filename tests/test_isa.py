@@ -1,0 +1,84 @@
+"""The three instruction sets of the CPU kernels: the suite's kernel tests pass on each, dropout's mask is the same to
+the bit, and no object holds code that the linker could use in place of another's."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastops
+
+HERE = Path(__file__).parent
+ISAS = ["default", "avx2", "avx512"]
+BEST = torch.backends.cpu.get_cpu_capability()
+
+def available(isa: str) -> bool:
+    return isa == "default" or (isa == "avx2" and BEST in ("AVX2", "AVX512")) or (isa == "avx512" and BEST == "AVX512")
+
+def need(isa: str) -> None:
+    if platform.machine() not in ("x86_64", "AMD64") and isa != "default":
+        pytest.skip(f"{isa} is x86-64's, this machine is {platform.machine()}")
+    if not available(isa):
+        pytest.skip(f"this CPU has no {isa} (it has {BEST})")
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernel_tests_pass(isa):
+    need(isa)
+    if isa.upper() == fastops._C.cpu_capability():
+        return  # the process that runs this is that instruction set already
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         str(HERE / "test_values.py"), str(HERE / "test_random.py"), "-k", "not compile and not threads"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": isa}, capture_output=True, text=True, cwd=HERE.parent,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) > 100, result.stdout[-500:]
+
+SCRIPT = """
+import json, torch, fastops
+d = torch.ops.fastops.dropout.default
+s = torch.tensor(1234567890123456789)
+masks = [d(torch.ones(997, dtype=t), p, s).ne(0).tolist() for t in (torch.float32, torch.float64, torch.bfloat16) for p in (.1, .5)]
+masks += [d(torch.ones(3, 5, 7, 11).to(memory_format=torch.channels_last), .5, s).ne(0).flatten().tolist()]
+print(json.dumps([fastops._C.cpu_capability(), masks]))
+"""
+
+def test_masks_are_the_same_to_the_bit():
+    results = {}
+    for isa in ISAS:
+        if available(isa):
+            out = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, "ATEN_CPU_CAPABILITY": isa},
+                                 capture_output=True, text=True, check=True)  # fmt: skip
+            name, masks = json.loads(out.stdout)
+            assert name == isa.upper()
+            results[isa] = masks
+    assert all(m == results["default"] for m in results.values())
+
+def test_no_symbol_of_one_instruction_set_can_serve_another():
+    """Weak functions of the per-instruction-set objects are merged by the linker: each must name its instruction set."""
+    objects = sorted(HERE.parent.glob("build/temp*/*/csrc/cpu/*.o"))
+    if not objects:
+        pytest.skip("no build folder: fastops is installed, not built in place")
+    assert shutil.which("nm"), "nm (binutils) is needed to check the objects"
+    assert len(objects) % 5 == 0
+    for path in objects:
+        isa = path.parts[-4]
+        listing = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        for line in listing.splitlines():
+
+            kind = re.search(r" ([WVu]) (.+)$", line)
+            if kind:
+                assert f"::{isa}::" in kind[2], f"{path.name} ({isa}): {kind[2]}"
+
+def test_bad_capability_is_harmless():
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", "import fastops; print(fastops._C.cpu_capability())"],
+                         env={**os.environ, "ATEN_CPU_CAPABILITY": "sse9"}, capture_output=True, text=True)  # fmt: skip
+    assert out.returncode == 0 and out.stdout.strip() in ("DEFAULT", "AVX2", "AVX512")

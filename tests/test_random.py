@@ -1,0 +1,185 @@
+"""Dropout: the mask is a function of the seed and the element's row-major index alone; what it keeps is scaled; its
+statistics; and every source of seeds that torch has."""
+
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS
+
+import fastops
+from fastops._op import overload
+
+F = fastops.functional
+dropout = overload("dropout")
+SEED = torch.tensor(0x1234_5678_9ABC_DEF)
+
+
+def philox(counter: int, seed: int) -> list[int]:
+    """Philox 4x32-10 in plain integers (Salmon et al., 2011)."""
+    c = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+    k = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def test_philox_known_answers():
+    # Random123's kat_vectors: philox4x32 10, all zero and all one counters and keys
+    assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def kept(n: int, p: float, seed: int) -> torch.Tensor:
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    words = itertools.chain.from_iterable(philox(i, seed) for i in range((n + 3) // 4))
+    return torch.tensor([w >= threshold for w in words][:n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 3, 63, 64, 65, 1000])
+def test_mask_is_philox_of_the_element(dtype, n):
+    x = torch.ones(n, dtype=dtype)
+    y = dropout(x, 0.3, SEED)
+    mask = kept(n, 0.3, SEED.item())
+    assert torch.equal(y != 0, mask)
+    torch.testing.assert_close(y[mask], torch.full_like(y[mask], 1 / 0.7))
+
+
+def test_element_beyond_32_bits_of_counter():
+    """Elements beyond 2^34, by arithmetic: the counter's high word counts. A tensor that large is never read."""
+    assert philox(2**32, 5) != philox(0, 5)
+
+
+@pytest.mark.parametrize("layout", [k for k in LAYOUTS if k != "empty"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mask_does_not_depend_on_layout(layout, dtype):
+    x = LAYOUTS[layout]().to(dtype)
+    y = dropout(x, 0.4, SEED)
+    assert torch.equal(y, dropout(x.contiguous(), 0.4, SEED))
+    assert y.stride() == torch.empty_like(x).stride()
+
+
+def test_large_permuted_tensor():
+    x = torch.randn(3, 64, 57, 41)
+    y = dropout(x.to(memory_format=torch.channels_last), 0.5, SEED)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, dropout(x, 0.5, SEED))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_mask_does_not_depend_on_threads(threads):
+    x = torch.randn(300_001)
+    expected = dropout(x, 0.5, SEED)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(dropout(x, 0.5, SEED), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_backward_makes_the_mask_again():
+    x = torch.randn(1000, requires_grad=True)
+    y = F.dropout(x, 0.25)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad != 0, y != 0)
+    torch.testing.assert_close(y, x * x.grad)
+
+
+def test_nothing_but_the_seed_is_saved():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        F.dropout(torch.randn(10_000, requires_grad=True), 0.5)
+    assert sum(t.nbytes for t in saved) <= 8
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_statistics(p):
+    torch.manual_seed(11)
+    n = 1 << 20
+    m = (F.dropout(torch.ones(n), p) != 0).double()
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert abs(m.mean().item() - (1 - p)) < 5 * sigma
+    centred = m - (1 - p)
+    for lag in (1, 2, 4, 16, 64, 1024):
+        correlation = (centred[lag:] * centred[:-lag]).mean().item() / (p * (1 - p))
+        assert abs(correlation) < 5 / n**0.5, lag
+    chunks = m.reshape(-1, 4096).mean(1)
+    assert (chunks - (1 - p)).abs().max() < 6 * (p * (1 - p) / 4096) ** 0.5
+
+
+def test_edges():
+    x = torch.randn(5, requires_grad=True)
+    assert F.dropout(x, 0.0) is x
+    assert F.dropout(x, 0.7, training=False) is x
+    y = F.dropout(x, 1.0)
+    assert torch.equal(y, torch.zeros(5))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros(5))
+    assert F.dropout(torch.empty(0, 3)).shape == (0, 3)
+    assert fastops.nn.Dropout(0.5).eval()(x) is x
+    tiny = dropout(torch.ones(1000), 1e-12, SEED)
+    assert (tiny != 0).all()
+
+
+def test_inplace():
+    x = torch.randn(100)
+    expected = dropout(x, 0.5, SEED)
+    y = x.clone()
+    overload("dropout_")(y, 0.5, SEED)
+    assert torch.equal(y, expected)
+    z = torch.randn(8, requires_grad=True)
+    w = z * 2
+    v = F.dropout(w, 0.5, inplace=True)
+    assert v is w
+    (g,) = torch.autograd.grad(v.sum(), z)
+    assert torch.equal(g != 0, v != 0)
+
+
+def test_sources_of_seeds():
+    x = torch.ones(200)
+    torch.manual_seed(5)
+    a, b = F.dropout(x), F.dropout(x)
+    assert not torch.equal(a, b)
+    torch.manual_seed(5)
+    assert torch.equal(F.dropout(x), a)
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        F.dropout(x)
+    assert torch.equal(F.dropout(x), b)
+    g = torch.Generator().manual_seed(1)
+    c = F.dropout(x, generator=g)
+    assert torch.equal(F.dropout(x, generator=torch.Generator().manual_seed(1)), c)
+    before = torch.get_rng_state()
+    F.dropout(x, generator=g)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_vmap_randomness():
+    x = torch.ones(6, 50)
+    torch.manual_seed(0)
+    different = torch.vmap(F.dropout, randomness="different")(x)
+    assert len({tuple(r.tolist()) for r in different}) > 1
+    same = torch.vmap(F.dropout, randomness="same")(x)
+    assert len({tuple(r.tolist()) for r in same}) == 1
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(F.dropout)(x)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend):
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: F.dropout(x * 1.0, 0.5), fullgraph=True, backend=backend)
+    x = torch.randn(1000, requires_grad=True)
+    y = f(x)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(g != 0, y != 0)
+    assert 300 < (y == 0).sum() < 700
+
+
+def test_gradcheck():
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    f = lambda x: dropout(x, 0.5, SEED)  # noqa: E731
+    assert torch.autograd.gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, x)

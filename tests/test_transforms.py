@@ -1,0 +1,314 @@
+"""Every op under torch's transforms: opcheck, gradcheck, gradgradcheck, forward AD, compile, export, torch.func, vmap,
+autocast, checkpointing, compiled autograd, and tensors that are not plain. From the table of ops."""
+
+import itertools
+
+import pytest
+import torch
+from cases import Case, cases, ids
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jvp, vjp, vmap
+
+import fastops
+from fastops._op import OPS, ROWS, overload
+
+SMALL = [
+    c
+    for c in cases()
+    if c.tensors[0].numel() in range(1, 200) and "large" not in c.name and "0-d" not in c.name
+]
+FEW = [next(iter(g)) for _, g in itertools.groupby(SMALL, key=lambda c: (c.op.name, c.name.split(",")[1:]))]
+
+
+def differentiable(case: Case):
+    """A function of the float tensors of a case alone, and those tensors."""
+    case = case.to(torch.float64)
+    fixed = {k: t for k, t in enumerate(case.tensors) if not t.is_floating_point()}
+    free = [t.clone(memory_format=torch.preserve_format) for t in case.tensors if t.is_floating_point()]
+
+    def function(*xs):
+        it = iter(xs)
+        return case.op.function(
+            *(fixed[k] if k in fixed else next(it) for k in range(len(case.tensors))), **case.kwargs
+        )
+
+    return function, free
+
+
+def smooth(case: Case) -> bool:
+    return case.op.name not in {"relu"}  # random inputs are not at the kink, but its second derivative is 0
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
+def test_gradcheck(case):
+    function, xs = differentiable(case)
+    xs = [x.requires_grad_() for x in xs]
+    assert gradcheck(function, xs, check_forward_ad=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
+def test_gradgradcheck(case):
+    function, xs = differentiable(case)
+    if sum(x.numel() for x in xs) > 150:
+        xs = xs[:1] if len(xs) == 1 else xs
+    assert gradgradcheck(function, [x.requires_grad_() for x in xs], check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("case", FEW, ids=ids(FEW))
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(case, backend):
+    function, xs = differentiable(case)
+    xs = [x.float() for x in xs]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: function(*a) * 2, fullgraph=True, backend=backend)
+    for dynamic in (False,):
+        leaves = [x.clone().requires_grad_() for x in xs]
+        plain = [x.clone().requires_grad_() for x in xs]
+        y, z = compiled(*leaves), function(*plain) * 2
+        torch.testing.assert_close(y, z)
+        for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(z.sum(), plain), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_dynamic_shapes():
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def f(x, t):
+        h = fastops.functional.gelu(fastops.functional.relu(x))
+        return fastops.functional.cross_entropy(h, t) + fastops.functional.mse_loss(h, x)
+
+    for n in (3, 5, 8):
+        x = torch.randn(n, 6, requires_grad=True)
+        t = torch.randint(0, 6, (n,))
+        (g,) = torch.autograd.grad(f(x, t), x)
+        assert g.shape == x.shape
+
+
+@pytest.mark.parametrize("case", FEW, ids=ids(FEW))
+def test_export(case):
+    function, xs = differentiable(case)
+
+    class Model(torch.nn.Module):
+        def forward(self, *args):
+            return function(*args)
+
+    exported = torch.export.export(Model(), tuple(xs))
+    torch.testing.assert_close(exported.module()(*xs), function(*xs))
+
+
+@pytest.mark.parametrize("case", FEW, ids=ids(FEW))
+def test_torch_func(case):
+    function, (x, *rest) = differentiable(case)
+    reference = lambda v: case.op.reference(v, *case.to(torch.float64).tensors[1:], **case.to(torch.float64).kwargs)  # noqa: E731
+    ours = lambda v: function(v, *rest)  # noqa: E731
+    total = lambda f: lambda v: (f(v) ** 2).sum()  # noqa: E731
+    v = torch.ones_like(x)
+    torch.testing.assert_close(grad(total(ours))(x), grad(total(reference))(x))
+    torch.testing.assert_close(jvp(ours, (x,), (v,)), jvp(reference, (x,), (v,)))
+    torch.testing.assert_close(vjp(ours, x)[1](ours(x)), vjp(reference, x)[1](reference(x)))
+    torch.testing.assert_close(hessian(total(ours))(x), hessian(total(reference))(x))
+    nested = lambda f: grad(lambda u: (grad(total(f))(u) ** 2).sum())  # noqa: E731
+    torch.testing.assert_close(nested(ours)(x), nested(reference)(x))
+
+
+@pytest.mark.parametrize("case", FEW, ids=ids(FEW))
+@pytest.mark.parametrize("dim", [0, -1])
+def test_vmap(case, dim):
+    case = case.to(torch.float32)
+    batch = [torch.stack([t, t.flip(0) if t.dim() else t, t], dim) for t in case.tensors]
+
+    def over(function):
+        return lambda *ts: function(*ts, **case.kwargs)
+
+    dims = tuple(dim for _ in batch)
+    torch.testing.assert_close(
+        vmap(over(case.op.function), dims)(*batch), vmap(over(case.op.reference), dims)(*batch)
+    )
+
+    def per_example(function):
+        return vmap(grad(lambda x, *rest: function(x, *rest, **case.kwargs).sum()), dims)
+
+    torch.testing.assert_close(
+        per_example(case.op.function)(*batch), per_example(case.op.reference)(*batch)
+    )
+
+
+def opcheck_inputs():
+    x, t = torch.randn(4, 6), torch.randn(4, 6)
+    seed = torch.tensor(7)
+    labels = torch.tensor([0, 5, 2, 1])
+    weight = torch.rand(6)
+    for row, (kind, _) in ROWS.items():
+        if kind == "map":
+            params = [v for _, v in fastops._op.parameters_of(row)]
+            yield row, (x, *params)
+            yield f"{row}_", (x, *params)
+            yield f"{row}_backward", (x, t, *params)
+        elif kind == "reduce" and row != "sum":
+            params = [v for _, v in fastops._op.parameters_of(row)]
+            for reduction in (0, 1, 2):
+                yield row, (x, t, reduction, False, *params)
+                grad = torch.ones(()) if reduction else t
+                yield f"{row}_backward", (grad, x, t, reduction, *params, 0)
+        elif kind == "softmax":
+            yield row, (x, -1)
+            yield f"{row}_backward", (t, x.softmax(-1), 1)
+    for reduction in (0, 1, 2):
+        yield "cross_entropy", (x, labels, None, reduction)
+        yield "cross_entropy_forward", (x, labels, weight, reduction, 5, 0.1)
+    yield "dropout", (x, 0.3, seed)
+    yield "dropout_", (x, 0.3, seed)
+
+
+@pytest.mark.parametrize("name, args", list(opcheck_inputs()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(name, args, requires_grad):
+    inplace = name.endswith("_")
+    if requires_grad and not inplace:
+        args = tuple(
+            a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() and not (
+                name.startswith("cross_entropy") and k == 2) else a
+            for k, a in enumerate(args)
+        )  # fmt: skip
+    elif requires_grad:
+        return  # a leaf that requires grad cannot be written to: test_errors
+    else:
+        args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+    torch.library.opcheck(overload(name), args)
+
+
+@pytest.mark.parametrize("case", FEW, ids=ids(FEW))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(case, dtype):
+    """The dtypes that torch's autocast gives; elementwise ops keep their input's."""
+    half = case.to(dtype).leaves()
+    with torch.autocast("cpu", dtype=dtype):
+        y = half()
+    if case.op.kind == "map":
+        assert y.dtype == dtype
+        return
+    exact = case.to(dtype).to(torch.float64)(case.op.reference)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact.double(), rtol=2e-2, atol=2e-2)
+    y.sum().backward()
+    assert half.tensors[0].grad.dtype == dtype
+
+
+def test_saved_tensor_hooks_and_checkpoint():
+    x = torch.randn(5, 7, requires_grad=True)
+    t = torch.tensor([1, 2, 3, 0, 6])
+
+    def f(v):
+        v = fastops.functional.dropout(fastops.functional.gelu(v), 0.4)
+        return fastops.functional.cross_entropy(fastops.functional.relu(v), t)
+
+    torch.manual_seed(3)
+    (plain,) = torch.autograd.grad(f(x), x)
+    torch.manual_seed(3)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False), x)
+    assert torch.equal(plain, again)
+    torch.manual_seed(3)
+    with torch.autograd.graph.save_on_cpu():
+        y = f(x)
+    assert torch.equal(plain, torch.autograd.grad(y, x)[0])
+
+
+def test_backward_twice():
+    for case in FEW:
+        leaves = case.to(torch.float32).leaves()
+        y = leaves().sum()
+        (first,) = torch.autograd.grad(y, leaves.tensors[:1], retain_graph=True)
+        kept = first.clone()
+        first.zero_()  # a caller may do as it likes with its gradient
+        (second,) = torch.autograd.grad(y, leaves.tensors[:1])
+        assert torch.equal(kept, second), case.name
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(y, leaves.tensors[:1])
+
+
+def test_modified_after_forward_raises():
+    x = torch.randn(4, requires_grad=True)
+    y = x * 1
+    z = fastops.functional.gelu(y)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_compiled_autograd():
+    for case in FEW:
+        function, xs = differentiable(case)
+        eager = [x.clone().requires_grad_() for x in xs]
+        function(*eager).sum().backward()
+        torch._dynamo.reset()
+        leaves = [x.clone().requires_grad_() for x in xs]
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            function(*leaves).sum().backward()
+        for a, b in zip(leaves, eager, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=case.name)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that keeps itself through torch functions."""
+
+
+def test_subclasses_and_modes():
+    for case in FEW:
+        tensors = [t.as_subclass(Tagged) if t.is_floating_point() else t for t in case.to(torch.float32).tensors]
+        y = case.op.function(*tensors, **case.kwargs)
+        assert isinstance(y, Tagged), case.name
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        fastops.functional.relu(torch.ones(2))
+    assert fastops.functional.relu in seen
+
+
+def test_meta_and_fake():
+    for case in FEW:
+        case = case.to(torch.float32)
+        meta = Case(case.op, case.name, tuple(t.to("meta") for t in case.tensors),
+                    {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in case.kwargs.items()})  # fmt: skip
+        y, z = meta(), case()
+        assert (y.shape, y.dtype) == (z.shape, z.dtype), case.name
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_function_classes(name):
+    """fastops.autograd's Functions give the gradients, and gradients of gradients, of fastops.functional."""
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(5, 7, dtype=torch.float64)
+    labels = torch.tensor([1, 0, 6, 2, 3])
+    F, A = fastops.functional, fastops.autograd
+    pairs = {
+        "mse_loss": (lambda: A.MSELossFunction.apply(x, t, 1), lambda: F.mse_loss(x, t)),
+        "softmax": (lambda: A.SoftmaxFunction.apply(x, 1), lambda: F.softmax(x, 1)),
+        "log_softmax": (lambda: A.LogSoftmaxFunction.apply(x, 1), lambda: F.log_softmax(x, 1)),
+        "cross_entropy": (
+            lambda: A.CrossEntropyFunction.apply(x, labels, None, 1, -100, 0.1),
+            lambda: F.cross_entropy(x, labels, label_smoothing=0.1),
+        ),
+        "dropout": (
+            lambda: A.DropoutFunction.apply(x, 0.5, torch.tensor(5)),
+            lambda: overload("dropout")(x, 0.5, torch.tensor(5)),
+        ),
+    }
+    for row in OPS[name].rows:
+        cls = getattr(A, "".join({"relu": "ReLU", "gelu": "GELU"}.get(w, w.capitalize()) for w in row.split("_"))
+                      + "Function", None)  # fmt: skip
+        params = [v for _, v in fastops._op.parameters_of(row)]
+        ours, plain = pairs.get(name) or (lambda: cls.apply(x, *params), lambda: overload(row)(x, *params))  # noqa: B023
+        y, z = ours(), plain()
+        torch.testing.assert_close(y, z)
+        (gy,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+        (gz,) = torch.autograd.grad((z * z).sum(), x, create_graph=True)
+        torch.testing.assert_close(gy, gz)
+        torch.testing.assert_close(
+            torch.autograd.grad(gy.sum(), x)[0], torch.autograd.grad(gz.sum(), x)[0]
+        )

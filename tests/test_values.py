@@ -1,0 +1,81 @@
+"""Every op, every dtype, every layout: values, gradients, strides and dtypes are torch's. From the table of ops."""
+
+import pytest
+import torch
+from cases import DTYPES, Case, assert_as_accurate, cases, ids
+
+ALL = cases()
+
+
+def gradients(case: Case, function, dy):
+    y = case(function)
+    inputs = [t for t in case.tensors if t.is_floating_point()]
+    return y, torch.autograd.grad(y, inputs, dy.to(y.dtype)) if y.requires_grad else ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_as_accurate_as_torch(case, dtype):
+    rounded = case.to(dtype)
+    exact = rounded.to(torch.float64).leaves()
+    dy = torch.randn(exact(case.op.reference).shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    true, true_grads = gradients(exact, case.op.reference, dy)
+    theirs, their_grads = gradients(rounded.leaves(), case.op.reference, dy)
+    ours, our_grads = gradients(rounded.leaves(), None, dy)
+    assert ours.dtype == theirs.dtype
+    assert ours.stride() == theirs.stride() or ours.numel() <= 1
+    assert_as_accurate(ours, theirs, true, dtype)
+    with torch.no_grad():
+        assert_as_accurate(rounded(), theirs, true, dtype)  # the path that keeps nothing for backward
+    for mine, other, exactly in zip(our_grads, their_grads, true_grads, strict=True):
+        assert mine.dtype == other.dtype
+        assert_as_accurate(mine, other, exactly, dtype)
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_inputs_are_left_alone(case):
+    case = case.to(torch.float32)
+    before = [t.clone() for t in case.tensors]
+    versions = [t._version for t in case.tensors]
+    leaves = case.leaves()
+    y = leaves()
+    if y.requires_grad:
+        y.sum().backward()
+    for t, b, v in zip(case.tensors, before, versions, strict=True):
+        torch.testing.assert_close(t, b, rtol=0, atol=0, equal_nan=True)
+        assert t._version == v
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_threads_do_not_change_a_bit(case, threads):
+    case = case.to(torch.float32)
+    first = case.leaves()
+    y = first()
+    dy = torch.ones_like(y)
+    g = torch.autograd.grad(y, first.tensors[0], dy)[0] if y.requires_grad else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        again = case.leaves()
+        z = again()
+        assert torch.equal(y.nan_to_num(), z.nan_to_num())
+        if g is not None:
+            assert torch.equal(g.nan_to_num(), torch.autograd.grad(z, again.tensors[0], dy)[0].nan_to_num())
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_special_values(case):
+    """inf, -inf, nan and huge values give what torch gives."""
+    x = case.tensors[0].to(torch.float32).clone()
+    if x.numel() < 8 or any(s == 0 for s in x.stride()):
+        pytest.skip("too few elements to hold the special values")
+    flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
+    flat[: 8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, -0.0, 1e-42])
+    special = Case(case.op, case.name, (flat.reshape(x.shape), *case.to(torch.float32).tensors[1:]),
+                   case.to(torch.float32).kwargs)  # fmt: skip
+    torch.testing.assert_close(
+        special(), special(case.op.reference), equal_nan=True, rtol=1e-5, atol=1e-6
+    )
