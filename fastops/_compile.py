@@ -169,29 +169,28 @@ def _vmaps() -> None:
     for name in rows_of("softmax"):
         softmaxes(name)
 
-    def cross_entropy_parts(info, dims, input, target, weight, reduction, ignore_index, smoothing, upcast):
-        """Unbatched calls, one per example, where more than the logits and targets are batched; else one call."""
+    def calls_of(info, dims, input, target, weight, reduction, ignore_index, smoothing, upcast):
+        """The arguments of one unbatched call per example."""
         x, t = (at_front(a, d, info.batch_size) for a, d in zip((input, target), dims))
-        return x, t, [
+        return [
             (x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k),
              reduction, ignore_index, smoothing, upcast)
             for k in range(info.batch_size)
         ]  # fmt: skip
 
     def cross_entropy_rule(info, dims, *args):
-        args = complete(args)
-        _, _, calls = cross_entropy_parts(info, dims, *args)
+        calls = calls_of(info, complete(dims), *complete(args))
         return torch.stack([overload("cross_entropy")(*c) for c in calls]), 0
 
     def cross_entropy_forward_rule(info, dims, *args):
-        args = complete(args)
-        _, _, calls = cross_entropy_parts(info, dims, *args)
+        calls = calls_of(info, complete(dims), *complete(args))
         loss, grad = zip(*(overload("cross_entropy_forward")(*c) for c in calls))
         return (torch.stack(loss), torch.stack(grad)), (0, 0)
 
-    def complete(args):
+    def complete(given):
+        """Arguments (or their batch dimensions, which are then not looked at) left at their defaults are not passed on."""
         defaults = (None, None, None, MEAN, -100, 0.0, False)
-        return (*args, *defaults[len(args) :])
+        return (*given, *defaults[len(given) :])
 
     batched("cross_entropy", cross_entropy_rule)
     batched("cross_entropy_forward", cross_entropy_forward_rule)

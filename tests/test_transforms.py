@@ -16,6 +16,7 @@ SMALL = [
     c
     for c in cases()
     if c.tensors[0].numel() in range(1, 200) and "large" not in c.name and "0-d" not in c.name
+    and "uint8" not in c.name  # which torch itself does not differentiate twice
 ]
 FEW = [next(iter(g)) for _, g in itertools.groupby(SMALL, key=lambda c: (c.op.name, c.name.split(",")[1:]))]
 
@@ -35,10 +36,6 @@ def differentiable(case: Case):
     return function, free
 
 
-def smooth(case: Case) -> bool:
-    return case.op.name not in {"relu"}  # random inputs are not at the kink, but its second derivative is 0
-
-
 @pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
 def test_gradcheck(case):
     function, xs = differentiable(case)
@@ -49,8 +46,6 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
 def test_gradgradcheck(case):
     function, xs = differentiable(case)
-    if sum(x.numel() for x in xs) > 150:
-        xs = xs[:1] if len(xs) == 1 else xs
     assert gradgradcheck(function, [x.requires_grad_() for x in xs], check_fwd_over_rev=True)
 
 
@@ -61,13 +56,13 @@ def test_compile_fullgraph(case, backend):
     xs = [x.float() for x in xs]
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: function(*a) * 2, fullgraph=True, backend=backend)
-    for dynamic in (False,):
-        leaves = [x.clone().requires_grad_() for x in xs]
-        plain = [x.clone().requires_grad_() for x in xs]
-        y, z = compiled(*leaves), function(*plain) * 2
-        torch.testing.assert_close(y, z)
-        for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(z.sum(), plain), strict=True):
-            torch.testing.assert_close(a, b)
+    leaves = [x.clone().requires_grad_() for x in xs]
+    plain = [x.clone().requires_grad_() for x in xs]
+    y, z = compiled(*leaves), function(*plain) * 2
+    torch.testing.assert_close(y, z)
+    ours, expected = torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(z.sum(), plain)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_compile_dynamic_shapes():

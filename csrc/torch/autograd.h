@@ -43,7 +43,7 @@ inline void set_tangent(const at::Tensor& result, const at::Tensor& t) {
   if (t.defined()) result._set_fw_grad(t, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-// Makes `outputs` the results of `name` on `inputs`, with `backward` to differentiate them.
+// Makes `outputs`, whose tangents are set, the results of `name` on `inputs`, with `backward` to differentiate them.
 void record(const char* name, Backward backward, std::vector<at::Tensor> outputs,
             const std::vector<at::Tensor>& inputs, std::vector<Save> saves, std::vector<c10::IValue> attributes);
 

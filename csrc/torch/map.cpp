@@ -183,10 +183,10 @@ struct ForwardAutograd {
     }
     Tensor dy;
     if (is_dual(input)) dy = op.backward.call(op.from_output ? y : primal(input), tangent(input), p...);
+    set_tangent(y, dy);
     if (requires_grad(input))
       record(label.c_str(), &forward_vjp<P...>, {y}, {input}, {{op.from_output ? y : input, op.from_output}},
              {static_cast<int64_t>(row), p...});
-    set_tangent(y, dy);
     return y;
   }
 };
@@ -249,10 +249,10 @@ struct BackwardAutograd {
       const Tensor s = op.second.call(primal(saved), primal(grad), tangent(saved), p...);
       t = t.defined() ? at::add(t, s) : s;
     }
+    set_tangent(dx, t);
     if (requires_grad(saved, grad))
       record(label.c_str(), &backward_vjp<P...>, {dx}, {saved, grad}, {{saved}, {grad}},
              {static_cast<int64_t>(row), p...});
-    set_tangent(dx, t);
     return dx;
   }
 };

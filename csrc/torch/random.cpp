@@ -87,8 +87,8 @@ Tensor dropout_autograd(DispatchKeySet ks, const Tensor& input, double p, const 
   }
   Tensor dy;
   if (is_dual(input)) dy = dropout_op().call(tangent(input), p, seed);
-  if (requires_grad(input)) record("fastops::dropout", &dropout_vjp, {y}, {input, seed}, {{seed}}, {p});
   set_tangent(y, dy);
+  if (requires_grad(input)) record("fastops::dropout", &dropout_vjp, {y}, {input, seed}, {{seed}}, {p});
   return y;
 }
 

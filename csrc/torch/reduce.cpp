@@ -241,10 +241,10 @@ struct ForwardAutograd {
         values = plus(values, op.backward.call(tangent(target), x, t, at::Reduction::None, p..., 1));
       dy = reduced(values, reduction).to(y.scalar_type());
     }
+    set_tangent(y, dy);
     if (requires_grad(input, target))
       record(label.c_str(), &forward_vjp<P...>, {y}, {input, target}, {{input}, {target}},
              {static_cast<int64_t>(row), reduction, p...});
-    set_tangent(y, dy);
     return y;
   }
 };
@@ -272,10 +272,10 @@ struct BackwardAutograd {
       if (reduction == at::Reduction::Mean) value = value / x.sym_numel();
       dual = plus(dual, value);
     }
+    set_tangent(dx, dual);
     if (requires_grad(grad, input, target))
       record(label.c_str(), &backward_vjp<P...>, {dx}, {grad, input, target}, {{grad}, {input}, {target}},
              {static_cast<int64_t>(row), reduction, p..., wrt});
-    set_tangent(dx, dual);
     return dx;
   }
 };

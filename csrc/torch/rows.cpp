@@ -137,10 +137,10 @@ struct SoftmaxForwardAutograd {
       const Tensor t = tangent(input);
       dy = is_log(row) ? t - (t * y.exp()).sum(dim, true) : op.backward.call(t, y, dim);
     }
+    set_tangent(y, dy);
     if (requires_grad(input))
       record(("fastops::" + softmax_name(row)).c_str(), &softmax_vjp, {y}, {input}, {{y, true}},
              {static_cast<int64_t>(row), dim});
-    set_tangent(y, dy);
     return y;
   }
 };
@@ -162,10 +162,10 @@ struct SoftmaxBackwardAutograd {
                               : ty * (dy - (y * dy).sum(dim, true)) - y * (ty * dy).sum(dim, true);
       t = t.defined() ? at::add(t, s) : s;
     }
+    set_tangent(dx, t);
     if (requires_grad(grad, output))
       record(("fastops::" + softmax_name(row) + "_backward").c_str(), &softmax_backward_vjp, {dx}, {grad, output},
              {{grad}, {output}}, {static_cast<int64_t>(row), dim});
-    set_tangent(dx, t);
     return dx;
   }
 };
@@ -425,11 +425,11 @@ std::tuple<Tensor, Tensor> forward_and_record(DispatchKeySet ks, const Tensor& i
     dloss = total.to(loss.scalar_type());
     dgrad = hessian_product(grad, pt, pw, a, t);
   }
+  set_tangent(loss, dloss);
+  set_tangent(grad, dgrad);
   if (requires_grad(input) || (w.defined() && requires_grad(w)))
     record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
            {{grad, true}, {target}, {w}}, {reduction, ignore_index, label_smoothing, exclusive});
-  set_tangent(loss, dloss);
-  set_tangent(grad, dgrad);
   return {loss, grad};
 }
 
