@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -269,6 +274,32 @@ def _polyfills() -> None:
     substitute(_C.dropout)(dropout)
 
 
+def when_imported(name: str, then: Callable[[], None]) -> None:
+    """Calls `then` once module `name` is imported: now, or when somebody does. torch._dynamo takes as long to import as
+    torch itself, and only those who compile need it."""
+    if name in sys.modules:
+        then()
+        return
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname, path, target=None):
+            if fullname != name:
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+
+                def exec_module(module):
+                    execute(module)
+                    then()
+
+                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            return spec
+
+    sys.meta_path.insert(0, Finder())
+
+
 _fakes()
 _vmaps()
-_polyfills()
+when_imported("torch._dynamo", _polyfills)

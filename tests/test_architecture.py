@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,9 @@ def test_no_private_words():
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("csrc/**/*.*"), *ROOT.glob("fastops/**/*.py")]:
         if path.is_file() and path.suffix not in {".so", ".npz", ".png", ".pt"}:
             assert not pattern.search(path.read_text(errors="ignore")), path
+
+
+def test_import_does_not_import_the_compiler():
+    """torch._dynamo doubles the time that `import torch` takes; what it needs of us is told when it is imported."""
+    script = "import sys, fastops; assert 'torch._dynamo' not in sys.modules; import torch._dynamo"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -34,7 +34,7 @@ def test_kernel_tests_pass(isa):
     if isa.upper() == fastops._C.cpu_capability():
         return  # the process that runs this is that instruction set already
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
          str(HERE / "test_values.py"), str(HERE / "test_random.py"), "-k", "not compile and not threads"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": isa}, capture_output=True, text=True, cwd=HERE.parent,
     )  # fmt: skip

@@ -1,0 +1,183 @@
+// Runs every kernel of csrc/cuda once per dtype on a few sizes and addresses, for a sanitizer to watch: the values are
+// random and nobody looks at the results. `every_kernel` prints what a launcher returned and ends with 1, or 0.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <array>
+#include <random>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+namespace fastops {
+namespace {
+
+struct Dtype {
+  c10::ScalarType type, real;
+  size_t size;
+};
+constexpr Dtype kDtypes[] = {{c10::ScalarType::Float, c10::ScalarType::Float, 4},
+                             {c10::ScalarType::Double, c10::ScalarType::Double, 8},
+                             {c10::ScalarType::Half, c10::ScalarType::Float, 2},
+                             {c10::ScalarType::BFloat16, c10::ScalarType::Float, 2}};
+size_t real_size(const Dtype& d) { return d.real == c10::ScalarType::Double ? 8 : 4; }
+
+int failures = 0;
+std::mt19937_64 random_bits(1);
+
+void expect(const char* row, const char* kernel, Error error) {
+  if (!error) return;
+  std::printf("%s %s: %s\n", row, kernel, error);
+  ++failures;
+}
+
+// Buffers of one run. `offset` elements past a 16-byte boundary; filled with small positive numbers of any dtype.
+struct Buffers {
+  size_t offset;
+  std::vector<void*> made;
+  ~Buffers() {
+    for (void* buffer : made) failures += !emulation::release_buffer(buffer);
+  }
+  void* raw(size_t bytes, size_t shift = 0) {
+    made.push_back(emulation::allocate(bytes, shift, false));
+    return made.back();
+  }
+  void* values(int64_t n, c10::ScalarType type) {
+    const size_t size = type == c10::ScalarType::Double ? 8 : type == c10::ScalarType::Float ? 4 : 2;
+    auto* bytes = static_cast<unsigned char*>(raw(static_cast<size_t>(n) * size, offset * size));
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = 0.1 + static_cast<double>(random_bits() % 1000) / 1250;  // in (0, 1): probabilities too
+      if (type == c10::ScalarType::Double) reinterpret_cast<double*>(bytes)[i] = value;
+      if (type == c10::ScalarType::Float) reinterpret_cast<float*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::Half) reinterpret_cast<c10::Half*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::BFloat16) reinterpret_cast<c10::BFloat16*>(bytes)[i] = static_cast<float>(value);
+    }
+    return bytes;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ kinds
+
+constexpr double kParams[16] = {0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5};
+
+void map(const Dtype& d, int64_t n, Buffers b) {
+  for (const MapRow& row : cuda::map_rows) {
+    MapArgs a{d.type, n, b.values(n, d.type), {}, kParams, nullptr};
+    for (auto& in : a.in) in = b.values(n, d.type);
+    expect(row.name, "forward", row.forward(a));
+    expect(row.name, "backward", row.backward(a));
+    expect(row.name, "second", row.second(a));
+  }
+}
+
+void reduce(const Dtype& d, int64_t n, Buffers b) {
+  for (const ReduceRow& row : cuda::reduce_rows) {
+    ReduceArgs a{};
+    a.dtype = row.values ? d.type : d.real;
+    a.n = n;
+    a.in[0] = b.values(n, a.dtype);
+    a.in[1] = b.values(n, a.dtype);
+    a.grad = b.values(n, a.dtype);
+    a.scale = 0.5;
+    a.params = kParams;
+    a.workspace = b.raw(static_cast<size_t>(reduce_workspace(n)));
+    a.divisor = b.values(1, d.real);
+    a.out = b.values(1, d.real);
+    expect(row.name, "total", row.total(a));
+    if (!row.values) continue;
+    a.out = b.values(n, d.type);
+    for (const ReduceKernel kernel : {row.values, row.d0, row.d1, row.d00, row.d01, row.d11})
+      expect(row.name, "elementwise", kernel(a));
+  }
+}
+
+void rows(const Dtype& d, int64_t outer, int64_t n, int64_t inner, Buffers b) {
+  const int64_t count = outer * n * inner;
+  for (const SoftmaxRow& row : cuda::softmax_rows) {
+    SoftmaxArgs a{d.type, outer, n, inner, b.values(count, d.type), {b.values(count, d.type), b.values(count, d.type)},
+                  nullptr};
+    expect(row.name, "forward", row.forward(a));
+    expect(row.name, "backward", row.backward(a));
+  }
+  for (const CrossEntropyRow& row : cuda::cross_entropy_rows) {
+    CrossEntropyArgs a{};
+    a.dtype = d.type;
+    a.outer = outer, a.n = n, a.inner = inner;
+    a.x = b.values(count, d.type);
+    auto* target = static_cast<int64_t*>(b.raw(static_cast<size_t>(outer * inner) * 8));
+    for (int64_t r = 0; r < outer * inner; ++r) target[r] = r % 4 == 3 ? -100 : r % n;
+    a.target = target;
+    a.weight = b.values(n, d.real);
+    a.ignore_index = -100;
+    a.label_smoothing = 0.1;
+    a.loss = b.values(outer * inner, d.real);
+    a.scale = 1;
+    void* divisor = b.values(1, d.real);
+    int64_t bad_row = 0;
+    expect(row.name, "divisor", row.divisor(a, divisor, &bad_row));
+    a.divisor = divisor;
+    expect(row.name, "loss", row.forward(a));
+    a.grad = b.values(count, d.type);
+    expect(row.name, "loss and gradient", row.forward(a));
+    a.grad = const_cast<void*>(a.x);
+    expect(row.name, "gradient in place", row.forward(a));
+  }
+}
+
+void random(const Dtype& d, Buffers b) {
+  constexpr int64_t kN = 3 * 5 * 7 * 11;
+  for (const RandomRow& row : cuda::random_rows) {
+    RandomArgs a{};
+    a.dtype = d.type;
+    a.n = kN;
+    a.out = b.values(kN, d.type);
+    for (auto& in : a.in) in = b.values(kN, d.type);
+    auto* seed = static_cast<int64_t*>(b.raw(8));
+    *seed = 42;
+    a.seed = seed;
+    a.threshold = 1u << 31;
+    a.scale = 2;
+    a.order = {1, {kN}, {1}};
+    expect(row.name, "contiguous", row.forward(a));
+    a.order = {4, {3, 7, 11, 5}, {5 * 7 * 11, 11, 1, 7 * 11}};
+    expect(row.name, "strided", row.forward(a));
+  }
+}
+
+void step(const Dtype& d, c10::ScalarType state, Buffers b) {
+  for (const StepRow& row : cuda::step_rows) {
+    std::vector<StepTensor> tensors;
+    for (const int64_t n : {1, 0, 70, 4100}) {
+      StepTensor t{n, b.values(n, d.type), b.values(n, d.type), {}, kParams};
+      for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
+      tensors.push_back(t);
+    }
+    const auto* ones = static_cast<const float*>(b.values(1, c10::ScalarType::Float));
+    StepArgs a{d.type, state, static_cast<int64_t>(tensors.size()), tensors.data(), ones, nullptr, nullptr};
+    expect(row.name, "step", row.step(a));
+  }
+}
+
+}  // namespace
+}  // namespace fastops
+
+int main() {
+  using namespace fastops;
+  emulation::explain_faults();
+  emulation::multiprocessors = 1;
+  for (const Dtype& d : kDtypes) {
+    for (const size_t offset : {size_t{0}, size_t{1}}) {
+      const Buffers fresh{offset, {}};
+      map(d, 1003, fresh);
+      reduce(d, 1003, fresh);
+      reduce(d, 16'390, fresh);
+      for (const auto& [outer, n, inner] : {std::array<int64_t, 3>{5, 10, 1}, {2, 2100, 1}, {1, 16'500, 1}, {2, 9, 35}})
+        rows(d, outer, n, inner, fresh);
+      random(d, fresh);
+      step(d, d.type, fresh);
+      if (d.real != d.type) step(d, d.real, fresh);
+    }
+  }
+  std::printf(failures ? "%d failures\n" : "nothing found\n", failures);
+  return failures != 0;
+}

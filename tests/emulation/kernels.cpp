@@ -1,0 +1,230 @@
+// The tables of csrc/cuda for ctypes: what rows there are, a function per kind that runs one, the emulator's memory,
+// orders and counters, and each optimizer's formula applied element by element as a reference.
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "../../csrc/formulas/activations.h"
+#include "../../csrc/formulas/optimizers.h"
+#include "../../csrc/kernels.h"
+
+namespace fastops {
+namespace {
+
+const Tables& tables() {
+  static const Tables tables = cuda::tables();
+  return tables;
+}
+
+// ------------------------------------------------------------------------------------------------ formulas
+
+template <class Op, class real>
+void step_elements(const double* values, int64_t n, real* p, const real* g, real* const* s) {
+  typename Op::template Numbers<real> numbers;
+  for (int k = 0; k < Op::numbers; ++k) reinterpret_cast<real*>(&numbers)[k] = static_cast<real>(values[k]);
+  for (int64_t i = 0; i < n; ++i) {
+    real state[Op::states];
+    for (int j = 0; j < Op::states; ++j) state[j] = s[j][i];
+    Op::step(numbers, p[i], g[i], state);
+    for (int j = 0; j < Op::states; ++j) s[j][i] = state[j];
+  }
+}
+template <class real, class... Ops>
+bool step_formula(List<Ops...>, const char* name, const double* numbers, int64_t n, real* p, const real* g,
+                  real* const* s) {
+  return ((!std::strcmp(Ops::name, name) && (step_elements<Ops>(numbers, n, p, g, s), true)) || ...);
+}
+
+template <class Op, size_t... I>
+void second_elements(const double* params, int64_t n, const float* s, const float* dy, const float* ddx, float* out,
+                     std::index_sequence<I...>) {
+  using D = Dual<float>;
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = Op::backward(D(s[i], 1.0f), D(dy[i], 0.0f), D(static_cast<float>(params[I]), 0.0f)...).d * ddx[i];
+}
+template <class... Ops>
+bool second_formula(List<Ops...>, const char* name, const double* params, int64_t n, const float* s, const float* dy,
+                    const float* ddx, float* out) {
+  return ((!std::strcmp(Ops::name, name) &&
+           (second_elements<Ops>(params, n, s, dy, ddx, out, std::make_index_sequence<count_params(Ops::params)>{}),
+            true)) ||
+          ...);
+}
+
+}  // namespace
+}  // namespace fastops
+
+// ------------------------------------------------------------------------------------------------ C
+
+using namespace fastops;
+
+extern "C" {
+
+// Row `index` of a table; null past the end.
+const char* map_name(size_t index) { return index < tables().map.size ? tables().map.data[index].name : nullptr; }
+const char* map_params(size_t index) { return tables().map.data[index].params; }
+bool map_from_output(size_t index) { return tables().map.data[index].from_output; }
+const char* reduce_name(size_t index) {
+  return index < tables().reduce.size ? tables().reduce.data[index].name : nullptr;
+}
+const char* reduce_params(size_t index) { return tables().reduce.data[index].params; }
+const char* softmax_name(size_t index) {
+  return index < tables().softmax.size ? tables().softmax.data[index].name : nullptr;
+}
+const char* cross_entropy_name(size_t index) {
+  return index < tables().cross_entropy.size ? tables().cross_entropy.data[index].name : nullptr;
+}
+const char* random_name(size_t index) {
+  return index < tables().random.size ? tables().random.data[index].name : nullptr;
+}
+int random_inputs(size_t index) { return tables().random.data[index].inputs; }
+const char* step_name(size_t index) { return index < tables().step.size ? tables().step.data[index].name : nullptr; }
+int step_states(size_t index) { return tables().step.data[index].states; }
+int step_numbers(size_t index) { return tables().step.data[index].numbers; }
+
+const char* run_map(size_t index, const char* which, int dtype, int64_t n, void* out, const void* const* in,
+                    const double* params) {
+  const MapRow& row = tables().map.data[index];
+  MapArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.n = n;
+  a.out = out;
+  for (int k = 0; k < 3; ++k) a.in[k] = in[k];
+  a.params = params;
+  return (!std::strcmp(which, "forward") ? row.forward : !std::strcmp(which, "backward") ? row.backward : row.second)(a);
+}
+
+bool second_in_float(const char* name, const double* params, int64_t n, const float* s, const float* dy,
+                     const float* ddx, float* out) {
+  return second_formula(Activations{}, name, params, n, s, dy, ddx, out);
+}
+
+const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, void* out, const void* x, const void* t,
+                       const void* grad, bool grad_is_scalar, double scale, const void* divisor, const double* params,
+                       void* workspace) {
+  const ReduceRow& row = tables().reduce.data[index];
+  ReduceArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.n = n;
+  a.out = out;
+  a.in[0] = x;
+  a.in[1] = t;
+  a.grad = grad;
+  a.grad_is_scalar = grad_is_scalar;
+  a.scale = scale;
+  a.divisor = divisor;
+  a.params = params;
+  a.workspace = workspace;
+  const struct {
+    const char* name;
+    ReduceKernel kernel;
+  } kernels[] = {{"values", row.values}, {"total", row.total}, {"d0", row.d0},  {"d1", row.d1},
+                 {"d00", row.d00},       {"d01", row.d01},     {"d11", row.d11}};
+  for (const auto& [name, kernel] : kernels)
+    if (!std::strcmp(name, which)) return kernel(a);
+  return "no such kernel";
+}
+int64_t workspace_bytes(int64_t n) { return reduce_workspace(n); }
+
+const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n, int64_t inner, void* out,
+                        const void* first, const void* second) {
+  const SoftmaxRow& row = tables().softmax.data[index];
+  SoftmaxArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.outer = outer;
+  a.n = n;
+  a.inner = inner;
+  a.out = out;
+  a.in[0] = first;
+  a.in[1] = second;
+  return (backward ? row.backward : row.forward)(a);
+}
+
+const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner, const void* x,
+                              const int64_t* target, const void* weight, int64_t ignore_index, double label_smoothing,
+                              void* loss, void* grad, double scale, const void* divisor, void* divisor_out) {
+  const CrossEntropyRow& row = tables().cross_entropy.data[index];
+  CrossEntropyArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.outer = outer;
+  a.n = n;
+  a.inner = inner;
+  a.x = x;
+  a.target = target;
+  a.weight = weight;
+  a.ignore_index = ignore_index;
+  a.label_smoothing = label_smoothing;
+  a.loss = loss;
+  a.grad = grad;
+  a.scale = scale;
+  a.divisor = divisor;
+  if (divisor_out) {
+    int64_t bad_row = 0;
+    if (const Error error = row.divisor(a, divisor_out, &bad_row)) return error;
+    if (bad_row != -1) return "a bad row was found on the host";
+    if (!loss) return nullptr;
+  }
+  return row.forward(a);
+}
+
+const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in, const int64_t* seed,
+                       uint32_t threshold, double scale, int dims, const int64_t* size, const int64_t* logical_stride) {
+  RandomArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.n = n;
+  a.out = out;
+  a.in[0] = in;
+  a.seed = seed;
+  a.threshold = threshold;
+  a.scale = scale;
+  a.order.dims = dims;
+  for (int d = 0; d < dims; ++d) a.order.size[d] = size[d], a.order.logical_stride[d] = logical_stride[d];
+  return tables().random.data[index].forward(a);
+}
+
+// pointers: for each tensor p, g and the states; numbers: for each tensor those of the row.
+const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n, void* const* pointers,
+                     const double* numbers, const float* grad_scale, const float* found_inf) {
+  const StepRow& row = tables().step.data[index];
+  std::vector<StepTensor> tensors(count);
+  for (int64_t k = 0; k < count; ++k) {
+    void* const* each = pointers + k * (2 + row.states);
+    tensors[k].n = n[k];
+    tensors[k].p = each[0];
+    tensors[k].g = each[1];
+    for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
+    tensors[k].numbers = numbers + k * row.numbers;
+  }
+  StepArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.state_dtype = static_cast<c10::ScalarType>(state_dtype);
+  a.count = count;
+  a.tensors = tensors.data();
+  a.grad_scale = grad_scale;
+  a.found_inf = found_inf;
+  return row.step(a);
+}
+bool step_in_double(const char* name, const double* numbers, int64_t n, double* p, const double* g, double* const* s) {
+  return step_formula(Optimizers{}, name, numbers, n, p, g, s);
+}
+bool step_in_float(const char* name, const double* numbers, int64_t n, float* p, const float* g, float* const* s) {
+  return step_formula(Optimizers{}, name, numbers, n, p, g, s);
+}
+
+// ------------------------------------------------------------------------------------------------ the emulator
+
+void* emulation_allocate(size_t bytes, size_t offset, bool flush) { return emulation::allocate(bytes, offset, flush); }
+bool emulation_release(void* buffer) { return emulation::release_buffer(buffer); }
+void emulation_order(int order, uint64_t seed) {
+  emulation::order = static_cast<emulation::Order>(order);
+  emulation::seed = seed;
+}
+// What was counted since the last call.
+void emulation_counters(uint64_t* out) {
+  static_assert(sizeof(emulation::Counters) == 9 * sizeof(uint64_t));
+  std::memcpy(out, &emulation::counters, sizeof emulation::counters);
+  emulation::counters = {};
+}
+void emulation_multiprocessors(int count) { emulation::multiprocessors = count; }
+
+}  // extern "C"

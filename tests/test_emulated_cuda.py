@@ -1,0 +1,714 @@
+"""Every kernel of csrc/cuda, executed: compiled for the emulator, run for every row of the tables, every dtype, awkward
+sizes and addresses, and three orders of threads that must agree to the bit. What is expected is the torch function of the
+row's name in float64; the error to it may be twice that of torch itself, and 4 eps. Where nvcc is present the kernels are
+also compiled for real architectures, and their spills and instructions read.
+"""
+
+import ctypes
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from emulation.build import BUILD, ROOT, build, run
+from emulation.library import (
+    DTYPES,
+    F64,
+    I64,
+    ORDERS,
+    POINTER,
+    Device,
+    Fault,
+    address,
+    call,
+    counters,
+    doubles,
+    library,
+    order,
+    rows,
+)  # fmt: skip
+
+PLACEMENTS = [(0, False), (1, False), (0, True)]  # elements after a 16-byte boundary; up against the next page
+SIZES = [0, 1, 7, 260, 70_003]  # the last is more than one round of the smallest grid
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+
+
+def each_row(kind):
+    return pytest.mark.parametrize("row", rows(kind), ids=lambda row: row.name)
+
+
+def reference(name):
+    return (lambda x: F.gelu(x, approximate="tanh")) if name == "gelu_tanh" else getattr(F, name)
+
+
+def real(dtype):
+    """What a dtype is computed in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def judged(dtype):
+    """What torch computes in to be compared with: see check()."""
+    return torch.float32 if dtype is torch.float64 else dtype
+
+
+def random(shape, dtype, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def error(value, true):
+    """The largest error, relative to the largest value where that is above 1. Equal infinities and NaNs are right."""
+    if true.numel() == 0:
+        return 0.0
+    value = value.double()
+    same = (value == true) | (value.isnan() & true.isnan())
+    difference = torch.where(same, 0.0, (value - true).abs())
+    scale = true[true.isfinite()].abs().max().clamp(min=1) if true.isfinite().any() else 1.0
+    return (difference / scale).max().item()
+
+
+def check(value, torchs, true, dtype):
+    """`torchs` is torch's own result in `dtype`. For float64 it is that in float32, because the truth is then no better
+    than the value: torch's error is taken to be that of float32, scaled by the precision, and both may have it."""
+    assert value.dtype == dtype and value.shape == true.shape
+    eps = torch.finfo(dtype).eps
+    allowed = 2 * error(torchs, true) + 4 * eps
+    if dtype is torch.float64 and torchs.dtype is torch.float32:
+        allowed = 2 * (2 * error(torchs, true) * eps / torch.finfo(torch.float32).eps + 4 * eps)
+    assert error(value, true) <= allowed
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torch's threads would wait for each other on a machine that runs the tests in several processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
+
+
+def everywhere(run, placements=PLACEMENTS):
+    """The results of run(device) at every placement; in each, the orders of threads must agree to the bit."""
+    for offset, flush in placements:
+        results = []
+        for kind, seed in ORDERS:
+            with order(kind, seed), Device(offset, flush) as device:
+                results.append([tensor.clone() for tensor in run(device)])
+        for other in results[1:]:
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], other, strict=True))
+        yield results[0]
+
+
+# ------------------------------------------------------------------------------------------------ map
+
+
+def run_map(row, which, out, inputs, params=None):
+    pointers = (POINTER * 3)(*(address(x) for x in inputs))
+    call("run_map", row.index, which.encode(), DTYPES[out.dtype], I64(out.numel()), address(out), pointers, doubles(row.params if params is None else params))  # fmt: skip
+    return out
+
+
+def map_by_torch(row, x, dy, ddx):
+    """(y, dx, ddx d dx / dx, f'(x)) by torch's autograd."""
+    x = x.clone().requires_grad_()
+    y = reference(row.name)(x, *row.params)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    (slope,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    second = None
+    if dx.requires_grad:
+        (second,) = torch.autograd.grad(dx, x, ddx, allow_unused=True)
+    second = torch.zeros_like(x) if second is None else second
+    return [t.detach() for t in (y, dx, second, slope)]
+
+
+def second_by_formula(row, *inputs):
+    """The row's second derivative, element by element on the host: Dual numbers are less accurate than what torch wrote
+    by hand, which is not the loops' affair."""
+    inputs = [t.float().contiguous() for t in inputs]
+    out = torch.empty_like(inputs[0])
+    arguments = (row.name.encode(), doubles(row.params), I64(out.numel()), *map(address, inputs), address(out))
+    assert library().second_in_float(*arguments)
+    return out
+
+
+@every_dtype
+@each_row("map")
+@pytest.mark.parametrize("n", SIZES)
+def test_map(row, dtype, n):
+    x, dy, ddx = random(n, dtype, 1, 3), random(n, dtype, 2), random(n, dtype, 3)
+    torchs, true = (map_by_torch(row, *(t.to(kind) for t in (x, dy, ddx))) for kind in (judged(dtype), torch.float64))
+    s = true[0].to(dtype) if row.from_output else x
+    formula = second_by_formula(row, s, dy, ddx)
+
+    def run(device):
+        inputs = [device.copy(t) for t in (x, s, dy, ddx)]
+        yield run_map(row, "forward", device.empty(n, dtype), inputs[:1])
+        yield run_map(row, "backward", device.empty(n, dtype), inputs[1:3])
+        yield run_map(row, "second", device.empty(n, dtype), inputs[1:])
+
+    for y, dx, second in everywhere(run):
+        check(y, torchs[0], true[0], dtype)
+        check(dx, torchs[1], true[1], dtype)
+        if row.from_output:  # second is ddx d dx / dy: by the chain rule, torch's over f'(x)
+            second, by_formula = (second.double() * true[3]).to(dtype), formula * true[3]
+        else:
+            by_formula = formula
+        check(second, by_formula.to(judged(dtype)), true[2], dtype)
+
+
+@every_dtype
+@each_row("map")
+def test_map_in_place(row, dtype):
+    x = random(1003, dtype, 1, 3)
+    with Device() as device:
+        out_of_place = run_map(row, "forward", device.empty(1003, dtype), [device.copy(x)]).clone()
+        buffer = device.copy(x)
+        assert torch.equal(run_map(row, "forward", buffer, [buffer]), out_of_place)
+
+
+@every_dtype
+@pytest.mark.parametrize("offsets", list(itertools.permutations((0, 1, 3), 2)), ids=str)
+def test_map_of_differently_aligned_buffers(dtype, offsets):
+    row = rows("map")[0]
+    x = random(1003, dtype, 1)
+    with Device() as device:
+        given, out = device.copy(x, offset=offsets[0]), device.empty(1003, dtype, offset=offsets[1])
+        run_map(row, "forward", out, [given])
+        assert torch.equal(out, reference(row.name)(x, *row.params))
+
+
+def test_map_refuses_other_dtypes():
+    with Device() as device, pytest.raises(Fault, match="unsupported dtype"):
+        x = device.empty(4, torch.float32)
+        call("run_map", rows("map")[0].index, b"forward", 3, I64(4), address(x), (POINTER * 3)(address(x)), doubles([]))
+
+
+# ------------------------------------------------------------------------------------------------ reduce
+
+
+def run_reduce(row, which, out, x, t=None, grad=None, scalar=False, scale=1.0, divisor=None, workspace=None):
+    call("run_reduce", row.index, which.encode(), DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(t), address(grad), ctypes.c_bool(scalar), F64(scale), address(divisor), doubles(row.params), address(workspace))  # fmt: skip
+    return out
+
+
+def loss_inputs(row, n, dtype):
+    if row.name == "binary_cross_entropy":  # of probabilities
+        return random(n, torch.float64, 1).sigmoid().to(dtype), random(n, torch.float64, 2).sigmoid().to(dtype)
+    return random(n, dtype, 1), random(n, dtype, 2)
+
+
+def total_of(row, x, t):
+    return x.sum() if row.name == "sum" else reference(row.name)(x, t, *row.params, reduction="sum")
+
+
+def reduce_by_torch(row, x, t, grad):
+    """values, and the derivatives times grad."""
+    x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
+    values = reference(row.name)(x, t, *row.params, reduction="none")
+    d0, d1 = torch.autograd.grad(values.sum(), (x, t), create_graph=True)
+    d00, d01 = torch.autograd.grad(d0.sum(), (x, t), retain_graph=True)
+    (d11,) = torch.autograd.grad(d1.sum(), t)
+    return [values.detach(), *(d.detach() * grad for d in (d0, d1, d00, d01, d11))]
+
+
+DERIVATIVES = ["values", "d0", "d1", "d00", "d01", "d11"]
+
+
+@every_dtype
+@pytest.mark.parametrize("row", [r for r in rows("reduce") if r.name != "sum"], ids=lambda row: row.name)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("grad_is_scalar", [True, False])
+def test_reduce_elementwise(row, dtype, n, grad_is_scalar):
+    x, t = loss_inputs(row, n, dtype)
+    grad, scale = random(1 if grad_is_scalar else n, dtype, 3), 0.25
+    torchs, true = (
+        reduce_by_torch(row, x.to(kind), t.to(kind), grad.to(kind) * scale) for kind in (judged(dtype), torch.float64)
+    )
+
+    def run(device):
+        vx, vt, g = (device.copy(v) for v in (x, t, grad))
+        yield run_reduce(row, "values", device.empty(n, dtype), vx, vt)
+        for which in DERIVATIVES[1:]:
+            yield run_reduce(row, which, device.empty(n, dtype), vx, vt, g, grad_is_scalar, scale)
+
+    for results in everywhere(run):
+        for value, torch_value, true_value in zip(results, torchs, true, strict=True):
+            check(value, torch_value, true_value, dtype)
+
+
+@every_dtype
+@each_row("reduce")
+@pytest.mark.parametrize("n", [1, 1000, 16_384, 16_385, 100_003])
+@pytest.mark.parametrize("divided", [False, True])
+def test_reduce_total(row, dtype, n, divided):
+    if row.name == "sum" and dtype != real(dtype):
+        dtype = real(dtype)  # the table's "sum" is of reals
+    x, t = loss_inputs(row, n, dtype)
+    scale, divisor = 1 / n, torch.tensor([3.0], dtype=real(dtype)) if divided else None
+    factor = scale / (3 if divided else 1)
+    torchs, true = (total_of(row, x.to(kind), t.to(kind)) * factor for kind in (torch.float32, torch.float64))
+
+    def run(device):
+        out, workspace = device.empty(1, real(dtype)), device.empty(library().workspace_bytes(I64(n)) // 8, torch.float64, 0)  # fmt: skip
+        d = None if divisor is None else device.copy(divisor)
+        yield run_reduce(row, "total", out, device.copy(x), device.copy(t), scale=scale, divisor=d, workspace=workspace)
+
+    results = [total for (total,) in everywhere(run)]
+    check(results[0], torchs.view(1), true.view(1), real(dtype))
+    assert all(torch.equal(bits(result), bits(results[0])) for result in results), "the sum depends on the address"
+
+
+@each_row("reduce")
+def test_reduce_total_of_nothing(row):
+    with Device() as device:
+        x, out = device.empty(0, torch.float32), device.empty(1, torch.float32)
+        assert run_reduce(row, "total", out, x, x, scale=2.0, workspace=x).item() == 0
+        assert run_reduce(row, "total", out, x, x, scale=float("inf"), workspace=x).isnan()  # the mean
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+SHAPES = [
+    (0, 5, 1), (4, 1, 1), (5, 7, 1), (130, 10, 1), (3, 1001, 1), (3, 1100, 1), (2, 4000, 1), (1, 16_384, 1),
+    (2, 20_001, 1), (3, 5, 2), (2, 10, 49), (1, 130, 7), (40, 3, 33),
+]  # fmt: skip
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+
+
+@every_dtype
+@each_row("softmax")
+@every_shape
+def test_softmax(row, dtype, shape):
+    x, dy = random(shape, dtype, 1, 3), random(shape, dtype, 2)
+    function = reference(row.name)
+
+    def by_torch(x, dy):
+        x = x.clone().requires_grad_()
+        y = function(x, dim=1)
+        return y.detach(), *torch.autograd.grad(y, x, dy)
+
+    torchs, true = (by_torch(x.to(kind), dy.to(kind)) for kind in (judged(dtype), torch.float64))
+    extents = [I64(extent) for extent in shape]
+
+    def run(device):
+        vx, vy, g = device.copy(x), device.copy(true[0].to(dtype)), device.copy(dy)
+        y, dx = device.empty(shape, dtype), device.empty(shape, dtype)
+        call("run_softmax", row.index, False, DTYPES[dtype], *extents, address(y), address(vx), address(None))
+        call("run_softmax", row.index, True, DTYPES[dtype], *extents, address(dx), address(vy), address(g))
+        return y, dx
+
+    for y, dx in everywhere(run):
+        check(y, torchs[0], true[0], dtype)
+        check(dx, torchs[1], true[1], dtype)
+
+
+@each_row("softmax")
+@pytest.mark.parametrize("shape", [(4, 9, 1), (4, 1500, 1), (4, 20_001, 1), (2, 9, 2)], ids=str)
+def test_softmax_of_infinities(row, shape):
+    x = random(shape, torch.float32, 1, 50)
+    x[0, ::2], x[1], x[1, 3] = -torch.inf, -torch.inf, 1e4
+    if shape[0] == 4:
+        x[2], x[3, 5] = -torch.inf, torch.inf
+    with Device() as device:
+        y, extents = device.empty(shape, x.dtype), [I64(extent) for extent in shape]
+        call("run_softmax", row.index, False, DTYPES[x.dtype], *extents, address(y), address(device.copy(x)), address(None))
+        check(y, reference(row.name)(x, dim=1), reference(row.name)(x.double(), dim=1), x.dtype)
+
+
+def run_cross_entropy(row, x, target, weight, smoothing, loss, grad, scale=1.0, divisor=None, divisor_out=None):
+    extents = [I64(extent) for extent in x.shape]
+    call("run_cross_entropy", row.index, DTYPES[x.dtype], *extents, address(x), address(target), address(weight), I64(-100), F64(smoothing), address(loss), address(grad), F64(scale), address(divisor), address(divisor_out))  # fmt: skip
+
+
+@every_dtype
+@each_row("cross_entropy")
+@every_shape
+@pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.0, True), (0.2, False), (0.2, True)])
+def test_cross_entropy(row, dtype, shape, smoothing, weighted):
+    outer, n, inner = shape
+    x = random(shape, dtype, 1, 3)
+    target = torch.randint(0, n, (outer, inner), generator=torch.Generator().manual_seed(4))
+    if outer:
+        target.view(-1)[1::3] = -100
+    weight = (torch.arange(n) % 5 + 1) / 4 if weighted else None  # exact in every dtype
+    scale, function = 0.5, reference(row.name)
+
+    def by_torch(kind):
+        vx = x.to(kind, copy=True).requires_grad_()
+        w = None if weight is None else weight.to(kind)
+        loss = function(vx, target, w, reduction="none", label_smoothing=smoothing)
+        live = target[target != -100]
+        divisor = (w[live].sum() if weighted else torch.tensor(float(len(live)))).to(kind)
+        if outer == 0:
+            return loss.detach(), torch.zeros_like(vx), divisor
+        (grad,) = torch.autograd.grad((loss * scale / divisor).sum(), vx)
+        return loss.detach(), grad, divisor
+
+    true = by_torch(torch.float64)
+    torch_loss, torch_grad = by_torch(torch.float32)[0], by_torch(judged(dtype))[1]
+
+    def run(device):
+        vx, t = device.copy(x), device.copy(target, 0)
+        w = None if weight is None else device.copy(weight.to(real(dtype)))
+        loss, divisor = device.empty((outer, inner), real(dtype)), device.empty(1, real(dtype))
+        alone = device.empty((outer, inner), real(dtype))
+        grad = device.empty(shape, dtype)
+        run_cross_entropy(row, vx, t, w, smoothing, None, None, divisor_out=divisor)
+        run_cross_entropy(row, vx, t, w, smoothing, alone, None)
+        run_cross_entropy(row, vx, t, w, smoothing, loss, grad, scale, divisor)
+        run_cross_entropy(row, vx, t, w, smoothing, device.empty((outer, inner), real(dtype)), vx, scale, divisor)
+        return loss, grad, divisor, alone, vx
+
+    for loss, grad, divisor, alone, in_place in everywhere(run):
+        check(loss, torch_loss, true[0], real(dtype))
+        check(grad, torch_grad, true[1], dtype)
+        assert torch.equal(loss, alone) and torch.equal(bits(grad), bits(in_place))
+        check(divisor, true[2].view(1), true[2].view(1), real(dtype))
+
+
+@each_row("cross_entropy")
+@pytest.mark.parametrize("shape", [(3, 10, 1), (3, 10, 2)], ids=str)
+@pytest.mark.parametrize("bad", [10, -1])
+def test_cross_entropy_stops_at_a_target_out_of_range(row, shape, bad):
+    x, target = random(shape, torch.float32, 1), torch.zeros(shape[0], shape[2], dtype=torch.int64)
+    target[1, 0] = bad
+    bad_row = shape[2]
+    message = rf"target {bad} at row {bad_row} is out of range for 10 classes \(ignore_index=-100\)"
+    with Device() as device:
+        given, t, out = device.copy(x), device.copy(target), device.empty(target.shape, torch.float32)
+        with pytest.raises(Fault, match=message):
+            run_cross_entropy(row, given, t, None, 0.0, out, None)
+        with pytest.raises(Fault, match=message):
+            run_cross_entropy(row, given, t, None, 0.0, None, None, divisor_out=out)
+
+
+# ------------------------------------------------------------------------------------------------ random
+
+
+def philox(seed, counter):
+    """The four words of Philox 4x32-10 for each 64-bit counter, by the paper."""
+    mask = np.uint64(0xFFFFFFFF)
+    word = [counter & mask, counter >> np.uint64(32), counter * np.uint64(0), counter * np.uint64(0)]
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)]
+    for _ in range(10):
+        a, b = word[0] * np.uint64(0xD2511F53), word[2] * np.uint64(0xCD9E8D57)
+        word = [(b >> np.uint64(32)) ^ word[1] ^ key[0], b & mask, (a >> np.uint64(32)) ^ word[3] ^ key[1], a & mask]
+        key = [key[0] + np.uint64(0x9E3779B9) & mask, key[1] + np.uint64(0xBB67AE85) & mask]
+    return np.stack(word, axis=-1)
+
+
+def kept(seed, n, threshold):
+    words = philox(seed, np.arange((n + 3) // 4, dtype=np.uint64)).reshape(-1)[:n]
+    return torch.from_numpy(words >= np.uint64(threshold))
+
+
+def run_random(row, out, x, seed, threshold, scale, sizes=None, strides=None):
+    sizes, strides = sizes or [x.numel()], strides or [1]
+    order_of = [(I64 * len(values))(*values) for values in (sizes, strides)]
+    call("run_random", row.index, DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(seed), ctypes.c_uint32(threshold), F64(scale), len(sizes), *order_of)  # fmt: skip
+    return out
+
+
+@every_dtype
+@each_row("random")
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+def test_random(row, dtype, n, p):
+    assert row.name == "dropout", "say here what a new row computes from its mask"
+    x, seed, threshold = random(n, dtype, 1), -(2**40) - 3, round(p * 2**32)
+    expected = torch.where(kept(seed, n, threshold), x.to(real(dtype)) * (1 / (1 - p)), 0).to(dtype)
+
+    def run(device):
+        s = device.copy(torch.tensor([seed]), 0)
+        yield run_random(row, device.empty(n, dtype), device.copy(x), s, threshold, 1 / (1 - p))
+
+    for (y,) in everywhere(run):
+        assert torch.equal(y == 0, expected == 0)
+        check(y, expected, expected.double(), dtype)
+
+
+@every_dtype
+@each_row("random")
+def test_random_in_any_layout(row, dtype):
+    """The mask belongs to the logical index: here, that of (N, C, H, W) elements kept in channels_last order."""
+    n, c, h, w = 3, 5, 7, 11
+    x = random((n, c, h, w), dtype, 1)
+    memory = x.permute(0, 2, 3, 1).contiguous()
+    keep = kept(99, x.numel(), 2**31).view(n, c, h, w).permute(0, 2, 3, 1)
+
+    def run(device):
+        s = device.copy(torch.tensor([99]), 0)
+        strides = [c * h * w, w, 1, h * w]
+        yield run_random(row, device.empty(memory.shape, dtype), device.copy(memory), s, 2**31, 2.0, [n, h, w, c], strides)
+
+    for (y,) in everywhere(run):
+        assert torch.equal(y, torch.where(keep, memory * 2, 0))
+
+
+# ------------------------------------------------------------------------------------------------ step
+
+COMBINATIONS = [(dtype, state) for dtype in DTYPES for state in {dtype, real(dtype)}]
+
+
+def run_step(row, tensors, numbers, dtype, state, grad_scale=None, found_inf=None):
+    """tensors: lists of p, g and the states."""
+    n = (I64 * len(tensors))(*(t[0].numel() for t in tensors))
+    pointers = (POINTER * (len(tensors) * (2 + row.states)))(*(address(v) for t in tensors for v in t))
+    values = doubles([v for each in numbers for v in each])
+    call("run_step", row.index, DTYPES[dtype], DTYPES[state], I64(len(tensors)), n, pointers, values, address(grad_scale), address(found_inf))  # fmt: skip
+
+
+def step_by_formula(row, tensors, numbers, kind, grad_scale):
+    """The row's formula, element by element on the host."""
+    results = []
+    function = library().step_in_double if kind is torch.float64 else library().step_in_float
+    for (p, g, *states), values in zip(tensors, numbers, strict=True):
+        p, *states = (t.to(kind, copy=True) for t in (p, *states))
+        g = g.to(kind) * (1 / grad_scale)
+        pointers = (POINTER * row.states)(*(address(s) for s in states))
+        assert function(row.name.encode(), doubles(values), I64(p.numel()), address(p), address(g), pointers)
+        results.append([p, *states])
+    return results
+
+
+def step_tensors(row, sizes, dtype, state):
+    def positive(n, seed):
+        return random(n, torch.float64, seed).abs().add(0.1).to(state)
+
+    return [
+        [random(n, dtype, 3 * k), random(n, dtype, 3 * k + 1), *(positive(n, 100 * j + k) for j in range(row.states))]
+        for k, n in enumerate(sizes)
+    ]
+
+
+def step_numbers(row, sets):
+    """Any values will do: the loops do not know what they mean, and the reference is the formula itself."""
+    generator = torch.Generator().manual_seed(5)
+    return [(torch.rand(row.numbers, generator=generator) * 0.7 + 0.25).tolist() for _ in range(sets)]
+
+
+@pytest.mark.parametrize("dtype, state", COMBINATIONS, ids=lambda d: str(d)[6:])
+@each_row("step")
+@pytest.mark.parametrize("grad_scale", [None, 8.0])
+def test_step(row, dtype, state, grad_scale):
+    sizes = [0, 1, 7, 64, 4096, 4097, 0, 10_001]
+    tensors, (numbers,) = step_tensors(row, sizes, dtype, state), step_numbers(row, 1)
+    numbers = [numbers] * len(sizes)
+    true = step_by_formula(row, tensors, numbers, torch.float64, grad_scale or 1)
+    floats = step_by_formula(row, tensors, numbers, real(dtype), grad_scale or 1)
+
+    def run(device):
+        given = [[device.copy(v) for v in t] for t in tensors]
+        scale, found = (None, None) if grad_scale is None else (device.copy(torch.tensor([v]), 0) for v in (grad_scale, 0.0))
+        run_step(row, given, numbers, dtype, state, scale, found)
+        return [v for p, _, *states in given for v in (p, *states)]
+
+    expected = [(f, t) for each in zip(floats, true, strict=True) for f, t in zip(*each, strict=True)]
+    for results in everywhere(run):
+        for value, (in_real, exact) in zip(results, expected, strict=True):
+            check(value, in_real.to(value.dtype), exact, value.dtype)
+
+
+@each_row("step")
+def test_step_of_differently_aligned_tensors(row):
+    (tensors,), numbers = step_tensors(row, [5000], torch.float32, torch.float32), step_numbers(row, 1)
+    (expected,) = step_by_formula(row, [tensors], numbers, torch.float32, 1)
+    with Device() as device:
+        given = [device.copy(v, offset=k % 4) for k, v in enumerate(tensors)]
+        run_step(row, [given], numbers, torch.float32, torch.float32)
+        for value, other in zip([given[0], *given[2:]], expected, strict=True):
+            check(value, other, other.double(), torch.float32)
+
+
+@each_row("step")
+def test_step_does_nothing_where_an_infinity_was_found(row):
+    (tensors,), numbers = step_tensors(row, [100], torch.float32, torch.float32), step_numbers(row, 1)
+    with Device() as device:
+        given = [device.copy(v) for v in tensors]
+        run_step(row, [given], numbers, torch.float32, torch.float32, None, device.copy(torch.ones(1)))
+        assert all(torch.equal(a, b) for a, b in zip(given, tensors, strict=True))
+
+
+@each_row("step")
+@pytest.mark.parametrize("count, sets, launches", [(161, 1, 1), (1000, 1, 2), (20, 20, 3), (0, 1, 0)])
+def test_step_launches(row, count, sets, launches):
+    """ResNet-50 is one launch; more tensors or more different numbers than the kernel's parameters hold are several."""
+    tensors, different = step_tensors(row, [64] * count, torch.float32, torch.float32), step_numbers(row, sets)
+    numbers = [different[k % sets] for k in range(count)]
+    expected = step_by_formula(row, tensors, numbers, torch.float32, 1)
+    counters()
+    run_step(row, tensors, numbers, torch.float32, torch.float32)
+    assert counters().launches == launches
+    for (p, _, *states), (q, *others) in zip(tensors, expected, strict=True):
+        for value, other in zip((p, *states), (q, *others), strict=True):
+            check(value, other, other.double(), torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------ traffic
+
+
+def traffic(run):
+    counters()
+    run()
+    return counters()
+
+
+@every_dtype
+def test_aligned_memory_is_touched_once_in_packs_of_16_bytes(dtype):
+    n = 40_960
+    size = torch.empty(0, dtype=dtype).element_size()
+    with Device() as device:
+        a, b, c, out = (device.copy(random(n, dtype, seed)) for seed in range(4))
+        seed = device.copy(torch.tensor([1]))
+        for row in rows("map"):
+            for which, inputs in {"forward": [a], "backward": [a, b], "second": [a, b, c]}.items():
+                seen = traffic(lambda row=row, which=which, inputs=inputs: run_map(row, which, out, inputs))
+                assert seen.loaded_bytes == len(inputs) * n * size and seen.stored_bytes == n * size
+                assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
+        for row in rows("random"):
+            seen = traffic(lambda row=row: run_random(row, out, a, seed, 2**31, 2.0))
+            assert seen.wide_loads * 16 == n * size and seen.wide_stores * 16 == seen.stored_bytes == n * size
+        for row in rows("step"):
+            states = [device.copy(random(n, dtype, 9).abs()) for _ in range(row.states)]
+            tensors, numbers = [[a, b, *states]], step_numbers(row, 1)
+            seen = traffic(lambda row=row, t=tensors, v=numbers: run_step(row, t, v, dtype, dtype))
+            assert seen.loaded_bytes == (2 + row.states) * n * size and seen.stored_bytes == (1 + row.states) * n * size
+            assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores and seen.launches == 1
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [1000, 4000])
+def test_a_row_that_fits_is_read_once(dtype, n):
+    x = random((3, n, 1), dtype, 1)
+    size = torch.empty(0, dtype=dtype).element_size()
+    extents = [I64(extent) for extent in x.shape]
+    with Device() as device:
+        given, out = device.copy(x), device.empty(x.shape, dtype)
+        for row in rows("softmax"):
+            arguments = (row.index, False, DTYPES[dtype], *extents, address(out), address(given), address(None))
+            seen = traffic(lambda arguments=arguments: call("run_softmax", *arguments))
+            assert seen.loaded_bytes == seen.stored_bytes == x.numel() * size
+            assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
+
+
+# ------------------------------------------------------------------------------------------------ nvcc
+
+ARCHITECTURES = ["80", "90", "100", "120"]
+# As torch.utils.cpp_extension compiles them.
+NVCC_FLAGS = [
+    "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__", "-Werror", "all-warnings",
+    f"-I{Path(torch.__file__).parent / 'include'}",
+]  # fmt: skip
+
+
+def cuda_home():
+    """A toolkit with nvcc and its headers. The nvcc on PATH may be a wrapper script: it is asked where it works."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        dry = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        homes += [os.path.realpath(top) for top in re.findall(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)]
+    for home in filter(None, homes):
+        if Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists():
+            return Path(home)
+    return None
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Of every .cu: what ptxas says for every architecture, and the PTX, each by kernel. Kept by content in build/."""
+    home = cuda_home()
+    if home is None:
+        pytest.skip("no CUDA toolkit: bin/nvcc and include/cuda_runtime.h under CUDA_HOME, or nvcc on PATH")
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    digest = hashlib.sha256(f"{home} {torch.__version__} {NVCC_FLAGS} {ARCHITECTURES}".encode())
+    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/formulas/*"), *ROOT.glob("csrc/cuda/*")]):
+        digest.update(path.read_bytes())
+    folder = BUILD / "nvcc" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def make(source, architecture):
+        made = folder / f"{source.stem}-{architecture}.txt"
+        if not made.exists():
+            to = ["-ptx", "-arch=sm_80"] if architecture == "ptx" else ["-cubin", "-Xptxas=-v", f"-arch=sm_{architecture}"]
+            part = folder / f"{source.stem}-{architecture}.part"
+            done = subprocess.run(
+                [home / "bin" / "nvcc", *NVCC_FLAGS, *to, source, "-o", part], capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-8000:]
+            text = part.read_text() if architecture == "ptx" else done.stderr
+            part.unlink()
+            made.write_text(subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout)
+        return made.read_text()
+
+    with ThreadPoolExecutor(2) as pool:
+        keys = list(itertools.product(sources, [*ARCHITECTURES, "ptx"]))
+        keys.sort(key=lambda key: key[0].stem != "rows")  # the longest first
+        texts = pool.map(lambda key: make(*key), keys)
+        return {(source.stem, architecture): text for (source, architecture), text in zip(keys, texts, strict=True)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvcc_spills_nothing(compiled, architecture):
+    for (source, compiled_for), text in compiled.items():
+        if compiled_for != architecture:
+            continue
+        kernels = re.findall(r"Function properties for (.*)\n(.*bytes spill loads)", text)
+        assert any("kernel<" in name for name, _ in kernels), f"{source}: no kernel was reported"
+        spilled = [
+            f"{source}: {name}: {properties.strip()}"
+            for name, properties in kernels
+            if "0 bytes spill stores, 0 bytes spill loads" not in properties
+        ]
+        assert not spilled, "\n".join(spilled)
+
+
+def entries(ptx):
+    """(name, body) of every kernel."""
+    return re.findall(r"\.entry (.+?)\(\n.*?\n\{\n(.*?)\n\}", ptx, re.DOTALL)
+
+
+@pytest.mark.parametrize("source", ["map", "random", "step", "rows", "reduce"])
+def test_nvcc_uses_16_byte_accesses(compiled, source):
+    narrow = ("columns_kernel", "columns_backward_kernel", "divisor_kernel", "join_kernel", "chunk_kernel")
+    found = entries(compiled[source, "ptx"])
+    assert found
+    wide = r"\.(v4\.[bfu]32|v2\.[bfu]64)"
+    for name, body in found:
+        if "join_kernel" in name or "divisor_kernel" in name or "columns" in name:
+            continue  # a few values, or single columns
+        assert re.search(r"ld\.global[.\w]*" + wide, body), name
+        if not any(kernel in name for kernel in narrow):
+            assert re.search(r"st\.global[.\w]*" + wide, body), name
+
+
+@pytest.mark.parametrize("source", ["map", "step", "random"])
+def test_nvcc_leaves_double_to_double(compiled, source):
+    """No float64 instruction in a kernel of another dtype: a constant that was not rounded would cost 64 times."""
+    for name, body in entries(compiled[source, "ptx"]):
+        if "double" not in name:
+            assert not re.search(r"\.f64", body), name
+
+
+# ------------------------------------------------------------------------------------------------ sanitizers
+
+
+@pytest.mark.parametrize("variant", ["asan", "tsan", "ucontext"])
+def test_sanitizers_report_nothing(variant):
+    """AddressSanitizer with UBSan, ThreadSanitizer (races between threads and blocks), and the portable fibers."""
+    source = ROOT / "tests" / "emulation" / "every_kernel.cpp"
+    program = build("every_kernel", [*(ROOT / "csrc" / "cuda").glob("*.cu"), source], variant)
+    assert run(program) == (0, "nothing found\n")

@@ -1,0 +1,617 @@
+"""The fine-tuning reference: its modes on the shipped images, folders of pictures, bad input."""
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from fastops.__main__ import main
+from fastops.finetune import (
+    ConfigError,
+    DataError,
+    FineTuneConfig,
+    FineTuneError,
+    OutputError,
+    Run,
+    WeightsError,
+    finetune,
+    load_classifier,
+)
+from fastops.finetune import data as finetune_data
+from fastops.finetune import train as finetune_train
+from fastops.finetune.data import (
+    NEW_CLASSES,
+    PRETRAINING_CLASSES,
+    OnDisk,
+    augment,
+    draw_batches,
+    keep_classes,
+    load_folder,
+    load_shipped,
+    read_idx,
+    read_picture,
+    read_sheet,
+    sample_per_class,
+    take,
+    write_sheet,
+)
+from fastops.finetune.model import (
+    ARCHITECTURES,
+    SHIPPED_FORMAT,
+    SmallResNet,
+    build,
+    find_weights,
+    input_format,
+    load_weights,
+    parse_mode,
+    pieces,
+    split,
+)
+from fastops.finetune.pretrain import TURNS, distort, measure
+from fastops.finetune.report import count_confusions, draw_predictions
+from fastops.finetune.storage import complete_file, make_run_folder
+from fastops.finetune.train import fit, make_optimizer, ops_for, warmup_cosine
+
+
+@pytest.fixture
+def small_test(monkeypatch):
+    """Few test images, so that a run takes a moment."""
+    whole = finetune_data.read_sheet
+
+    def thinned(part):
+        images = whole(part)
+        step = 1 if part == "train" else 20
+        return finetune_data.InMemory(images.images[::step], images.labels[::step])
+
+    monkeypatch.setattr(finetune_data, "read_sheet", thinned)
+
+
+def quick(tmp_path, **options):
+    """A configuration of three steps."""
+    options = {"steps": 3, "seeds": 1, "shots": 4, "batch_size": 10, **options}
+    return FineTuneConfig(out=tmp_path / "run", **options)
+
+
+def draw_pictures(folder, classes=("cat", "dog", "owl"), count=4, size=(40, 30)):
+    """Coloured noise with a class's own brightness, one sub-folder a class."""
+    numbers = np.random.default_rng(0)
+    for level, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = numbers.integers(60 * level, 60 * level + 60, (size[1], size[0], 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+
+
+# ------------------------------------------------------------------ the shipped images and weights
+
+
+def test_shipped_images():
+    train, test, old = (read_sheet(part) for part in ("train", "test", "pretraining-test"))
+    assert train.images.shape == (2500, 1, 28, 28) and train.images.dtype == torch.uint8
+    assert torch.bincount(train.labels).tolist() == [500 * (c in NEW_CLASSES) for c in range(10)]
+    assert torch.bincount(test.labels).tolist() == [400 * (c in NEW_CLASSES) for c in range(10)]
+    assert old.labels.unique().tolist() == list(PRETRAINING_CLASSES)
+    assert not set(NEW_CLASSES) & set(PRETRAINING_CLASSES)
+
+
+def test_shipped_weights_know_their_own_classes():
+    images = keep_classes(read_sheet("pretraining-test"), PRETRAINING_CLASSES)
+    model = SmallResNet(len(PRETRAINING_CLASSES) * TURNS)
+    load_weights(model, find_weights("small", "DEFAULT"), head=True)
+    assert measure(model.eval(), images) > 0.75
+
+
+def test_assets_stay_small():
+    assets = Path(finetune_data.__file__).with_name("assets")
+    assert sum(file.stat().st_size for file in assets.iterdir()) < 3_000_000
+
+
+def test_sheet_returns_what_was_packed(tmp_path, monkeypatch):
+    images = torch.arange(130 * 784, dtype=torch.int64).remainder(251).to(torch.uint8)
+    labels = torch.arange(130) % 3
+    part = finetune_data.InMemory(images.view(130, 1, 28, 28), labels)
+    (tmp_path / "assets").mkdir()
+    write_sheet(tmp_path / "assets", {"a": part, "b": part})
+    monkeypatch.setattr(finetune_data.resources, "files", lambda package: tmp_path)
+    order = labels.argsort(stable=True)
+    for name in ("a", "b"):
+        read = read_sheet(name)
+        assert torch.equal(read.images, part.images[order])
+        assert torch.equal(read.labels, labels[order])
+
+
+def test_distort_turns_by_what_it_says():
+    image = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
+    image[:, :, 8:11, 12:16] = 255
+    pixels, turns = distort(image, torch.Generator().manual_seed(0))
+    assert pixels.shape == image.shape and turns.unique().tolist() == [0, 1, 2, 3]
+    for turned, k in zip(pixels, turns, strict=True):
+        upright = turned.rot90(-int(k), (1, 2))
+        assert upright.sum() == image[0].sum()
+        assert upright[0, 6:13, 9:19].sum() == upright.sum()
+
+
+# --------------------------------------------------------------------------------------- the modes
+
+
+def test_every_mode_runs_and_leaves_its_report(tmp_path, small_test, capsys):
+    modes = ("features", "last", "last:2", "full", "scratch")
+    result = finetune(quick(tmp_path, modes=modes, seeds=2), show=True)
+    assert [(run.mode, run.seed) for run in result.runs] == [(m, s) for m in modes for s in (0, 1)]
+    assert all(len(run.losses) == 3 and run.seconds > 0 for run in result.runs)
+    trained = [row["parameters"] for row in result.summary]
+    assert trained[0] == 64 * 5 + 5 and trained == sorted(trained)
+    assert [row["epoch_speedup"] is not None for row in result.summary] == [True] * 3 + [False] * 2
+
+    metrics = json.loads((result.folder / "metrics.json").read_text())
+    assert len(metrics["runs"]) == 10 and metrics["config"]["shots"] == 4
+    assert metrics["summary"][0]["accuracy"] == pytest.approx(
+        np.mean([run["accuracy"] for run in metrics["runs"][:2]])
+    )
+    for name in ("curves", "predictions", "confusion"):
+        with Image.open(result.folder / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+            picture.load()
+    page = (result.folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "last:2" in page
+    files = sorted(file.name for file in (result.folder / "checkpoints").iterdir())
+    assert files == ["features.pt", "full.pt", "last-2.pt", "last.pt", "scratch.pt"]
+    assert not list(result.folder.rglob(".*"))
+    assert "features, seed 0" in capsys.readouterr().out
+    assert str(result).count("\n") >= 6
+
+
+@pytest.mark.parametrize("mode", ["features", "last", "last:2", "full"])
+@pytest.mark.parametrize("augmented", [False, True])
+def test_frozen_stages_do_not_move(tmp_path, small_test, mode, augmented):
+    config = quick(tmp_path, augment=augmented, lr=0.1)
+    weights = find_weights("small", "DEFAULT")
+    _, model = fit(
+        config,
+        load_shipped(SHIPPED_FORMAT),
+        SHIPPED_FORMAT,
+        weights,
+        mode=mode,
+        seed=0,
+        backend="fastops",
+        chosen=torch.arange(0, 2500, 100),
+    )
+    _, count = parse_mode(mode)
+    chain = list(pieces(model))
+    first_trained = {0: "head", 1: "layer3", 2: "layer2", -1: "stem"}[count]
+    for name, value in model.state_dict().items():
+        piece = {"conv1": "stem", "bn1": "stem", "fc": "head"}.get(name.split(".")[0])
+        piece = piece or name.split(".")[0]
+        if piece == "head":
+            continue
+        frozen = chain.index(piece) < chain.index(first_trained)
+        assert torch.equal(value, weights[name]) == frozen, name
+
+
+def test_kept_outputs_change_nothing_but_the_time(tmp_path, small_test, monkeypatch):
+    config = quick(tmp_path, modes=("features", "last"))
+    kept = finetune(config)
+    monkeypatch.setattr(finetune_train, "CACHE_LIMIT", 0)
+    plain = finetune(quick(tmp_path / "run", modes=("features", "last")))
+    for a, b in zip(kept.runs, plain.runs, strict=True):
+        assert a.epoch_speedup is not None and b.epoch_speedup is None
+        assert a.losses == pytest.approx(b.losses, rel=1e-4)
+
+
+def test_every_shown_picture_is_drawn():
+    collection = load_shipped(SHIPPED_FORMAT)
+    collection.test = take(collection.test, torch.arange(0, 2000, 10))
+    predictions = collection.test.labels.clone()
+    predictions[:3] = (predictions[:3] + 1) % 5
+    run = Run("full", 0, "fastops", predictions=predictions, confidence=torch.full((200,), 0.5))
+    figure = draw_predictions(run, collection)
+    assert [len(axes.images) for axes in figure.axes] == [1] * 24
+    wrong = [axes.get_title() for axes in figure.axes if "\nis " in axes.get_title()]
+    assert len(wrong) == 3 and wrong[0].endswith("is Trouser")
+    assert "3 of 200 test images wrong; 3 of them among these 24" in figure.get_suptitle()
+    assert count_confusions([run, run], collection).sum() == 400
+
+
+def test_same_seed_same_run(tmp_path, small_test):
+    first = finetune(quick(tmp_path, modes=("full",)))
+    state = torch.random.get_rng_state()
+    second = finetune(quick(tmp_path / "run", modes=("full",)))
+    assert first.runs[0].losses == second.runs[0].losses
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_backends_start_from_the_same_loss(tmp_path, small_test):
+    result = finetune(quick(tmp_path, backend="both", modes=("full", "scratch"), steps=5))
+    for row in ("full", "scratch"):
+        ours, native = (
+            next(run for run in result.runs if run.mode == row and run.backend == backend)
+            for backend in ("fastops", "torch")
+        )
+        assert ours.losses[0] == pytest.approx(native.losses[0], abs=1e-6)
+        assert ours.losses == pytest.approx(native.losses, rel=1e-2)
+    assert [row["name"] for row in result.summary][:2] == ["full (torch)", "full (fastops)"]
+
+
+def test_fastops_modules_are_patched_in():
+    import fastops.nn
+
+    model = build("small", 5, dropout=0.5)
+    ops_for("fastops").patch(model)
+    names = [type(module) for module in model.modules()]
+    assert fastops.nn.ReLU in names and torch.nn.ReLU not in names
+    assert fastops.nn.Dropout in names and torch.nn.Dropout not in names
+
+
+def test_cut_network_computes_the_same():
+    for arch in ("small", "resnet18"):
+        model = build(arch, 3, dropout=0.3).eval()
+        images = torch.randn(2, input_format(arch).channels, 40, 40)
+        expected = model(images)
+        for mode in ("features", "last", "last:3", "full"):
+            frozen, trained = split(model, mode)
+            model.eval()
+            assert torch.equal(torch.nn.Sequential(*trained.values())(frozen(images)), expected)
+
+
+def test_learning_rates_and_decay(tmp_path):
+    config = FineTuneConfig(lr=1.0, backbone_rate=0.25, weight_decay=0.5)
+    model = build("small", 5)
+    _, trained = split(model, "last")
+    optimizer = make_optimizer(config, ops_for("torch"), "last", trained)
+    found = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {id(p) for p in named.values()} == set(found)
+    assert found[id(named["fc.weight"])] == (1.0, 0.5)
+    assert found[id(named["fc.bias"])] == (1.0, 0.0)
+    assert found[id(named["layer3.0.conv1.weight"])] == (0.25, 0.5)
+    assert found[id(named["layer3.0.bn1.weight"])] == (0.25, 0.0)
+
+
+def test_warmup_then_cosine():
+    factor = warmup_cosine(100, 0.1)
+    values = [factor(step) for step in range(100)]
+    assert values[0] == 0.1 and values[9] == 1.0 and max(values) == 1.0
+    assert values[9:] == sorted(values[9:], reverse=True) and 0 < values[-1] < 0.01
+
+
+def test_bfloat16_and_clipping(tmp_path, small_test):
+    result = finetune(quick(tmp_path, amp="bf16", max_grad_norm=0.5, modes=("features", "full")))
+    assert all(np.isfinite(run.losses).all() for run in result.runs)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def test_saved_network_repeats_its_predictions(tmp_path, small_test):
+    result = finetune(quick(tmp_path, modes=("last",), dropout=0.2))
+    classifier = load_classifier(result.folder)
+    test = load_shipped(SHIPPED_FORMAT).test
+    confidence, predictions = classifier.probabilities(test.images).max(1)
+    assert torch.equal(predictions, result.runs[0].predictions)
+    assert torch.allclose(confidence, result.runs[0].confidence, atol=1e-5)
+    assert classifier.classes == result.classes
+
+
+def test_predict_command(tmp_path, small_test, capsys):
+    result = finetune(quick(tmp_path, modes=("features",)))
+    picture = tmp_path / "boot.png"
+    Image.fromarray(read_sheet("test").images[-1, 0].numpy()).save(picture)
+    checkpoint = str(result.folder / "checkpoints" / "features.pt")
+    assert main(["predict", checkpoint, str(picture)]) == 0
+    assert capsys.readouterr().out.startswith(f"{picture}: ")
+    assert main(["predict", checkpoint, str(tmp_path / "none.png")]) == 2
+    assert main(["predict", str(tmp_path / "none.pt"), str(picture)]) == 2
+
+
+def test_fine_tuned_network_can_be_fine_tuned_again(tmp_path, small_test):
+    first = finetune(quick(tmp_path, modes=("full",)))
+    weights = str(first.folder / "checkpoints" / "full.pt")
+    finetune(quick(tmp_path / "run", modes=("features",), weights=weights))
+
+
+def test_unfinished_file_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(OutputError, match="No space left"):
+        with complete_file(path) as unfinished:
+            unfinished.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_interrupted_experiment_reports_what_it_has(tmp_path, small_test, monkeypatch, capsys):
+    def fit_two(*arguments, seed, **options):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr("fastops.finetune.experiment.fit", fit_two)
+    out = str(tmp_path / "run")
+    command = ["finetune", "--modes=features", "--steps=2", "--shots=2", "--out", out, "--quiet"]
+    assert main(command) == 130
+    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["runs"]) == 2
+
+
+# -------------------------------------------------------------------------------- own pictures
+
+
+def test_folder_with_resnet18(tmp_path, capsys):
+    draw_pictures(tmp_path / "data" / "train")
+    draw_pictures(tmp_path / "data" / "val", count=2)
+    weights = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    command = ["finetune", "--data", str(tmp_path / "data"), "--arch=resnet18", "--image-size=32"]
+    command += ["--weights", str(weights), "--modes=features,last:2,full", "--seeds=1"]
+    command += ["--steps=2", "--batch-size=4", "--augment", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "12 training images, 6 test images, 32 x 32" in printed and "last:2" in printed
+    classifier = load_classifier(tmp_path / "run" / "checkpoints" / "full.pt")
+    assert classifier.classes == ["cat", "dog", "owl"] and classifier.format.size == 32
+
+
+def test_folder_is_split_the_same_way_each_time(tmp_path):
+    draw_pictures(tmp_path / "data", count=5)
+    first, second = (load_folder(tmp_path / "data", SHIPPED_FORMAT) for _ in range(2))
+    assert len(first.train) == 12 and len(first.test) == 3
+    assert torch.equal(first.test.images, second.test.images)
+
+
+def test_pictures_that_do_not_fit_into_memory(tmp_path, monkeypatch):
+    draw_pictures(tmp_path / "data", count=5)
+    kept = load_folder(tmp_path / "data", SHIPPED_FORMAT)
+    monkeypatch.setattr(finetune_data, "IN_MEMORY_LIMIT", 0)
+    streamed = load_folder(tmp_path / "data", SHIPPED_FORMAT)
+    assert isinstance(streamed.test, OnDisk)
+    assert torch.equal(streamed.test.__getitems__([0, 2])[0], kept.test.images[[0, 2]])
+    result = finetune(quick(tmp_path, data=tmp_path / "data", modes=("features",)))
+    assert len(result.runs[0].predictions) == 3
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1", "LA"])
+@pytest.mark.parametrize("size", [(1, 1), (300, 1), (5, 90), (28, 28)])
+def test_odd_pictures(tmp_path, mode, size):
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new(mode, size).save(path)
+    for arch in ("small", "resnet18"):
+        format = input_format(arch)
+        pixels = read_picture(path, format)
+        assert pixels.shape == (format.channels, format.size, format.size)
+        assert pixels.dtype == torch.uint8
+
+
+def test_unreadable_pictures_are_named_and_skipped(tmp_path, monkeypatch, capsys):
+    draw_pictures(tmp_path / "data", count=5)
+    broken = tmp_path / "data" / "cat" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (tmp_path / "data" / "dog" / "text.jpg").write_text("not a picture")
+    collection = load_folder(tmp_path / "data", SHIPPED_FORMAT)
+    assert len(collection.train) + len(collection.test) == 14
+    assert len(collection.skipped) == 2 and str(broken) in collection.skipped[0]
+    assert main(["finetune", "--data", str(tmp_path / "data"), "--dry-run"]) == 0
+    assert f"cannot read picture {broken}" in capsys.readouterr().out
+    with pytest.raises(DataError, match="text.jpg|0.png"):
+        load_folder(tmp_path / "data", SHIPPED_FORMAT, strict=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="none of the pictures"):
+        load_folder(tmp_path / "data", SHIPPED_FORMAT)
+
+
+def test_sampling():
+    labels = torch.tensor([0] * 10 + [1] * 3 + [2])
+    assert torch.bincount(labels[sample_per_class(labels, 4, 3)]).tolist() == [4, 3, 1]
+    assert torch.bincount(labels[sample_per_class(labels, 0.2, 3)], minlength=3).tolist() == [
+        2,
+        1,
+        0,
+    ]
+    batches = draw_batches(7, 3, 5, seed=1)
+    assert [len(batch) for batch in batches] == [3] * 5
+    assert sorted(sum(batches, [])[:7]) == list(range(7))
+    assert batches == draw_batches(7, 3, 5, seed=1) != draw_batches(7, 3, 5, seed=2)
+    assert [len(batch) for batch in draw_batches(4, 10, 2, seed=0)] == [4, 4]
+
+
+def test_augment_keeps_shape_and_range():
+    images = torch.rand(8, 3, 20, 20)
+    crops = augment(images, torch.Generator().manual_seed(0))
+    again = augment(images, torch.Generator().manual_seed(0))
+    assert crops.shape == images.shape and torch.equal(crops, again)
+    assert not torch.equal(crops, images)
+    assert crops.min() >= 0 and crops.max() <= 1
+    still = torch.full((2, 1, 20, 20), 0.5)
+    assert torch.allclose(augment(still, torch.Generator()), still)
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modes": ("half",)}, "unknown mode 'half'"),
+        ({"modes": ("last:0",)}, "unknown mode 'last:0'"),
+        ({"modes": ("last:9",)}, "the network has 3 stages"),
+        ({"modes": ()}, "at least one mode"),
+        ({"modes": ("full", "full")}, "named twice"),
+        ({"arch": "resnet9"}, "unknown arch 'resnet9'"),
+        ({"backend": "jax"}, "unknown backend"),
+        ({"optimizer": "lamb"}, "unknown optimizer"),
+        ({"amp": "fp8"}, "unknown amp"),
+        ({"device": "abacus"}, "device 'abacus'"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": -1.0}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be between 0 and 1"),
+        ({"dropout": 1.5}, "dropout must be between 0 and 1"),
+        ({"dropout": -0.1}, "dropout must be between 0 and 1"),
+        ({"batch_size": 1}, "batch_size must be an integer of 2 or more"),
+        ({"seeds": 0}, "seeds must be an integer of 1 or more"),
+        ({"steps": 0}, "steps must be an integer of 1 or more"),
+        ({"shots": -1}, "shots must be an integer of 0 or more"),
+        ({"test_fraction": 1.0}, "test_fraction must be between 0 and 1"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        finetune(quick(tmp_path, **options))
+    assert isinstance(caught.value, ValueError)
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_says_errors_in_one_line(tmp_path, capsys):
+    assert main(["finetune", "--data", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"there is no folder {tmp_path / 'nowhere'}" in error
+    assert main(["finetune", "--label-smoothing", "1.5"]) == 2
+    assert main(["finetune", "--threads", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["finetune", "--lr", "fast"])
+
+
+def test_bad_folders(tmp_path):
+    def reason(folder):
+        with pytest.raises(DataError) as caught:
+            load_folder(folder, SHIPPED_FORMAT)
+        return str(caught.value)
+
+    assert "there is no folder" in reason(tmp_path / "nowhere")
+    assert "is empty" in reason(tmp_path)
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    assert "has no pictures" in reason(tmp_path / "data")
+    draw_pictures(tmp_path / "one", classes=("cat",))
+    assert "has one class (cat)" in reason(tmp_path / "one")
+    assert "is a file" in reason(tmp_path / "one" / "cat" / "0.png")
+    draw_pictures(tmp_path / "single", count=1)
+    assert "no readable pictures of class cat to test on" in reason(tmp_path / "single")
+    draw_pictures(tmp_path / "parts" / "train")
+    assert "neither val/ nor test/" in reason(tmp_path / "parts")
+    draw_pictures(tmp_path / "parts" / "val", classes=("cat", "emu", "owl"))
+    assert "different classes: dog, emu" in reason(tmp_path / "parts")
+
+
+def test_bad_raw_files(tmp_path):
+    path = tmp_path / "images.gz"
+    with pytest.raises(DataError, match="cannot read"):
+        read_idx(path)
+    path.write_bytes(b"\x1f\x8b\x08 cut off")
+    with pytest.raises(DataError, match="cannot read"):
+        read_idx(path)
+    import gzip
+
+    path.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x09123"))
+    with pytest.raises(DataError, match="truncated"):
+        read_idx(path)
+    path.write_bytes(gzip.compress(b"hello"))
+    with pytest.raises(DataError, match="not an IDX file"):
+        read_idx(path)
+
+
+def test_bad_checkpoints(tmp_path):
+    path = tmp_path / "weights.pt"
+
+    def reason():
+        with pytest.raises(WeightsError) as caught:
+            finetune(quick(tmp_path, weights=str(path)))
+        assert not (tmp_path / "run").exists() and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "there is no checkpoint" in reason()
+    path.write_bytes(b"not a checkpoint")
+    assert "damaged" in reason()
+    state = build("small", 5).state_dict()
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert "damaged" in reason()
+    torch.save({"model": Path("x")}, path)
+    assert "more than weights" in reason()
+    torch.save([1, 2], path)
+    assert "holds a list" in reason()
+    torch.save({"epoch": 3}, path)
+    assert "holds no weights" in reason()
+    torch.save({k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, path)
+    assert "missing: layer1.0.conv1.weight" in reason()
+    torch.save({**state, "extra": torch.zeros(1)}, path)
+    assert "unknown: extra" in reason()
+    torch.save({**state, "conv1.weight": torch.zeros(16, 3, 3, 3)}, path)
+    assert "conv1.weight (16, 3, 3, 3) instead of (16, 1, 3, 3)" in reason()
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    assert "another architecture" in reason()
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match="not written by finetune"):
+        load_classifier(path)
+
+
+def test_weights_in_their_usual_wrappings(tmp_path):
+    state = build("small", 7).state_dict()
+    for content in (
+        state,
+        {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 1},
+    ):
+        torch.save(content, tmp_path / "w.pth")
+        model = build("small", 5)
+        load_weights(model, find_weights("small", str(tmp_path / "w.pth")), head=False)
+        assert torch.equal(model.conv1.weight, state["conv1.weight"])
+    with pytest.raises(WeightsError, match="fc.weight"):
+        load_weights(model, state, head=True)
+
+
+def test_download_without_a_network(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(
+        WeightsError, match="cannot download resnet18 .*unreachable.*--weights FILE"
+    ):
+        find_weights("resnet18", "DEFAULT")
+
+
+def test_bad_run_folders(tmp_path):
+    with pytest.raises(OutputError, match="there is no folder"):
+        make_run_folder(tmp_path / "missing" / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="not a folder"):
+        make_run_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="is not empty"):
+        make_run_folder(tmp_path)
+    with pytest.raises(OutputError, match="cannot write into /proc/finetune"):
+        make_run_folder("/proc/finetune")
+    assert issubclass(OutputError, OSError) and issubclass(OutputError, FineTuneError)
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda format: "now")
+    assert [make_run_folder(None).name for _ in range(2)] == ["finetune-now", "finetune-now-2"]
+
+
+def test_infinite_loss_is_an_error(tmp_path, small_test):
+    with pytest.raises(FineTuneError, match="the loss is (inf|nan) at step"):
+        finetune(quick(tmp_path, modes=("scratch",), lr=1e30, steps=20))
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arch in ARCHITECTURES[:2]:
+        assert main(["finetune", "--dry-run", "--arch", arch, "--weights", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert "from random weights" in printed and "64 x 64 pixels" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
