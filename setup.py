@@ -58,7 +58,8 @@ if missing and flag("FORCE_CUDA"):
     sys.exit(f"fastops: FORCE_CUDA=1, but {missing}")
 print(f"fastops: building {'without CUDA: ' + missing if missing else 'with CUDA: ' + cuda_home}")
 
-CXX = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
+CXX = ["-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+GLUE = [*CXX, "-O1", "-fopenmp"]  # csrc/torch: nothing in it is hot but calls, and it is what takes long to compile
 # The loops in csrc/cpu are compiled once per instruction set and chosen at run time (csrc/cpu/README.md).
 ISA = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -78,7 +79,7 @@ class Build(BuildExtension):
                 f"{self.build_temp}/{isa}",
                 macros=[("CPU_CAPABILITY", isa), (f"CPU_CAPABILITY_{isa}", None)],
                 include_dirs=ext.include_dirs,
-                extra_postargs={"cxx": CXX + flags} if self.use_ninja else CXX + flags,
+                extra_postargs=[*CXX, "-O3", *flags],
                 depends=sorted(glob("csrc/**/*.h", recursive=True)),
             )
         super().build_extension(ext)
@@ -93,7 +94,7 @@ if missing:
         "fastops._C",
         sources,
         define_macros=macros,
-        extra_compile_args={"cxx": CXX + ["-fopenmp"]},
+        extra_compile_args={"cxx": GLUE},
         extra_link_args=link,
     )
 else:
@@ -102,7 +103,7 @@ else:
         sources + sorted(glob("csrc/cuda/*.cu")),
         define_macros=macros + [("FASTOPS_CUDA", None)],
         extra_compile_args={
-            "cxx": CXX + ["-fopenmp"],
+            "cxx": GLUE,
             "nvcc": ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden", "-lineinfo"],
         },
         extra_link_args=link,

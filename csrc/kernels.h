@@ -160,6 +160,11 @@ struct StepRow {
   const char* name;
   int states, numbers;
   StepKernel step;
+  const char* options = "";      // "float lr, float beta1, bool maximize=False": what derive() takes, in this order
+  const char* state_names = "";  // "exp_avg exp_avg_sq": the keys of the states, in order
+  bool counts = false;           // whether the state has a step count beside them
+  // Writes the numbers of step `step` (1, 2, ...); `first` where the states have just been made.
+  void (*derive)(const double* options, double step, bool first, double* numbers) = nullptr;
 };
 
 // ------------------------------------------------------------------------------------------------ back ends

@@ -4,6 +4,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#include <immintrin.h>
+#endif
+
 #include <utility>
 
 #include "../kernels.h"
@@ -41,6 +45,21 @@ struct Lanes {
       raw.store(p, n);
     }
   }
+  // Writes a full group past the caches, where the instruction set can and p is aligned (see streams()): a result that is
+  // larger than the caches need not be read into them first to be written. A fence() has to follow.
+  static FASTOPS_FN void stream(scalar_t* p, const V (&v)[count]) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    alignas(64) scalar_t raw[size];
+    store(raw, size, v);
+#if defined(CPU_CAPABILITY_AVX512)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(raw));
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(raw)));
+#endif
+#else
+    store(p, size, v);
+#endif
+  }
   // The first n lanes of the group as they are, the others filled: for sums and maxima over a masked tail.
   static FASTOPS_FN void keep(int64_t n, real filler, V (&v)[count]) {
     for (int k = 0; k < count; ++k) {
@@ -49,6 +68,21 @@ struct Lanes {
     }
   }
 };
+
+constexpr int64_t kStreamBytes = int64_t{24} << 20;  // of results that cannot stay in the caches
+
+// Whether a result of n elements should go past the caches: it is large, its groups are aligned, and none of its lines
+// is in the caches because it is an input as well.
+template <class L, class scalar_t>
+FASTOPS_FN bool streams(const scalar_t* out, int64_t n, const void* in) {
+  return n * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamBytes && out != in &&
+         reinterpret_cast<uintptr_t>(out) % (L::size * sizeof(scalar_t)) == 0;
+}
+FASTOPS_FN void fence() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
 
 // Calls body(i, n) for every group of `group` elements in [begin, end), n < group in the last one only. The full groups
 // are a loop of their own, in which n is a constant.

@@ -18,7 +18,8 @@ Error map(const MapArgs& a, F f) {
     auto* out = static_cast<scalar_t*>(a.out);
     const scalar_t* in[inputs];
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
-    cpu::parallel(a.n, kGrain, [=](int64_t begin, int64_t end) {
+    const int64_t total = a.n;
+    const auto range = [=](int64_t begin, int64_t end, auto write) {
       groups<L::size>(begin, end, [&](int64_t i, auto n) {
         V x[inputs][L::count], y[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + i, n, x[k]);
@@ -28,9 +29,27 @@ Error map(const MapArgs& a, F f) {
           if constexpr (inputs == 3)
             y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
         }
-        L::store(out + i, n, y);
+        write(out + i, n, y);
       });
-    });
+    };
+    if (streams<L>(out, total, in[0])) {
+      // Threads are given whole groups, so that every group is aligned.
+      cpu::parallel((total + L::size - 1) / L::size, kGrain, [=](int64_t begin, int64_t end) {
+        const int64_t last = end * L::size < total ? end * L::size : total;
+        range(begin * L::size, last, [](scalar_t* to, auto n, auto& y) {
+          if (n == L::size) {
+            L::stream(to, y);
+          } else {
+            L::store(to, n, y);
+          }
+        });
+        fence();
+      });
+    } else {
+      cpu::parallel(total, kGrain, [=](int64_t begin, int64_t end) {
+        range(begin, end, [](scalar_t* to, auto n, auto& y) { L::store(to, n, y); });
+      });
+    }
     return nullptr;
   });
 }

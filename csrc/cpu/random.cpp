@@ -198,6 +198,7 @@ struct MakeRandom {
       auto* in = static_cast<const scalar_t*>(a.in[0]);
       const bool contiguous = a.order.dims == 1 && a.order.logical_stride[0] == 1;
       const int64_t total = a.n;
+      const bool stream = streams<L>(out, total, in);
       const LogicalOrder& order = a.order;
       cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan, [=, &order](int64_t begin, int64_t end) {
         uint32_t lane[U32::lanes];
@@ -219,9 +220,14 @@ struct MakeRandom {
               const auto keep = at_least<typename L::real>(word + (i - first) + k * V::size(), threshold);
               x[k] = Op::forward(x[k], keep, scale);
             }
-            L::store(out + i, n, x);
+            if (stream && n == L::size) {
+              L::stream(out + i, x);
+            } else {
+              L::store(out + i, n, x);
+            }
           });
         }
+        if (stream) fence();
       });
       return nullptr;
     });

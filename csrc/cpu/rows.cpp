@@ -1,6 +1,8 @@
 // Softmax, log-softmax and cross-entropy over the middle dimension of (outer, n, inner). Where inner is 1 a row is
 // contiguous and walked in blocks that stay in the first-level cache, with a running maximum per block, so that memory
 // is read once; elsewhere a vector holds neighbouring rows and walks them all together.
+#include <cstdlib>
+
 #include "../formulas/softmax.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -219,14 +221,12 @@ FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, 
   }
 }
 
-// Runs `rows(first element, n)` for each contiguous row, or `columns(first element, count)` for each group of
+// Runs `rows(begin, end)` for ranges of contiguous rows, or `columns(o, i, count)` for each group of
 // neighbouring rows, over the threads.
-template <class L, class RowBody, class ColumnBody>
-FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, RowBody row, ColumnBody columns) {
+template <class L, class RowsBody, class ColumnBody>
+FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, RowsBody rows, ColumnBody columns) {
   if (inner == 1) {
-    cpu::parallel(outer, rows_per_thread(n), [=](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) row(r);
-    });
+    cpu::parallel(outer, rows_per_thread(n), rows);
   } else {
     const int64_t tiles = (inner + L::size - 1) / L::size;
     cpu::parallel(outer * tiles, rows_per_thread(n * L::size), [=](int64_t begin, int64_t end) {
@@ -252,7 +252,10 @@ struct MakeSoftmax {
       auto* y = static_cast<scalar_t*>(a.out);
       const int64_t n = a.n, inner = a.inner;
       over_rows<L>(
-          a.outer, n, inner, [=](int64_t r) { softmax_row<Op, L>(x + r * n, y + r * n, n); },
+          a.outer, n, inner,
+          [=](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) softmax_row<Op, L>(x + r * n, y + r * n, n);
+          },
           [=](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i;
             softmax_columns<Op, L>(x + at, y + at, n, inner, count);
@@ -270,7 +273,9 @@ struct MakeSoftmax {
       const int64_t n = a.n, inner = a.inner;
       over_rows<L>(
           a.outer, n, inner,
-          [=](int64_t r) { softmax_row_backward<Op, L>(y + r * n, dy + r * n, dx + r * n, n); },
+          [=](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) softmax_row_backward<Op, L>(y + r * n, dy + r * n, dx + r * n, n);
+          },
           [=](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i;
             softmax_columns_backward<Op, L>(y + at, dy + at, dx + at, n, inner, count);
@@ -310,7 +315,7 @@ struct Target {
 };
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, real* loss, int64_t n, int64_t t,
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* buffer, real* loss, int64_t n, int64_t t,
                                   const Target<real>& q) {
   using V = typename L::V;
   if (t == q.ignore_index) {
@@ -348,8 +353,8 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, real* loss,
     }
     smooth_depth = static_cast<real>(depth);
   }
-  const bool leaves = grad && !L::reduced;
-  visit<L>(x, n, leaves ? grad : nullptr, v);
+  scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
+  visit<L>(x, n, exponential, v);
   const real log_sum = static_cast<real>(log(v.sum));
   *loss = CrossEntropy::loss(log_sum, v.peak, x_target, hard);
   if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, q.soft);
@@ -358,7 +363,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, real* loss,
   const V inverse(static_cast<real>(1 / v.sum)), total((hard + q.soft * q.mass) * q.scale), none(real(0));
   const V soft(q.soft * q.scale);
   const int64_t block_begin = t / L::size * L::size;
-  each_exponential<L>(x, leaves ? grad : nullptr, n, v, [&](int64_t i, auto count, auto& e) {
+  each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
     for (int k = 0; k < L::count; ++k) {
       V soft_weight = none;
       if (q.soft != real(0)) {
@@ -378,7 +383,11 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, real* loss,
       lane[t - i] -= hard * q.scale;
       for (int k = 0; k < L::count; ++k) e[k] = V::loadu(lane + k * V::size());
     }
-    L::store(grad + i, count, e);
+    if (buffer && count == L::size) {
+      L::stream(grad + i, e);
+    } else {
+      L::store(grad + i, count, e);
+    }
   });
 }
 
@@ -455,10 +464,17 @@ struct MakeCrossEntropy {
       auto* grad = static_cast<scalar_t*>(a.grad);
       auto* loss = static_cast<real*>(a.loss);
       const int64_t n = a.n, inner = a.inner;
+      const bool stream = !L::reduced && grad && inner == 1 && n % L::size == 0 && streams<L>(grad, a.outer * n, x);
       over_rows<L>(
           a.outer, n, inner,
-          [=](int64_t r) {
-            cross_entropy_row<L>(x + r * n, grad ? grad + r * n : nullptr, loss + r, n, q.index[r], q);
+          [=](int64_t begin, int64_t end) {
+            // The exponentials of a large problem are left in a buffer that stays in the caches, not in the gradient.
+            scalar_t* const buffer =
+                stream ? static_cast<scalar_t*>(std::aligned_alloc(64, (n * sizeof(scalar_t) + 63) / 64 * 64)) : nullptr;
+            for (int64_t r = begin; r < end; ++r)
+              cross_entropy_row<L>(x + r * n, grad ? grad + r * n : nullptr, buffer, loss + r, n, q.index[r], q);
+            if (buffer) fence();
+            std::free(buffer);
           },
           [=](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i, r = o * inner + i;

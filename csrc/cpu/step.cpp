@@ -1,5 +1,7 @@
 // The optimizer step over a list of tensors: all of them are cut into chunks, and one parallel region runs over the
 // chunks, so that a thousand small tensors cost as much as one large one.
+#include <cstring>
+
 #include "../formulas/optimizers.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -8,7 +10,7 @@ namespace fastops::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kChunk = 16384;  // elements of one tensor that are worked on in one go
-constexpr int64_t kGrain = 32768;  // elements a thread takes at least
+constexpr int64_t kGrain = 65536;  // elements a thread takes at least: less is over before another has woken up
 
 // Elements [begin, end) of one tensor.
 template <class Op, class scalar_t, class state_t>
@@ -106,7 +108,13 @@ struct MakeStep {
       return "unsupported dtype of the optimizer state";
     });
   }
-  static constexpr StepRow row{Op::name, Op::states, Op::numbers, &step};
+  static void derive(const double* options, double step, bool first, double* numbers) {
+    const auto derived = Op::derive(options, step, first);
+    static_assert(sizeof derived == Op::numbers * sizeof(double));
+    memcpy(numbers, &derived, sizeof derived);
+  }
+  static constexpr StepRow row{Op::name,    Op::states,      Op::numbers, &step,
+                               Op::options, Op::state_names, Op::counts,  &derive};
 };
 using StepTable = Table<StepRow, MakeStep, Optimizers>;
 

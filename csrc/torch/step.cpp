@@ -1,4 +1,739 @@
+// The optimizers' step as torch sees it: an op over lists of tensors for every row, and beside it StepPlan, which reads
+// parameters, gradients and states from the optimizer's own dictionaries. Both collect into one Sweep, which checks
+// everything before it changes anything. No formula, and no option by name.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/jit_type.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
 #include "bind.h"
+
 namespace fastops {
-void bind_step(pybind11::module_&) {}
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+using c10::TensorImpl;
+
+// Below this many elements a step is over before another thread could have used the interpreter.
+constexpr int64_t kReleaseInterpreter = 1 << 17;
+// So many parameters ahead of the one looked at, the memory of the next is asked for.
+constexpr size_t kAhead = 4;
+
+// ------------------------------------------------------------------------------------------------ tensors
+
+// Subclasses with a say in dispatch, wrappers of torch.func, fake tensors: whose memory is not theirs to be read.
+constexpr DispatchKeySet kWrapped =
+    DispatchKeySet({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
+                    DispatchKey::FuncTorchGradWrapper, DispatchKey::Batched, DispatchKey::NestedTensor});
+// Values that are not what the memory says until they are resolved.
+constexpr DispatchKeySet kLazy =
+    DispatchKeySet({DispatchKey::Conjugate, DispatchKey::Negative, DispatchKey::ZeroTensor});
+
+bool plain(const TensorImpl* t) {
+  const DispatchKeySet keys = t->key_set();
+  return keys.has(DispatchKey::Dense) && !keys.has_any(kWrapped) && (t->is_cpu() || t->is_cuda()) &&
+         t->unsafe_storage();
+}
+
+Tensor tensor_of(TensorImpl* t) {
+  return Tensor(c10::intrusive_ptr<TensorImpl>::reclaim_copy(t));
+}
+
+// Whether element i in memory of one is element i in memory of the other; `a` is dense.
+bool same_memory_order(const TensorImpl* a, const TensorImpl* b) {
+  if (a->is_contiguous() && b->is_contiguous()) return true;
+  const auto sizes = a->sizes(), sa = a->strides(), sb = b->strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sa[d] != sb[d] && sizes[d] != 1) return false;
+  return true;
+}
+bool lazy(const TensorImpl* t) { return t->key_set().has_any(kLazy); }
+
+c10::ScalarType dtype_of(const TensorImpl* t) { return c10::typeMetaToScalarType(t->dtype()); }
+
+bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t d = 0; d < a.size(); ++d)
+    if (a[d] != b[d]) return false;
+  return true;
+}
+
+// ------------------------------------------------------------------------------------------------ sweep
+
+struct Entry {
+  TensorImpl *p, *g, *counter;
+  TensorImpl* s[kMaxStates];
+  size_t row;
+  const double* options;
+  int64_t n;
+  c10::ScalarType dtype, state_dtype;
+  c10::Device device;
+  bool first;
+  bool flat;        // p, g and s share one dense memory order
+  bool g_is_alone;  // on its storage
+  bool counts_in_double;
+  void* count;
+  void* p_data;
+  const void* g_data;
+  void* s_data[kMaxStates];
+
+  void find_memory() {
+    p_data = p->mutable_data();
+    g_data = g->data();
+    for (int k = 0; k < kMaxStates && s[k]; ++k) s_data[k] = s[k]->mutable_data();
+  }
+};
+
+// Asks for the cache lines of a tensor that is looked at soon. `t` may be long gone: it is a guess.
+void prefetch(const TensorImpl* t) {
+  const char* lines = reinterpret_cast<const char*>(t);
+  for (size_t at = 0; at < sizeof(TensorImpl); at += 64) __builtin_prefetch(lines + at, 0, 2);
+}
+
+// One step. add() checks and collects, run() changes.
+class Sweep {
+ public:
+  void clear() {
+    std::swap(entries_, before_);
+    entries_.clear();
+    copies_.clear();
+    elements_ = 0;
+    all_flat_ = true;
+  }
+  size_t size() const { return entries_.size(); }
+
+  void add(size_t row, const double* options, bool first, TensorImpl* p, TensorImpl* g, TensorImpl* counter,
+           TensorImpl* const* s) {
+    const StepRow& r = rows_.data[row];
+    Entry& e = entries_.emplace_back(
+        Entry{p, g, counter, {}, row, options, p->numel(), dtype_of(p), dtype_of(p), p->device(), first});
+    // A complex number is a pair of real ones to every formula, as in torch.
+    if (c10::isComplexType(e.dtype)) {
+      e.n *= 2;
+      e.dtype = e.state_dtype = c10::toRealValueType(e.dtype);
+    }
+    const bool reduced = e.dtype == c10::kHalf || e.dtype == c10::kBFloat16;
+    TORCH_CHECK_NOT_IMPLEMENTED(e.dtype == c10::kFloat || e.dtype == c10::kDouble || reduced, r.name, ": parameter ",
+                                entries_.size() - 1, " is ", dtype_of(p),
+                                "; the optimizers take floating point and complex parameters");
+    const bool dense = p->is_non_overlapping_and_dense();
+    e.flat = dense && !lazy(p);
+    writable(r, "parameter", p);
+    if (!dense) at::assert_no_internal_overlap(p);
+
+    matches(r, "the gradient", g, p);
+    TORCH_CHECK(g->dtype() == p->dtype(), r.name, ": parameter ", entries_.size() - 1, " is ", dtype_of(p),
+                " but its gradient is ", dtype_of(g), "; give it a gradient of the parameter's dtype");
+    e.flat = e.flat && same_memory_order(p, g) && !lazy(g);
+    for (int k = 0; k < r.states; ++k) {
+      e.s[k] = s[k];
+      writable(r, "state", s[k]);
+      matches(r, "a state", s[k], p);
+      TORCH_CHECK(s[k]->dtype() == s[0]->dtype(), r.name, ": the states of parameter ", entries_.size() - 1, " are ",
+                  dtype_of(s[0]), " and ", dtype_of(s[k]), "; they must be of one dtype");
+      if (!dense || !same_memory_order(p, s[k]) || lazy(s[k])) {
+        e.flat = false;
+        if (!s[k]->is_non_overlapping_and_dense()) at::assert_no_internal_overlap(s[k]);
+      }
+    }
+    if (r.states > 0 && s[0]->dtype() != p->dtype()) {
+      e.state_dtype = dtype_of(s[0]);
+      TORCH_CHECK(reduced && e.state_dtype == c10::kFloat, r.name, ": parameter ", entries_.size() - 1, " is ",
+                  dtype_of(p), " but its states are ", e.state_dtype);
+    }
+    if (r.counts) {
+      writable(r, "step count", counter);
+      TORCH_CHECK(counter->numel() == 1 && counter->is_cpu() &&
+                      (dtype_of(counter) == c10::kFloat || dtype_of(counter) == c10::kDouble),
+                  r.name, ": the step count must be one float32 or float64 on the CPU");
+      e.count = counter->mutable_data();
+      e.counts_in_double = dtype_of(counter) == c10::kDouble;
+    }
+    e.g_is_alone = g->unsafe_storage().unique();
+    e.find_memory();
+    elements_ += e.n;
+    all_flat_ = all_flat_ && e.flat;
+  }
+
+  // grad_scale and found_inf as torch.amp.GradScaler hands them over. Leaves version counters alone on request, where
+  // the dispatcher's ADInplaceOrView key sees to them.
+  void run(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, bool moves_versions,
+           bool holds_interpreter) {
+    if (entries_.empty()) return;
+    // The step counts are on the host, so the answer is needed here.
+    if (found_inf && found_inf->item<double>() != 0) return;
+    at::AutoDispatchBelowADInplaceOrView below;
+    grad_scale_ = grad_scale;
+
+    if (!overlapping()) {
+      if (!all_flat_) gather(0, entries_.size());
+      fill(0, entries_.size());
+      launch(holds_interpreter);
+      if (!all_flat_) scatter();
+    } else {
+      // Whoever writes the memory of another takes its turn, as in a loop over the parameters.
+      for (size_t i = 0; i < entries_.size(); ++i) {
+        gather(i, i + 1);
+        fill(i, i + 1);
+        launch(holds_interpreter);
+        scatter();
+      }
+    }
+    if (moves_versions) bump_versions();
+    grad_scale_.reset();
+  }
+
+  // Asks for what add() will look at when it is called for the k-th time, if this step is like the last.
+  void expect(size_t k) const {
+    if (k >= before_.size()) return;
+    const Entry& e = before_[k];
+    prefetch(e.p);
+    prefetch(e.g);
+    if (e.counter) prefetch(e.counter);
+    for (int j = 0; j < kMaxStates && e.s[j]; ++j) prefetch(e.s[j]);
+  }
+
+ private:
+  struct Bucket {  // what one kernel call can do
+    TensorImpl* any;
+    size_t row;
+    c10::Device device;
+    c10::ScalarType dtype, state_dtype;
+    std::vector<StepTensor> tensors;
+  };
+  struct Copy {
+    Tensor original, work;
+    TensorImpl** slot;  // in an entry: points to `work` until scatter()
+    bool written;
+  };
+
+  void writable(const StepRow& r, const char* what, TensorImpl* t) const {
+    TORCH_CHECK(t->key_set().has(DispatchKey::ADInplaceOrView) || c10::InferenceMode::is_enabled(), r.name, ": the ",
+                what, " of parameter ", entries_.size() - 1,
+                " is an inference tensor. Inplace update to inference tensor outside InferenceMode is not allowed");
+  }
+  void matches(const StepRow& r, const char* what, TensorImpl* t, TensorImpl* p) const {
+    TORCH_CHECK(equal(t->sizes(), p->sizes()), r.name, ": parameter ", entries_.size() - 1, " has shape ", p->sizes(), " but ",
+                what, " has shape ", t->sizes());
+    TORCH_CHECK(t->device() == p->device(), r.name, ": parameter ", entries_.size() - 1, " is on ", p->device(), " but ",
+                what, " is on ", t->device());
+  }
+
+  // Whether two of the tensors written, or one written and one gradient, share memory. The answer stands as long as the
+  // pointers do; a gradient that is alone on its storage shares it with nobody.
+  bool overlapping() {
+    bool same = true;
+    size_t k = 0;
+    auto see = [&](const Entry& e, TensorImpl* t, void* data) {
+      const char* begin = static_cast<const char*>(data);
+      const int64_t bytes = e.flat ? t->numel() * static_cast<int64_t>(t->itemsize()) : extent(t);
+      if (k == written_.size()) written_.push_back({nullptr, 0});
+      if (written_[k].begin != begin || written_[k].bytes != bytes) {
+        written_[k] = {begin, bytes};
+        same = false;
+      }
+      ++k;
+    };
+    for (const Entry& e : entries_) {
+      see(e, e.p, e.p_data);
+      for (int j = 0; j < kMaxStates && e.s[j]; ++j) see(e, e.s[j], e.s_data[j]);
+    }
+    if (k != written_.size()) {
+      written_.resize(k);
+      same = false;
+    }
+    if (!same) {
+      sorted_ = written_;
+      std::sort(sorted_.begin(), sorted_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+      overlapping_ = false;
+      const char* end = nullptr;
+      for (const Range& r : sorted_) {
+        if (r.bytes == 0) continue;
+        if (r.begin < end) overlapping_ = true;
+        end = std::max(end, r.begin + r.bytes);
+      }
+    }
+    if (overlapping_) return true;
+    for (const Entry& e : entries_) {
+      if (e.g_is_alone || e.n == 0) continue;
+      const char* begin = static_cast<const char*>(e.g_data);
+      const char* end = begin + extent(e.g);
+      auto after = std::upper_bound(sorted_.begin(), sorted_.end(), begin,
+                                    [](const char* b, const Range& r) { return b < r.begin; });
+      if ((after != sorted_.begin() && std::prev(after)->begin + std::prev(after)->bytes > begin) ||
+          (after != sorted_.end() && after->begin < end))
+        return true;
+    }
+    return false;
+  }
+
+  // Bytes from the first element to the end of the last.
+  static int64_t extent(TensorImpl* t) {
+    if (t->numel() == 0) return 0;
+    int64_t last = 0;
+    if (t->is_non_overlapping_and_dense()) {
+      last = t->numel() - 1;
+    } else {
+      for (int64_t d = 0; d < t->dim(); ++d) last += (t->size(d) - 1) * t->stride(d);
+    }
+    return (last + 1) * static_cast<int64_t>(t->itemsize());
+  }
+
+  // Working copies for the entries whose tensors differ in memory order. The copies are made before anything changes.
+  void gather(size_t begin, size_t end) {
+    copies_.clear();
+    for (size_t i = begin; i < end; ++i) {
+      Entry& e = entries_[i];
+      if (e.flat) continue;
+      auto copy = [&](TensorImpl*& t, bool written) {
+        Tensor original = tensor_of(t);
+        Tensor work = at::empty_strided(original.sizes(), order_, original.options());
+        work.copy_(original);
+        t = work.unsafeGetTensorImpl();
+        copies_.push_back({std::move(original), std::move(work), &t, written});
+      };
+      order_.assign(e.p->strides().begin(), e.p->strides().end());
+      if (!e.p->is_non_overlapping_and_dense()) {
+        int64_t stride = 1;
+        for (int64_t d = e.p->dim(); d-- > 0;) {
+          order_[d] = stride;
+          stride *= std::max<int64_t>(e.p->size(d), 1);
+        }
+        copy(e.p, true);
+      } else if (lazy(e.p)) {
+        copy(e.p, true);
+      }
+      if (!same_memory_order(e.p, e.g) || lazy(e.g)) copy(e.g, false);
+      for (int k = 0; k < kMaxStates && e.s[k]; ++k)
+        if (!same_memory_order(e.p, e.s[k]) || lazy(e.s[k])) copy(e.s[k], true);
+      e.find_memory();
+    }
+  }
+  // The entries get their own tensors back, and those the new values.
+  void scatter() {
+    for (Copy& c : copies_) {
+      *c.slot = c.original.unsafeGetTensorImpl();
+      if (c.written) c.original.copy_(c.work);
+    }
+    copies_.clear();
+  }
+
+  // Counts the steps and makes the tables for the kernels.
+  void fill(size_t begin, size_t end) {
+    for (Bucket& b : buckets_) b.tensors.clear();
+    numbers_.resize((end - begin) * kMaxNumbers);
+    double* numbers = numbers_.data();
+    const Entry* last = nullptr;  // whose numbers `current` are
+    double last_count = -1;
+    const double* current = nullptr;
+    Bucket* bucket = nullptr;
+    for (size_t i = begin; i < end; ++i) {
+      const Entry& e = entries_[i];
+      double count = 0;
+      if (e.counter)
+        count = e.counts_in_double ? *static_cast<double*>(e.count) += 1 : *static_cast<float*>(e.count) += 1;
+      if (e.n == 0) continue;
+      if (!last || last->options != e.options || last->row != e.row || last->first != e.first || last_count != count) {
+        const StepRow& r = rows_.data[e.row];
+        r.derive(e.options, count, e.first, numbers);
+        current = numbers;
+        numbers += r.numbers;
+        last = &e;
+        last_count = count;
+      }
+      auto fits = [&](const Bucket& b) {
+        return b.row == e.row && b.device == e.device && b.dtype == e.dtype && b.state_dtype == e.state_dtype;
+      };
+      if (!bucket || !fits(*bucket)) {
+        bucket = nullptr;
+        for (Bucket& b : buckets_)
+          if (fits(b)) bucket = &b;
+        if (!bucket) bucket = &buckets_.emplace_back(Bucket{e.p, e.row, e.device, e.dtype, e.state_dtype, {}});
+      }
+      StepTensor& t = bucket->tensors.emplace_back(StepTensor{e.n, e.p_data, e.g_data, {}, current});
+      for (int k = 0; k < kMaxStates && e.s[k]; ++k) t.s[k] = e.s_data[k];
+      bucket->any = e.p;
+    }
+  }
+
+  void bump_versions() const {
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      const Entry& e = entries_[i];
+      e.p->bump_version();
+      if (e.counter) e.counter->bump_version();
+      for (int k = 0; k < kMaxStates && e.s[k]; ++k) e.s[k]->bump_version();
+    }
+  }
+
+  void launch(bool holds_interpreter) {
+    std::optional<py::gil_scoped_release> released;
+    if (holds_interpreter && elements_ > kReleaseInterpreter) {
+      // Others may drop tensors of theirs meanwhile: keep the memory.
+      for (const Entry& e : entries_) {
+        kept_.push_back(e.p->storage());
+        kept_.push_back(e.g->storage());
+        for (int k = 0; k < kMaxStates && e.s[k]; ++k) kept_.push_back(e.s[k]->storage());
+      }
+      released.emplace();
+    }
+    for (const Bucket& b : buckets_) {
+      if (b.tensors.empty()) continue;
+      const c10::OptionalDeviceGuard guard(b.device);
+      const StepRow& r = tables(b.device.type()).step.data[b.row];
+      StepArgs a{};
+      a.dtype = b.dtype;
+      a.state_dtype = b.state_dtype;
+      a.count = static_cast<int64_t>(b.tensors.size());
+      a.tensors = b.tensors.data();
+      Tensor scale;
+      if (grad_scale_) {
+        scale = grad_scale_->to(b.device, at::kFloat);
+        a.grad_scale = scale.const_data_ptr<float>();
+      }
+      if (!b.device.is_cpu()) a.stream = stream_of(tensor_of(b.any));
+      check(r.name, r.step(a));
+    }
+    released.reset();
+    kept_.clear();
+  }
+  const Rows<StepRow> rows_ = tables(c10::DeviceType::CPU).step;
+  std::vector<Entry> entries_, before_;  // of this step and of the last
+  int64_t elements_ = 0;
+  bool all_flat_ = true;
+  std::optional<Tensor> grad_scale_;
+  std::vector<Bucket> buckets_;
+  std::vector<double> numbers_;
+  std::vector<Copy> copies_;
+  std::vector<int64_t> order_;
+  std::vector<c10::Storage> kept_;
+  struct Range {
+    const char* begin;
+    int64_t bytes;
+  };
+  std::vector<Range> written_, sorted_;
+  bool overlapping_ = false;
+};
+
+// ------------------------------------------------------------------------------------------------ the op
+// row_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, ..., Tensor(z!)[] step, *, options,
+//      Tensor? grad_scale=None, Tensor? found_inf=None) -> ()
+
+std::string schema(const StepRow& r) {
+  std::string s = std::string(r.name) + "_(Tensor(a!)[] params, Tensor[] grads";
+  char alias = 'b';
+  const std::string names = r.state_names;
+  for (size_t begin = 0; begin < names.size();) {
+    const size_t end = std::min(names.find(' ', begin), names.size());
+    s += std::string(", Tensor(") + alias++ + "!)[] " + names.substr(begin, end - begin);
+    begin = end + 1;
+  }
+  if (r.counts) s += std::string(", Tensor(") + alias++ + "!)[] step";
+  return s + ", *, " + r.options + ", Tensor? grad_scale=None, Tensor? found_inf=None) -> ()";
+}
+
+// The arguments of an op's call, off the stack.
+struct Arguments {
+  size_t row;
+  std::vector<std::vector<Tensor>> lists;  // params, grads, states ..., step
+  std::vector<double> options;
+  std::optional<Tensor> grad_scale, found_inf;
+};
+
+int count_options(const StepRow& r) {
+  return static_cast<int>(std::count(r.options, r.options + strlen(r.options), ',')) + 1;
+}
+
+size_t row_of(const c10::OperatorHandle& op) {
+  const std::string& name = op.schema().name();  // fastops::adam_
+  const auto& rows = tables(c10::DeviceType::CPU).step;
+  for (size_t i = 0; i < rows.size; ++i)
+    if (name == std::string("fastops::") + rows.data[i].name + "_") return i;
+  TORCH_INTERNAL_ASSERT(false, name);
+}
+
+Arguments arguments(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  Arguments a;
+  a.row = row_of(op);
+  const size_t n = op.schema().arguments().size();
+  const auto* in = stack.data() + stack.size() - n;
+  size_t k = 0;
+  for (; in[k].isTensorList(); ++k) a.lists.push_back(in[k].toTensorVector());
+  for (const auto& list : a.lists)
+    TORCH_CHECK(list.size() == a.lists[0].size(), op.schema().name(), ": ", a.lists[0].size(), " params but ",
+                list.size(), " of ", op.schema().arguments()[&list - a.lists.data()].name());
+  for (; k < n - 2; ++k) a.options.push_back(in[k].isBool() ? static_cast<double>(in[k].toBool()) : in[k].toDouble());
+  a.grad_scale = in[k].toOptional<Tensor>();
+  a.found_inf = in[k + 1].toOptional<Tensor>();
+  return a;
+}
+
+void step_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const Arguments a = arguments(op, *stack);
+  const StepRow& r = tables(c10::DeviceType::CPU).step.data[a.row];
+  Sweep sweep;
+  for (size_t i = 0; i < a.lists[0].size(); ++i) {
+    const auto impl = [&](size_t list) {
+      TensorImpl* t = a.lists[list][i].unsafeGetTensorImpl();
+      TORCH_CHECK(plain(t), op.schema().name(), ": ", op.schema().arguments()[list].name(), "[", i,
+                  "] is not an ordinary dense tensor on the CPU or a CUDA device");
+      return t;
+    };
+    TensorImpl* s[kMaxStates];
+    for (int k = 0; k < r.states; ++k) s[k] = impl(2 + k);
+    sweep.add(a.row, a.options.data(), false, impl(0), impl(1), r.counts ? impl(2 + r.states) : nullptr, s);
+  }
+  sweep.run(a.grad_scale, a.found_inf, /*moves_versions=*/false, /*holds_interpreter=*/false);
+  torch::jit::drop(*stack, op.schema().arguments().size());
+}
+
+void step_meta(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  torch::jit::drop(*stack, op.schema().arguments().size());
+}
+
+void step_autograd(const c10::OperatorHandle& op, DispatchKeySet ks, torch::jit::Stack* stack) {
+  if (at::GradMode::is_enabled()) {
+    const Arguments a = arguments(op, *stack);
+    for (const auto& list : a.lists)
+      for (const Tensor& t : list)
+        TORCH_CHECK(&list == &a.lists[1] || !t.requires_grad(), op.schema().name(),
+                    ": call it under torch.no_grad(), as an optimizer's step does");
+  }
+  at::AutoDispatchBelowAutograd below;
+  op.redispatchBoxed(ks & c10::after_autograd_keyset, stack);
+}
+
+// torch's own fallback does not move the versions of the tensors in a Tensor(a!)[].
+void step_versions(const c10::OperatorHandle& op, DispatchKeySet ks, torch::jit::Stack* stack) {
+  const Arguments a = arguments(op, *stack);
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    op.redispatchBoxed(ks & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  for (size_t k = 0; k < a.lists.size(); ++k)
+    if (k != 1)
+      for (const Tensor& t : a.lists[k])
+        if (!t.is_inference()) torch::autograd::impl::bump_version(t);
+}
+
+TORCH_LIBRARY_FRAGMENT(fastops, m) {
+  for (const StepRow& r : tables(c10::DeviceType::CPU).step) {
+    m.def(schema(r).c_str(), {at::Tag::pt2_compliant_tag});
+    const std::string name = std::string(r.name) + "_";
+    const auto impl = [&](DispatchKey key, torch::CppFunction f) {
+      m.impl(name.c_str(), torch::dispatch(key, std::move(f)));
+    };
+    impl(DispatchKey::CPU, torch::CppFunction::makeFromBoxedFunction<&step_kernel>());
+    if (cuda_built()) impl(DispatchKey::CUDA, torch::CppFunction::makeFromBoxedFunction<&step_kernel>());
+    impl(DispatchKey::Meta, torch::CppFunction::makeFromBoxedFunction<&step_meta>());
+    impl(DispatchKey::Autograd, torch::CppFunction::makeFromBoxedFunction<&step_autograd>());
+    impl(DispatchKey::ADInplaceOrView, torch::CppFunction::makeFromBoxedFunction<&step_versions>());
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ StepPlan
+
+// Steps an optimizer's parameters as they stand in its `state` and groups. What it keeps between steps are memory and
+// guesses (where in a dictionary an entry was), never an assumption: each step reads everything anew.
+class StepPlan {
+ public:
+  StepPlan() {
+    counter_key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("step"));
+    for (const StepRow& r : tables(c10::DeviceType::CPU).step) {
+      auto& keys = state_keys_.emplace_back();
+      const std::string names = r.state_names;
+      for (size_t begin = 0; begin < names.size();) {
+        const size_t end = std::min(names.find(' ', begin), names.size());
+        keys.push_back(py::reinterpret_steal<py::object>(
+            PyUnicode_InternFromString(names.substr(begin, end - begin).c_str())));
+        begin = end + 1;
+      }
+    }
+  }
+
+  // One step of groups = [(row, params, options), ...], of the parameters that have a gradient. Returns None, or, with
+  // nothing changed, a pair of lists of (number of the group, parameter): those without state, and those that are not
+  // ordinary tensors. `fresh`: the parameters whose state has just been made. `partial`: leave the second kind out.
+  // `check_only`: change nothing at all.
+  py::object step(const py::dict& state, const py::list& groups, const std::optional<Tensor>& grad_scale,
+                  const std::optional<Tensor>& found_inf, const py::object& fresh, bool partial, bool check_only) {
+    sweep_.clear();
+    options_.clear();
+    fresh_.clear();
+    if (!fresh.is_none())
+      for (const auto& p : fresh) fresh_.insert(p.ptr());
+    std::vector<std::pair<size_t, PyObject*>> missing, others;
+
+    groups_.clear();
+    size_t wanted = 0;
+    for (const auto& item : groups) {
+      const auto [row, params, options] = py::cast<std::tuple<size_t, py::list, py::tuple>>(item);
+      const StepRow& r = tables(c10::DeviceType::CPU).step.data[row];
+      TORCH_CHECK(options.size() == static_cast<size_t>(count_options(r)), r.name, " takes ", r.options);
+      groups_.push_back({row, params, options_.size()});
+      for (const auto& option : options) options_.push_back(py::cast<double>(option));
+      wanted += params.size();
+    }
+    if (hints_.size() != wanted) hints_.assign(wanted, 0);
+    looked_ = false;
+
+    // From here to the end of the kernels no Python code runs, so that borrowed references hold.
+    size_t k = 0;
+    for (size_t number = 0; number < groups_.size(); ++number) {
+      const Group& group = groups_[number];
+      PyObject* params = group.params.ptr();
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++k) {
+        PyObject* p = PyList_GET_ITEM(params, i);
+        sweep_.expect(sweep_.size() + kAhead);
+        switch (collect(group.row, options_.data() + group.options, p, state.ptr(), hints_[k])) {
+          case Found::kMissing:
+            missing.emplace_back(number, p);
+            break;
+          case Found::kOther:
+            others.emplace_back(number, p);
+            break;
+          case Found::kReady:
+            break;
+        }
+      }
+    }
+    if (!missing.empty() || (!others.empty() && !partial)) {
+      const auto list = [](const std::vector<std::pair<size_t, PyObject*>>& found) {
+        py::list l;
+        for (const auto& [g, p] : found) l.append(py::make_tuple(g, py::reinterpret_borrow<py::object>(p)));
+        return l;
+      };
+      return py::make_tuple(list(missing), list(others));
+    }
+    if (!check_only) sweep_.run(grad_scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
+    return py::none();
+  }
+
+ private:
+  enum class Found { kReady, kMissing, kOther };
+  struct Group {
+    size_t row;
+    py::list params;
+    size_t options;  // where in options_
+  };
+
+  Found collect(size_t row, const double* options, PyObject* param, PyObject* state, Py_ssize_t& hint) {
+    if (!THPVariable_CheckExact(param)) {
+      // A subclass may have a `grad` of its own; the class of Parameter hooks and buffers is for Python to look at.
+      return Found::kOther;
+    }
+    TensorImpl* p = THPVariable_Unpack(param).unsafeGetTensorImpl();
+    if (!plain(p)) return Found::kOther;
+    const Tensor& grad = p->grad();
+    if (!grad.defined()) return Found::kReady;
+    TensorImpl* g = grad.unsafeGetTensorImpl();
+    if (!plain(g)) return Found::kOther;
+
+    const StepRow& r = rows_.data[row];
+    TensorImpl *s[kMaxStates] = {}, *counter = nullptr;
+    if (r.states > 0 || r.counts) {
+      PyObject* own = state_of(state, param, hint);
+      if (!own || !PyDict_Check(own) || PyDict_GET_SIZE(own) == 0) return Found::kMissing;
+      Py_ssize_t at = 0;
+      if (r.counts) {
+        PyObject* t = value_of(own, counter_key_.ptr(), at);
+        TORCH_CHECK(THPVariable_Check(t),
+                    "API has changed, `state_steps` argument must contain a list of singleton tensors");
+        counter = THPVariable_Unpack(t).unsafeGetTensorImpl();
+        if (!plain(counter) || !counter->is_cpu()) return Found::kOther;
+      }
+      for (int k = 0; k < r.states; ++k) {
+        PyObject* t = value_of(own, state_keys_[row][k].ptr(), at);
+        if (t == Py_None) return Found::kMissing;
+        if (!THPVariable_CheckExact(t)) return Found::kOther;
+        s[k] = THPVariable_Unpack(t).unsafeGetTensorImpl();
+        if (!plain(s[k])) return Found::kOther;
+      }
+    }
+    sweep_.add(row, options, !fresh_.empty() && fresh_.count(param), p, g, counter, s);
+    return Found::kReady;
+  }
+
+  // state[param], without calling the parameter's __hash__ (which is Python): entries are found where they were the
+  // last time, or else by walking the dictionary once.
+  PyObject* state_of(PyObject* state, PyObject* param, Py_ssize_t& hint) {
+    PyObject *key, *value;
+    Py_ssize_t at = hint;
+    if (PyDict_Next(state, &at, &key, &value) && key == param) return value;
+    if (!looked_) {
+      positions_.clear();
+      for (Py_ssize_t next = 0, here = 0; PyDict_Next(state, &next, &key, &value); here = next)
+        positions_.emplace(key, here);
+      looked_ = true;
+    }
+    const auto found = positions_.find(param);
+    if (found == positions_.end()) return nullptr;
+    hint = at = found->second;
+    PyDict_Next(state, &at, &key, &value);
+    return value;
+  }
+
+  // d[key], which is most often the entry at position `at`. Raises KeyError as Python does.
+  static PyObject* value_of(PyObject* d, PyObject* wanted, Py_ssize_t& at) {
+    PyObject *key, *value;
+    const Py_ssize_t before = at;
+    if (PyDict_Next(d, &at, &key, &value) && key == wanted) return value;
+    at = before;
+    value = PyDict_GetItemWithError(d, wanted);
+    if (!value) {
+      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, wanted);
+      throw py::error_already_set();
+    }
+    return value;
+  }
+
+  const Rows<StepRow> rows_ = tables(c10::DeviceType::CPU).step;
+  Sweep sweep_;
+  std::vector<Group> groups_;
+  std::vector<double> options_;
+  std::vector<Py_ssize_t> hints_;
+  std::unordered_map<PyObject*, Py_ssize_t> positions_;
+  std::unordered_set<PyObject*> fresh_;
+  bool looked_ = false;
+  py::object counter_key_;
+  std::vector<std::vector<py::object>> state_keys_;
+};
+
+}  // namespace
+
+void bind_step(pybind11::module_& m) {
+  py::class_<StepPlan>(m, "StepPlan", "Steps the parameters of an optimizer as they stand in its dictionaries.")
+      .def(py::init<>())
+      .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"), py::arg("grad_scale") = std::nullopt,
+           py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::none(), py::arg("partial") = false, py::arg("check_only") = false);
+  // name, names of the states, whether steps are counted, options as a schema writes them
+  m.def("step_rows", [] {
+    std::vector<std::tuple<std::string, std::string, bool, std::string>> rows;
+    for (const StepRow& r : tables(c10::DeviceType::CPU).step)
+      rows.emplace_back(r.name, r.state_names, r.counts, r.options);
+    return rows;
+  });
+}
+
 }  // namespace fastops

@@ -1,0 +1,50 @@
+"""Adam and AdamW. Which row of the kernels' table a group takes, and nothing about how a step is made."""
+
+import torch
+
+from .step import ROWS, FusedStep
+
+
+class _AdamRows(FusedStep):
+    _no_sparse = "Adam does not support sparse gradients, please consider SparseAdam instead"
+
+    def _row(self, group):
+        beta1, beta2 = group["betas"]
+        return (
+            ROWS["adam_amsgrad" if group["amsgrad"] else "adam"],
+            group["params"],
+            (
+                float(group["lr"]),
+                float(beta1),
+                float(beta2),
+                float(group["eps"]),
+                float(group["weight_decay"]),
+                float(group["maximize"]),
+                float(group["decoupled_weight_decay"]),
+            ),
+        )
+
+
+class Adam(_AdamRows, torch.optim.Adam):
+    """Adam (`Kingma and Ba, 2014 <https://arxiv.org/abs/1412.6980>`_), all parameters in one sweep over memory.
+
+    The arguments, defaults, errors and state_dict are those of :class:`torch.optim.Adam`, and what is computed is its
+    for-loop's: any memory layout, complex parameters, several dtypes in one group. Parameters of float16 and bfloat16
+    are updated in float32 and rounded once. ``foreach`` and ``fused`` are accepted and change nothing but what torch
+    documents beside speed; ``capturable`` and ``differentiable`` groups are stepped by torch.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fastops.optim.Adam(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+
+class AdamW(_AdamRows, torch.optim.AdamW):
+    """AdamW (`Loshchilov and Hutter, 2017 <https://arxiv.org/abs/1711.05101>`_): Adam with the weight decay apart from
+    the gradient. As :class:`torch.optim.AdamW`; see :class:`Adam` for the rest.
+
+    Example:
+        >>> optimizer = fastops.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    """

@@ -1,0 +1,190 @@
+"""The step that the optimizers share: what goes to the kernels, what goes to torch, and in which order, so that an error
+leaves everything as it was. No optimizer by name."""
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import _C
+
+try:
+    from torch.distributed.tensor import DTensor
+except ImportError:  # a torch without distributed
+    DTensor = None
+
+ROWS = {name: row for row, (name, *_) in enumerate(_C.step_rows())}
+STATES = [[sys.intern(s) for s in states.split()] for _, states, _, _ in _C.step_rows()]
+COUNTS = [counts for _, _, counts, _ in _C.step_rows()]
+# (type, name) of every option, from "float lr, bool maximize=False"
+OPTIONS = [[o.split("=")[0].split() for o in options.split(", ")] for *_, options in _C.step_rows()]
+
+
+def _torch_step(optimizer):
+    """step() of the torch.optim class that `optimizer` derives from, without the hooks around it."""
+    steps = (c.step for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
+    step = next(steps)
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def _dispatches(t):
+    """Whether t's class sees the ops on it (__torch_dispatch__), so that its memory may not be its values."""
+    return type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def _is_dtensor(t):
+    return DTensor is not None and isinstance(t, DTensor)
+
+
+class FusedStep(Optimizer):
+    """An optimizer whose step() is one sweep over all parameters.
+
+    Derive from this and from a class of torch.optim, in this order, and say in `_row` which row of the kernels' table a
+    group takes. Everything else (options, checks, state_dict) is the torch class's. Parameters that the kernels cannot
+    take (``differentiable=True``, ``capturable=True``, sparse gradients, tensor subclasses with a ``__torch_dispatch__``,
+    other devices) are stepped by the torch class.
+    """
+
+    _no_sparse: str | None = (
+        None  # what torch says to a sparse gradient, or None where it takes one
+    )
+
+    def _row(self, group):
+        """(row, parameters, options): the number of the row, and its options as floats in the row's order."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def _plan(self):
+        return _C.StepPlan()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # A checkpoint from a model of another memory format: its states take the parameters' order once, not at each step.
+        for p, values in self.state.items():
+            if type(p) not in (Tensor, torch.nn.Parameter) or not isinstance(values, dict):
+                continue
+            for key, t in values.items():
+                if type(t) is Tensor and t.shape == p.shape and t.stride() != p.stride():
+                    moved = torch.empty_like(p, dtype=t.dtype, device=t.device, requires_grad=False)
+                    if moved.stride() == p.stride():
+                        values[key] = moved.copy_(t)
+
+    def step(self, closure=None):
+        """One optimization step.
+
+        Args:
+            closure: a function that evaluates the model again and returns the loss, which is returned.
+
+        Raises before anything is changed; no parameter, state or step count is left half done.
+        """
+        if torch.compiler.is_compiling():
+            return _torch_step(self)(self, closure)
+        if torch.cuda.is_initialized():
+            self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        sources, groups, for_torch = [], [], []
+        for group in self.param_groups:
+            if group["differentiable"] or group.get("capturable"):
+                for_torch.append(group)
+            else:
+                sources.append(group)
+                groups.append(self._row(group))
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and groups and found_inf.item():
+            groups = []
+        if for_torch:
+            self._step_apart(sources, groups, for_torch, scale)
+        elif (left := self._plan.step(self.state, groups, scale)) is not None:
+            self._step_apart(sources, groups, for_torch, scale, *left)
+        return loss
+
+    def _step_apart(self, sources, groups, for_torch, scale, missing=None, others=None):
+        """The step of an optimizer some of whose parameters lack states or are not for the kernels."""
+        made = []
+        try:
+            if missing is None:
+                missing, others = self._plan.step(self.state, groups, check_only=True) or ((), ())
+            for k, p in missing:
+                self._make_state(groups[k][0], p, made)
+            unwrapped, wrapped = {}, {}
+            for k, p in others:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse and self._no_sparse:
+                    raise RuntimeError(self._no_sparse)
+                if (tensors := self._unwrap(groups[k][0], p, made)) is None:
+                    wrapped.setdefault(k, []).append(p)
+                else:
+                    unwrapped.setdefault(k, []).append((p, *tensors))
+            self._plan.step(self.state, groups, partial=True, check_only=True)
+            for_torch = for_torch + [{**sources[k], "params": ps} for k, ps in wrapped.items()]
+            if for_torch:
+                self._step_by_torch(for_torch)
+            for k, lists in unwrapped.items():
+                self._step_lists(*groups[k], lists, scale)
+            self._plan.step(self.state, groups, scale, fresh=made, partial=True)
+        except BaseException:
+            for p in made:
+                self.state.pop(p, None)
+            raise
+
+    def _make_state(self, row, p, made):
+        """Makes the states that a parameter has before its first step, as torch does."""
+        made.append(p)
+        state = self.state[p]
+        if COUNTS[row]:
+            double = torch.get_default_dtype() == torch.float64
+            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+        for name in STATES[row]:
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _step_by_torch(self, groups):
+        every = self.param_groups
+        self.param_groups = groups
+        try:
+            _torch_step(self)(self)
+        finally:
+            self.param_groups = every
+
+    def _unwrap(self, row, p, made):
+        """[parameter, gradient, states ..., step] as ordinary tensors that share the parameter's memory, or None."""
+        grad = p.grad
+        if _is_dtensor(p):
+            if _is_dtensor(grad) and grad.placements != p.placements:
+                grad = grad.redistribute(placements=p.placements)
+        elif _dispatches(p):
+            return None
+        if (
+            p.layout != torch.strided
+            or grad.layout != torch.strided
+            or p.device.type not in ("cpu", "cuda")
+        ):
+            return None
+        if (STATES[row] or COUNTS[row]) and not self.state.get(p):
+            self._make_state(row, p, made)
+        state = self.state[p] if p in self.state else {}
+        tensors = [p, grad, *(state[name] for name in STATES[row])]
+        tensors = [t.to_local() if _is_dtensor(t) else t for t in tensors]
+        if COUNTS[row]:
+            if not isinstance(state["step"], Tensor) or state["step"].device.type != "cpu":
+                return None
+            tensors.append(state["step"])
+        if any(_dispatches(t) for t in tensors):
+            return None
+        return tensors
+
+    @torch.no_grad()
+    def _step_lists(self, row, _, options, lists, scale):
+        name = next(n for n, r in ROWS.items() if r == row)
+        params, *tensors = (list(column) for column in zip(*lists, strict=True))
+        named = {
+            n: bool(v) if t == "bool" else v
+            for (t, n), v in zip(OPTIONS[row], options, strict=True)
+        }
+        getattr(torch.ops.fastops, name + "_")(*tensors, **named, grad_scale=scale)
+        torch.autograd.graph.increment_version([p for p in params if _is_dtensor(p)])
