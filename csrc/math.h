@@ -57,9 +57,18 @@ FASTOPS_FN T select(bool c, T a, T b) {
   return c ? a : b;
 }
 
-// The high half of a 32 x 32 bit product.
-FASTOPS_FN uint32_t mulhi(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+// The larger, or b where the two do not compare: for maxima over values that are summed as well, where a NaN shows.
+template <class T>
+  requires std::is_floating_point_v<T>
+FASTOPS_FN T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+// Both halves of a 32 x 32 bit product.
+FASTOPS_FN void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
 }
 
 // `Real<T>`: the scalar that T is made of.
@@ -79,7 +88,8 @@ using Vec = at::vec::Vectorized<T>;
 
 // Names in here would hide the scalar words from code of this namespace.
 using ::fastops::abs, ::fastops::erf, ::fastops::exp, ::fastops::expm1, ::fastops::log, ::fastops::log1p;
-using ::fastops::max, ::fastops::min, ::fastops::mulhi, ::fastops::select, ::fastops::sqrt, ::fastops::tanh;
+using ::fastops::larger, ::fastops::max, ::fastops::min, ::fastops::select, ::fastops::sqrt, ::fastops::tanh;
+using ::fastops::wide_product;
 
 template <class T>
 FASTOPS_FN Vec<T> select(Vec<T> c, Vec<T> a, Vec<T> b) {
@@ -92,6 +102,17 @@ FASTOPS_FN Vec<T> max(Vec<T> a, Vec<T> b) {
 template <class T>
 FASTOPS_FN Vec<T> min(Vec<T> a, Vec<T> b) {
   return at::vec::minimum(a, b);
+}
+template <class T>
+FASTOPS_FN Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_max_ps(a, b);
+  if constexpr (std::is_same_v<T, double>) return _mm512_max_pd(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_max_ps(a, b);
+  if constexpr (std::is_same_v<T, double>) return _mm256_max_pd(a, b);
+#endif
+  return select(a > b, a, b);
 }
 template <class T>
 FASTOPS_FN Vec<T> sqrt(Vec<T> x) {

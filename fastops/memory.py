@@ -1,6 +1,6 @@
 """The pool that large CPU results come from: how much it holds, how much it may hold, and giving memory back.
 
-Memory fresh from the system costs a page fault per page; results of 1 MiB and more therefore reuse what earlier results
+Memory fresh from the system costs a page fault per page; results of 128 KiB and more therefore reuse what earlier results
 gave back. A tensor from the pool is an ordinary tensor. The environment variable FASTOPS_CPU_POOL_LIMIT (bytes) sets
 the limit at start, 0 switches the pool off.
 """

@@ -23,12 +23,11 @@ struct U32 {
   FASTOPS_FN explicit U32(uint32_t x) : v(_mm512_set1_epi32(static_cast<int>(x))) {}
   static FASTOPS_FN U32 load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   FASTOPS_FN void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
-  friend FASTOPS_FN U32 operator*(U32 a, U32 b) { return _mm512_mullo_epi32(a.v, b.v); }
   friend FASTOPS_FN U32 operator^(U32 a, U32 b) { return _mm512_xor_si512(a.v, b.v); }
-  friend FASTOPS_FN U32 mulhi(U32 a, U32 b) {
-    const __m512i even = _mm512_mul_epu32(a.v, b.v);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
-    return _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  friend FASTOPS_FN void wide_product(U32 a, U32 b, U32& high, U32& low) {
+    const __m512i even = _mm512_mul_epu32(a.v, b.v), odd = _mm512_mul_epu32(a.v, _mm512_srli_epi64(b.v, 32));
+    high.v = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_ENUM(0xB1));
+    low.v = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_ENUM(0xA0));
   }
   static FASTOPS_FN uint32_t offset(int lane) { return 4 * (lane % 4) + lane / 4; }
   static FASTOPS_FN void interleave(U32 (&w)[4]) {
@@ -52,12 +51,11 @@ struct U32 {
   FASTOPS_FN void store(uint32_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
   }
-  friend FASTOPS_FN U32 operator*(U32 a, U32 b) { return _mm256_mullo_epi32(a.v, b.v); }
   friend FASTOPS_FN U32 operator^(U32 a, U32 b) { return _mm256_xor_si256(a.v, b.v); }
-  friend FASTOPS_FN U32 mulhi(U32 a, U32 b) {
-    const __m256i even = _mm256_mul_epu32(a.v, b.v);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
-    return _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  friend FASTOPS_FN void wide_product(U32 a, U32 b, U32& high, U32& low) {
+    const __m256i even = _mm256_mul_epu32(a.v, b.v), odd = _mm256_mul_epu32(a.v, _mm256_srli_epi64(b.v, 32));
+    high.v = _mm256_blend_epi32(_mm256_shuffle_epi32(even, 0xB1), odd, 0xAA);
+    low.v = _mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xA0), 0xAA);
   }
   static FASTOPS_FN uint32_t offset(int lane) { return 2 * (lane % 4) + lane / 4; }
   static FASTOPS_FN void interleave(U32 (&w)[4]) {
@@ -85,17 +83,12 @@ struct U32 {
   FASTOPS_FN void store(uint32_t* p) const {
     for (int k = 0; k < lanes; ++k) p[k] = v[k];
   }
-  friend FASTOPS_FN U32 operator*(U32 a, U32 b) {
-    for (int k = 0; k < lanes; ++k) a.v[k] *= b.v[k];
-    return a;
-  }
   friend FASTOPS_FN U32 operator^(U32 a, U32 b) {
     for (int k = 0; k < lanes; ++k) a.v[k] ^= b.v[k];
     return a;
   }
-  friend FASTOPS_FN U32 mulhi(U32 a, U32 b) {
-    for (int k = 0; k < lanes; ++k) a.v[k] = fastops::mulhi(a.v[k], b.v[k]);
-    return a;
+  friend FASTOPS_FN void wide_product(U32 a, U32 b, U32& high, U32& low) {
+    for (int k = 0; k < lanes; ++k) fastops::wide_product(a.v[k], b.v[k], high.v[k], low.v[k]);
   }
   static FASTOPS_FN uint32_t offset(int lane) { return lane; }
   static FASTOPS_FN void interleave(U32 (&w)[4]) {

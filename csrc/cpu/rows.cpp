@@ -33,7 +33,7 @@ FASTOPS_FN typename V::value_type max_lanes(V v) {
   typename V::value_type lane[V::size()];
   v.store(lane);
   auto peak = lane[0];
-  for (int k = 1; k < V::size(); ++k) peak = max(peak, lane[k]);
+  for (int k = 1; k < V::size(); ++k) peak = larger(lane[k], peak);
   return peak;
 }
 
@@ -52,12 +52,21 @@ FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t 
   using real = typename L::real;
   using V = typename L::V;
   constexpr real lowest = -std::numeric_limits<real>::infinity();
-  V peak(lowest);
-  each_group<L>(row, begin, end, [&](int64_t, auto n, auto& x) {
+  constexpr int64_t four = 4 * L::size;
+  V peak[4] = {V(lowest), V(lowest), V(lowest), V(lowest)};  // four chains of maxima, which would else wait for each other
+  int64_t i = begin;
+  for (; i + four <= end; i += four) {
+    for (int j = 0; j < 4; ++j) {
+      V x[L::count];
+      L::load(row + i + j * L::size, L::size, x);
+      for (int k = 0; k < L::count; ++k) peak[j] = larger(x[k], peak[j]);
+    }
+  }
+  each_group<L>(row, i, end, [&](int64_t, auto n, auto& x) {
     if (n < L::size) L::keep(n, lowest, x);
-    for (int k = 0; k < L::count; ++k) peak = max(peak, x[k]);
+    for (int k = 0; k < L::count; ++k) peak[0] = larger(x[k], peak[0]);
   });
-  return max_lanes(peak);
+  return max_lanes(larger(larger(peak[0], peak[1]), larger(peak[2], peak[3])));
 }
 
 // What one visit of a contiguous row leaves: its maximum, the sum of exp(x - peak), and the maximum each block knew.
@@ -83,15 +92,23 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Vis
     v.peak = v.known[b] = peak;
     const V shift(base);
     V sum[2] = {V(real(0)), V(real(0))};
-    each_group<L>(row, begin, end, [&](int64_t i, auto count, auto& x) {
+    const auto add = [&](int64_t i, auto count, auto slot) {
+      V x[L::count];
+      L::load(row + i, count, x);
       for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - shift);
       if constexpr (!L::reduced) {
         if (exponential) L::store(exponential + i, count, x);
       }
       if (count < L::size) L::keep(count, 0, x);
-      sum[(i / L::size) & 1] = sum[(i / L::size) & 1] + x[0];
-      if constexpr (L::count == 2) sum[1] = sum[1] + x[1];
-    });
+      for (int k = 0; k < L::count; ++k) sum[(slot + k) % 2] = sum[(slot + k) % 2] + x[k];
+    };
+    constexpr std::integral_constant<int64_t, L::size> full;
+    int64_t i = begin;
+    for (; i + 2 * L::size <= end; i += 2 * L::size) {
+      add(i, full, std::integral_constant<int, 0>{});
+      add(i + L::size, full, std::integral_constant<int, 1>{});
+    }
+    groups<L::size>(i, end, [&](int64_t at, auto count) { add(at, count, std::integral_constant<int, 0>{}); });
     v.sum += add_lanes(sum[0] + sum[1]);
   }
 }

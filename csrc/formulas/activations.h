@@ -10,7 +10,7 @@ struct ReLU {
   static constexpr bool from_output = true;
   template <class T>
   static FASTOPS_FN T forward(T x) {
-    return max(x, c<T>(0));
+    return select(x <= c<T>(0), c<T>(0), x);  // so, and not by max: a NaN passes
   }
   template <class T>
   static FASTOPS_FN T backward(T y, T dy) {

@@ -15,12 +15,13 @@ struct Philox {
 #pragma unroll
 #endif
     for (int round = 0; round < 10; ++round) {
-      const U hi0 = mulhi(U(0xD2511F53u), word[0]), lo0 = U(0xD2511F53u) * word[0];
-      const U hi1 = mulhi(U(0xCD9E8D57u), word[2]), lo1 = U(0xCD9E8D57u) * word[2];
-      word[0] = hi1 ^ word[1] ^ U(k0);
-      word[1] = lo1;
-      word[2] = hi0 ^ word[3] ^ U(k1);
-      word[3] = lo0;
+      U high0(0u), low0(0u), high1(0u), low1(0u);
+      wide_product(U(0xD2511F53u), word[0], high0, low0);
+      wide_product(U(0xCD9E8D57u), word[2], high1, low1);
+      word[0] = high1 ^ word[1] ^ U(k0);
+      word[1] = low1;
+      word[2] = high0 ^ word[3] ^ U(k1);
+      word[3] = low0;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }

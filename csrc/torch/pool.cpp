@@ -23,7 +23,7 @@
 namespace fastops {
 namespace {
 
-constexpr size_t kMinimum = size_t{1} << 20;
+constexpr size_t kMinimum = size_t{128} << 10;  // from where malloc too takes pages from the system and gives them back
 constexpr size_t kAlignment = size_t{2} << 20;  // of a huge page: one fault instead of 512, where the system has them
 
 struct Block {
@@ -33,12 +33,16 @@ struct Block {
 
 // Sizes are rounded up to an eighth of a power of two, so that a block fits the next result of about its size.
 size_t rounded(size_t n) {
-  const size_t step = std::max(std::bit_floor(n) / 8, size_t{64} << 10);
+  const size_t step = std::max(std::bit_floor(n) / 8, size_t{16} << 10);
   return (n + step - 1) / step * step;
 }
 
 void* system_allocate(size_t size) {
 #if defined(__linux__)
+  if (size < kAlignment) {
+    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
+  }
   // Aligned by asking for more and giving back both ends.
   const size_t span = size + kAlignment;
   void* raw = mmap(nullptr, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

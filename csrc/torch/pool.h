@@ -9,7 +9,7 @@ namespace fastops {
 
 c10::Allocator* pool_allocator();
 
-// Whether a result of so many bytes comes from the pool: it is on, and the result is at least 1 MiB.
+// Whether a result of so many bytes comes from the pool: it is on, and the result is at least 128 KiB.
 bool pool_serves(size_t nbytes);
 
 struct PoolInfo {
