@@ -58,6 +58,15 @@ from fastops.finetune.storage import complete_file, make_run_folder
 from fastops.finetune.train import fit, make_optimizer, ops_for, warmup_cosine
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Batches of ten small images: threads gain nothing, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def small_test(monkeypatch):
     """Few test images, so that a run takes a moment."""

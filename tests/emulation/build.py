@@ -16,7 +16,10 @@ BUILD = ROOT / "build" / "emulation"
 COMPILER = os.environ.get("CXX", "g++")
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 FLAGS = ["-std=c++20", "-g1", "-fPIC", *WARNINGS, "-DFASTOPS_EMULATION"]
-INCLUDES = ["csrc/emulation", Path(torch.__file__).parent / "include"]  # not csrc: its math.h is not <math.h>
+INCLUDES = [
+    "csrc/emulation",
+    Path(torch.__file__).parent / "include",
+]  # not csrc: its math.h is not <math.h>
 
 # What a program can be built for. UBSan's checks end the program; TSan's and ASan's do by themselves.
 VARIANTS = {
@@ -36,7 +39,9 @@ ENVIRONMENT = {
 def _headers() -> bytes:
     """A digest of everything but the source itself that an object is made of."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh")]):
+    for path in sorted(
+        [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh")]
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
     digest.update(version.splitlines()[0] + torch.__version__.encode())
@@ -56,7 +61,9 @@ def _run(command: list[str | Path], made: Path) -> Path:
 
 
 def _object(source: Path, flags: list[str]) -> Path:
-    digest = hashlib.sha256(_headers() + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        _headers() + source.read_bytes() + " ".join(flags).encode()
+    ).hexdigest()[:16]
     made = BUILD / "objects" / f"{source.stem}-{digest}.o"
     if made.exists():
         return made
@@ -80,6 +87,10 @@ def build(name: str, sources: list[Path], variant: str = "plain", *, shared: boo
 def run(program: Path, *arguments: str, timeout: float = 300) -> tuple[int, str]:
     """Exit status (negative: a signal) and output of a program that may well be killed by what it finds."""
     done = subprocess.run(
-        [program, *arguments], env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=timeout
+        [program, *arguments],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     return done.returncode, done.stdout + done.stderr

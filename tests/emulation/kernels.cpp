@@ -1,12 +1,13 @@
 // The tables of csrc/cuda for ctypes: what rows there are, a function per kind that runs one, the emulator's memory,
 // orders and counters, and each optimizer's formula applied element by element as a reference.
+#include "../../csrc/kernels.h"
+
 #include <cuda_runtime.h>
 
 #include <cstring>
 
 #include "../../csrc/formulas/activations.h"
 #include "../../csrc/formulas/optimizers.h"
-#include "../../csrc/kernels.h"
 
 namespace fastops {
 namespace {
@@ -91,7 +92,9 @@ const char* run_map(size_t index, const char* which, int dtype, int64_t n, void*
   a.out = out;
   for (int k = 0; k < 3; ++k) a.in[k] = in[k];
   a.params = params;
-  return (!std::strcmp(which, "forward") ? row.forward : !std::strcmp(which, "backward") ? row.backward : row.second)(a);
+  return (!std::strcmp(which, "forward")    ? row.forward
+          : !std::strcmp(which, "backward") ? row.backward
+                                            : row.second)(a);
 }
 
 bool second_in_float(const char* name, const double* params, int64_t n, const float* s, const float* dy,

@@ -9,7 +9,12 @@ import torch
 
 from .build import ROOT, build
 
-DTYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}  # c10::ScalarType
+DTYPES = {
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bfloat16: 15,
+}  # c10::ScalarType
 ORDERS = [(0, 0), (1, 0), (2, 7)]  # forward, reverse, shuffled by a seed
 COUNTERS = "launches blocks threads loads loaded_bytes wide_loads stores stored_bytes wide_stores"
 KINDS = ["map", "reduce", "softmax", "cross_entropy", "random", "step"]
@@ -20,7 +25,10 @@ POINTER, I64, F64, BOOL, TEXT = (
 
 
 def sources():
-    return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "emulation" / "kernels.cpp"]
+    return [
+        *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+        ROOT / "tests" / "emulation" / "kernels.cpp",
+    ]
 
 
 @cache
@@ -89,7 +97,9 @@ class Device:
         if not count:
             tensor = torch.empty(0, dtype=dtype)
         else:
-            tensor = torch.frombuffer((ctypes.c_char * (count * size)).from_address(buffer), dtype=dtype)
+            tensor = torch.frombuffer(
+                (ctypes.c_char * (count * size)).from_address(buffer), dtype=dtype
+            )
         tensor = tensor.view(shape)
         tensor.address = buffer
         return tensor

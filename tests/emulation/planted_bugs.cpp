@@ -157,14 +157,12 @@ __global__ void different_operations(float* out, const float* in, int n) {
 
 template <bool planted>
 __global__ void load_past_end(float* out, const float* in, int n) {
-  for (int i = thread(); planted ? i <= n : i < n; i += kBlock)
-    store(out + i % n, load(in + i));
+  for (int i = thread(); planted ? i <= n : i < n; i += kBlock) store(out + i % n, load(in + i));
 }
 
 template <bool planted>
 __global__ void store_past_end(float* out, const float* in, int n) {
-  for (int i = thread(); planted ? i <= n : i < n; i += kBlock)
-    store(out + i, load(in + i % n));
+  for (int i = thread(); planted ? i <= n : i < n; i += kBlock) store(out + i, load(in + i % n));
 }
 
 // The same, around load() and store(): only the pages and sanitizers see these.

@@ -1,0 +1,193 @@
+"""Makes a case callable: its tensors, our call, and torch's calls to set beside it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastops._op import OPS
+
+from .cases import BOTH, FORWARD, STEP, Case
+
+Call = Callable[[], Any]
+STEPPERS = {
+    "for-loop": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+class Skipped(Exception):
+    """A case that cannot run here, with the reason."""
+
+
+@dataclass
+class Contenders:
+    """Calls that do the same work. `notes` says which could not be made, and why."""
+
+    ours: Call
+    theirs: dict[str, Call]
+    notes: list[str] = field(default_factory=list)
+
+
+def seeded(case: Case, salt: int = 0) -> torch.Generator:
+    """A generator of its own for each case, so that a filtered run gets the same numbers as a full one."""
+    return torch.Generator().manual_seed(sum(map(ord, case.label)) + salt)
+
+
+def normal(shape: Sequence[int], case: Case, generator: torch.Generator, device: str) -> Tensor:
+    """Values of the normal distribution in the case's dtype, made on the CPU whatever the device."""
+    return torch.randn(shape, generator=generator).to(case.dtype).to(device)
+
+
+def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
+    """The tensors for each parameter of the case's function that has no default.
+
+    Raises:
+        TypeError: a parameter of a name that is not known here.
+    """
+    generator = seeded(case)
+    (shape,) = case.shapes
+    inputs = {}
+    for name, parameter in OPS[case.op].signature.parameters.items():
+        if parameter.default is not inspect.Parameter.empty or name in case.arguments:
+            continue
+        if name == "target" and case.kind == "rows":
+            target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+            inputs[name] = target.to(device)
+        elif name in ("input", "target"):
+            inputs[name] = normal(shape, case, generator, device)
+        else:
+            raise TypeError(f"bench/calls.py cannot make an argument {name!r}")
+    return inputs
+
+
+def as_leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as new leaves, of which all but targets require grad. Each contender gets leaves of its own, or
+    it would pay for freeing another's gradient."""
+    return {
+        name: x.detach().requires_grad_(x.is_floating_point() and name != "target")
+        for name, x in inputs.items()
+    }
+
+
+def make_upstream(case: Case, inputs: dict[str, Tensor], device: str) -> Tensor:
+    """The gradient that backward starts from: 1 for a scalar loss, as in training."""
+    with torch.no_grad():
+        y = OPS[case.op].reference(*inputs.values(), **case.arguments)
+    return normal(y.shape, case, seeded(case, 1), device) if y.dim() else torch.ones_like(y)
+
+
+def function_call(
+    function: Callable, case: Case, inputs: dict[str, Tensor], dy: Tensor
+) -> tuple[Call, dict[str, Tensor]]:
+    """One call of `function`, with backward if the case has it, that returns the value; and the leaves whose `grad` it
+    sets. What is verified and what is timed are both made here."""
+    arguments = dict(case.arguments)
+    if case.mode == FORWARD:
+        return partial(function, *inputs.values(), **arguments), {}
+    leaves = as_leaves(inputs)
+    x = tuple(leaves.values())
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    upstream = (dy,) if dy.dim() else ()
+
+    def call():
+        for leaf in wanted.values():
+            leaf.grad = None
+        y = function(*x, **arguments)
+        y.backward(*upstream)
+        return y
+
+    return call, wanted
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` by torch.compile, as a new function: a shared one would be recompiled with dynamic shapes."""
+    import torch._inductor.config as config
+
+    # It warns of a CUDA toolkit without a GPU each time.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # Worker processes that start in the background would run while we measure.
+    config.compile_threads = 1
+    torch._dynamo.reset()
+    return torch.compile(lambda *args, **kwargs: function(*args, **kwargs), dynamic=False)
+
+
+def function_contenders(case: Case, device: str, with_compile: bool) -> Contenders:
+    """Our function beside torch's, eager and compiled. torch.compile has done its compiling when this returns."""
+    op = OPS[case.op]
+    inputs = make_inputs(case, device)
+    dy = make_upstream(case, inputs, device)
+    ours, _ = function_call(op.function, case, inputs, dy)
+    eager, _ = function_call(op.reference, case, inputs, dy)
+    made = Contenders(ours, {"eager": eager})
+    if with_compile:
+        try:
+            call, _ = function_call(compiled(op.reference), case, inputs, dy)
+            with torch.set_grad_enabled(case.mode == BOTH):
+                call()
+            made.theirs["compile"] = call
+        except Exception as error:
+            made.notes.append(f"torch.compile failed: {first_line(error)}")
+    return made
+
+
+def our_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The class fastops.optim.`name`.
+
+    Raises:
+        Skipped: there is none.
+    """
+    try:
+        import fastops.optim as optim
+
+        return getattr(optim, name)
+    except (ImportError, AttributeError):
+        raise Skipped(f"fastops.optim has no {name}") from None
+
+
+def optimizer_contenders(case: Case, device: str) -> Contenders:
+    """Our optimizer's step beside torch's three. All have parameters and states of their own and share gradients."""
+    ours = our_optimizer(case.op)
+    theirs = getattr(torch.optim, case.op)
+    generator = seeded(case)
+    start = [normal(shape, case, generator, device) for shape in case.shapes]
+    gradients = [normal(shape, case, generator, device) for shape in case.shapes]
+
+    def stepper(cls, **options) -> Call:
+        parameters = [p.clone().requires_grad_() for p in start]
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g
+        return cls(parameters, **case.arguments, **options).step
+
+    made = Contenders(stepper(ours), {})
+    for name, options in STEPPERS.items():
+        try:
+            made.theirs[name] = stepper(theirs, **options)
+        except (RuntimeError, TypeError, ValueError) as error:
+            made.notes.append(f"torch has no {name}: {first_line(error)}")
+    return made
+
+
+def contenders(case: Case, device: str, with_compile: bool) -> Contenders:
+    """The calls of a case, on tensors that are ready.
+
+    Raises:
+        Skipped: it cannot run here.
+    """
+    if case.kind == STEP:
+        return optimizer_contenders(case, device)
+    return function_contenders(case, device, with_compile)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0] if message else ''}".rstrip(": ")

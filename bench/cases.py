@@ -1,0 +1,202 @@
+"""What is measured, as data: sizes for each kind of op, and the bytes that must move. No op is called here.
+
+An op that is entered into fastops._op.OPS gets the rows of its kind; one that needs other sizes or arguments gets a line
+of its own in WORKLOADS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+
+FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: an op on tensors of given shapes, and the bytes that it cannot avoid moving."""
+
+    op: str
+    kind: str
+    size: str
+    shapes: tuple[Shape, ...]
+    dtype: torch.dtype
+    mode: str
+    floor: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """The op and its variant, as printed."""
+        return f"{self.op} {self.variant}".rstrip()
+
+    @property
+    def label(self) -> str:
+        """What --filter looks into: `cross_entropy 512x32000 float32 forward+backward`."""
+        return f"{self.name} {self.size} {str(self.dtype).removeprefix('torch.')} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the ops of a kind are run on.
+
+    `passes` counts, for each mode, how often memory of the input's size must be read or written at the least.
+    `narrow` is the shape that bfloat16 is run on, `compiled` the one whose forward and backward torch.compile is timed on
+    by default (each compile takes seconds). `variants` are names and arguments.
+    """
+
+    shapes: tuple[Shape, ...]
+    passes: Mapping[str, int]
+    narrow: Shape
+    compiled: Shape | None = None
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+
+
+MI = 1 << 20
+
+WORKLOADS: dict[str, Workload] = {
+    # Backward reads the upstream gradient and what was saved, and writes a gradient: three passes more.
+    "map": Workload(
+        shapes=((16,), (4096,), (MI,), (16 * MI,)),
+        passes={FORWARD: 2, BOTH: 5},
+        narrow=(MI,),
+    ),
+    # A scalar loss can write its gradient while it reads the two inputs.
+    "reduce": Workload(
+        shapes=((65536,), (16 * MI,)),
+        passes={FORWARD: 2, BOTH: 3},
+        narrow=(MI,),
+        compiled=(16 * MI,),
+    ),
+    "rows": Workload(
+        shapes=((128, 1024), (4096, 4096)),
+        passes={FORWARD: 2, BOTH: 5},
+        narrow=(1024, 1024),
+        compiled=(4096, 4096),
+        variants={"": {"dim": -1}},
+    ),
+    # The mask is made again, not read: backward is two passes.
+    "random": Workload(
+        shapes=((128, 1024), (4096, 1024), (4096, 4096)),
+        passes={FORWARD: 2, BOTH: 4},
+        narrow=(4096, 1024),
+        compiled=(4096, 1024),
+        variants={"": {"p": 0.3}},
+    ),
+}
+# Lines for single ops, looked up before their kind's.
+WORKLOADS |= {
+    "gelu": replace(
+        WORKLOADS["map"],
+        compiled=(MI,),
+        variants={"": {}, "tanh": {"approximate": "tanh"}},
+    ),
+    "cross_entropy": Workload(
+        shapes=((128, 1000), (4096, 1000), (512, 32000), (256, 128256)),
+        passes={FORWARD: 1, BOTH: 2},
+        narrow=(512, 32000),
+        compiled=(512, 32000),
+    ),
+}
+
+
+def resnet_shapes(blocks: tuple[int, ...], expansion: int) -> tuple[Shape, ...]:
+    """The shapes of torchvision's ResNet parameters: `expansion` is 1 for basic blocks, 4 for bottlenecks."""
+
+    def conv_and_norm(outputs: int, inputs: int, size: int) -> list[Shape]:
+        return [(outputs, inputs, size, size), (outputs,), (outputs,)]
+
+    shapes = conv_and_norm(64, 3, 7)
+    inputs = 64
+    for stage, count in enumerate(blocks):
+        width = 64 << stage
+        outputs = width * expansion
+        for block in range(count):
+            if expansion == 1:
+                shapes += conv_and_norm(width, inputs, 3) + conv_and_norm(width, width, 3)
+            else:
+                shapes += conv_and_norm(width, inputs, 1) + conv_and_norm(width, width, 3)
+                shapes += conv_and_norm(outputs, width, 1)
+            if block == 0 and inputs != outputs:
+                shapes += conv_and_norm(outputs, inputs, 1)
+            inputs = outputs
+    return (*shapes, (1000, inputs), (1000,))
+
+
+PARAMETERS: dict[str, tuple[Shape, ...]] = {
+    "resnet18": resnet_shapes((2, 2, 2, 2), 1),
+    "resnet50": resnet_shapes((3, 4, 6, 3), 4),
+    "1000x64": ((64,),) * 1000,
+    "300x1024": ((1024,),) * 300,
+}
+
+
+@dataclass(frozen=True)
+class OptimizerWorkload:
+    """Arguments of an optimizer, and how many states of a parameter's size it keeps."""
+
+    arguments: Mapping[str, Any]
+    states: int
+
+    @property
+    def passes(self) -> int:
+        """Reading the gradient, reading and writing the parameter and each state."""
+        return 3 + 2 * self.states
+
+
+OPTIMIZERS: dict[str, OptimizerWorkload] = {
+    "Adam": OptimizerWorkload({"lr": 1e-3, "weight_decay": 1e-2}, states=2),
+    "AdamW": OptimizerWorkload({"lr": 1e-3, "weight_decay": 1e-2}, states=2),
+}
+
+QUICK_BYTES = 64 * MI  # --quick leaves out the cases that move more
+
+
+def function_cases(name: str, kind: str) -> Iterator[Case]:
+    """The cases of one function of the table."""
+    work = WORKLOADS.get(name) or WORKLOADS[kind]
+    for variant, arguments in work.variants.items():
+        runs = [(s, torch.float32, mode) for s in work.shapes for mode in (FORWARD, BOTH)]
+        runs += [(work.narrow, torch.bfloat16, BOTH)]
+        for shape, dtype, mode in runs:
+            yield Case(
+                op=name,
+                kind=kind,
+                size="x".join(map(str, shape)),
+                shapes=(shape,),
+                dtype=dtype,
+                mode=mode,
+                floor=work.passes[mode] * prod(shape) * dtype.itemsize,
+                arguments=arguments,
+                variant=variant,
+                compiled=shape == work.compiled and mode == BOTH and dtype == torch.float32,
+            )
+
+
+def optimizer_cases(name: str) -> Iterator[Case]:
+    """The cases of one optimizer."""
+    work = OPTIMIZERS[name]
+    for size, shapes in PARAMETERS.items():
+        yield Case(
+            op=name,
+            kind=STEP,
+            size=size,
+            shapes=shapes,
+            dtype=torch.float32,
+            mode=STEP,
+            floor=work.passes * sum(map(prod, shapes)) * torch.float32.itemsize,
+            arguments=work.arguments,
+        )
+
+
+def all_cases(ops: Mapping[str, Any]) -> list[Case]:
+    """Every case of the functions in `ops` (name -> an entry with `kind`) and of the optimizers."""
+    cases = [case for name, op in ops.items() for case in function_cases(name, op.kind)]
+    return cases + [case for name in OPTIMIZERS for case in optimizer_cases(name)]

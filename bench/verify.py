@@ -1,0 +1,142 @@
+"""Decides whether a case may be timed: values, gradients, masks and optimizer states against torch in float64.
+
+The rule for each element: error <= 2 x torch's own largest error in the same dtype + 4 eps x its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastops._op import OPS
+
+from .calls import function_call, make_inputs, make_upstream, normal, our_optimizer, seeded
+from .cases import BOTH, STEP, Case
+
+STEPS = 3
+
+
+class Wrong(Exception):
+    """Our result differs from torch's by more than the rule allows."""
+
+
+def compare(what: str, ours: Tensor, native: Tensor, exact: Tensor) -> None:
+    """Applies the rule: `native` is torch's result in the dtype of ours, `exact` torch's in float64.
+
+    Raises:
+        Wrong: shape or dtype differ, or an element is off by more than allowed.
+    """
+    if ours.shape != native.shape or ours.dtype != native.dtype:
+        raise Wrong(
+            f"{what}: {ours.dtype} {tuple(ours.shape)} where torch gives "
+            f"{native.dtype} {tuple(native.shape)}"
+        )
+    own = (native.double() - exact).abs_().max().item() if exact.numel() else 0.0
+    error = (ours.double() - exact).abs_()
+    allowed = exact.abs().mul_(4 * torch.finfo(ours.dtype).eps).add_(2 * own)
+    bad = ~(error <= allowed)  # so that NaN is bad
+    if bad.any():
+        at = bad.flatten().nonzero()[0].item()
+        raise Wrong(
+            f"{what}: {int(bad.sum())} of {bad.numel()} differ, the first by "
+            f"{error.flatten()[at].item():.2g} where {allowed.flatten()[at].item():.2g} is allowed"
+        )
+
+
+def compute(
+    function: Callable, case: Case, inputs: dict[str, Tensor], dy: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The value of `function` and, if the case has backward, the gradient with respect to each input but targets."""
+    call, leaves = function_call(function, case, inputs, dy)
+    with torch.set_grad_enabled(case.mode == BOTH):
+        y = call().detach()
+    return y, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def verify_function(case: Case, device: str) -> None:
+    """Values and gradients of a function against its reference."""
+    op = OPS[case.op]
+    inputs = make_inputs(case, device)
+    before = {name: x.clone() for name, x in inputs.items()}
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    dy = make_upstream(case, inputs, device)
+    y, dx = compute(op.function, case, inputs, dy)
+    for name, x in inputs.items():
+        if not torch.equal(x, before[name]):
+            raise Wrong(f"{name} was overwritten")
+    y_native, dx_native = compute(op.reference, case, inputs, dy)
+    y_exact, dx_exact = compute(op.reference, case, wide, dy.double())
+    compare("value", y, y_native, y_exact)
+    for name in dx_exact:
+        compare(f"gradient of {name}", dx[name], dx_native[name], dx_exact[name])
+
+
+def verify_random(case: Case, device: str) -> None:
+    """Dropout's share of kept elements, their scale, a new mask at each call, and the same mask in backward."""
+    function = OPS[case.op].function
+    p = case.arguments["p"]
+    inputs = make_inputs(case, device)
+    x = inputs["input"]
+    x[x == 0] = 1  # or a zero of the input would pass for a dropped element
+    dy = make_upstream(case, inputs, device)
+    with torch.random.fork_rng(enabled=True):
+        torch.manual_seed(0)
+        y, dx = compute(function, case, inputs, dy)
+        again, _ = compute(function, case, inputs, dy)
+    kept = y != 0
+    share, n = kept.double().mean().item(), kept.numel()
+    if not abs(share - (1 - p)) <= 5 * (p * (1 - p) / n) ** 0.5:
+        raise Wrong(f"keeps {share:.4f} of the elements, not {1 - p:.4f}")
+    if torch.equal(kept, again != 0):
+        raise Wrong("two calls drew the same mask")
+
+    def masked(t: Tensor) -> Tensor:
+        return t * kept / (1 - p)
+
+    compare("value", y, masked(x), masked(x.double()))
+    for name, ours in dx.items():
+        compare(f"gradient of {name}", ours, masked(dy), masked(dy.double()))
+
+
+def verify_optimizer(case: Case, device: str) -> None:
+    """Parameters and states after a few steps against torch's for-loop."""
+    ours, theirs = our_optimizer(case.op), getattr(torch.optim, case.op)
+    loop = {"foreach": False, "fused": False}
+
+    def walk(cls, dtype, **options) -> dict[str, Tensor]:
+        generator = seeded(case)
+        parameters = [
+            normal(shape, case, generator, device).to(dtype).requires_grad_()
+            for shape in case.shapes
+        ]
+        optimizer = cls(parameters, **case.arguments, **options)
+        for _ in range(STEPS):
+            for p in parameters:
+                p.grad = normal(p.shape, case, generator, device).to(dtype)
+            optimizer.step()
+        found = {"parameters": parameters}
+        for p in parameters:
+            for name, state in optimizer.state[p].items():
+                if torch.is_tensor(state) and state.shape == p.shape:
+                    found.setdefault(name, []).append(state)
+        return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in found.items()}
+
+    mine, native = walk(ours, case.dtype), walk(theirs, case.dtype, **loop)
+    if mine.keys() != native.keys():
+        raise Wrong(f"states {sorted(mine)} where torch has {sorted(native)}")
+    exact = walk(theirs, torch.float64, **loop)
+    for name in native:
+        compare(name, mine[name], native[name], exact[name])
+
+
+def verify(case: Case, device: str) -> None:
+    """Checks the case on the very tensors that it will be timed on.
+
+    Raises:
+        Wrong: our result is not torch's.
+        Skipped: the case cannot run here.
+    """
+    checks = {"random": verify_random, STEP: verify_optimizer}
+    checks.get(case.kind, verify_function)(case, device)

@@ -1,0 +1,159 @@
+// Dropout: words from the counter-based generator, keep or drop. The word of an element depends on the seed and its
+// logical index alone, so the mask is the CPU's, bit for bit, for any grid, alignment and memory layout.
+#include "../formulas/dropout.h"
+#include "launch.cuh"
+#include "pack.cuh"
+
+namespace fastops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWords = 4;  // of one counter
+
+// A group: as many consecutive elements as fill a pack, and at least those of one counter.
+template <class scalar_t>
+constexpr int group_size = pack_size<scalar_t> > kWords ? pack_size<scalar_t> : kWords;
+
+struct Mask {
+  const int64_t* seed;
+  uint32_t threshold;
+};
+
+struct Key {
+  uint32_t k0, k1;
+  __device__ __forceinline__ explicit Key(const int64_t* seed) {
+    const int64_t s = load(seed);
+    k0 = static_cast<uint32_t>(s);
+    k1 = static_cast<uint32_t>(s >> 32);
+  }
+  __device__ __forceinline__ Philox<uint32_t> words(int64_t counter) const {
+    return {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), k0, k1};
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ kernels
+
+// Calls body(first element of the group, number of its elements) for every group of this thread.
+template <int size, class Body>
+__device__ __forceinline__ void groups(int64_t n, Body body) {
+  const int64_t step = int64_t{gridDim.x} * kThreads * size;
+  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * size; i < n; i += step)
+    body(i, n - i < size ? n - i : size);
+}
+
+template <class Op, class scalar_t>
+__device__ __forceinline__ void keep_or_drop(const scalar_t* in, scalar_t* out, int64_t count, bool wide,
+                                             const bool (&keep)[group_size<scalar_t>], real_of<scalar_t> scale) {
+  constexpr int size = group_size<scalar_t>;
+  real_of<scalar_t> x[size];
+  wide = wide && count == size;
+  if (wide) {
+    load_wide(in, x);
+  } else {
+    load_narrow(in, count, x);
+  }
+#pragma unroll
+  for (int k = 0; k < size; ++k) x[k] = Op::forward(x[k], keep[k], scale);
+  if (wide) {
+    store_wide(out, x);
+  } else {
+    store_narrow(out, count, x);
+  }
+}
+
+// Memory order is logical order: the elements of a group share their counters.
+template <class Op, class scalar_t>
+__global__ void __launch_bounds__(kThreads, kResident)
+    contiguous_kernel(int64_t n, scalar_t* out, const scalar_t* in, bool wide, Mask mask, real_of<scalar_t> scale) {
+  constexpr int size = group_size<scalar_t>;
+  const Key key(mask.seed);
+  groups<size>(n, [&](int64_t i, int64_t count) {
+    bool keep[size];
+#pragma unroll
+    for (int j = 0; j < size; j += kWords) {
+      const Philox<uint32_t> philox = key.words((i + j) / kWords);
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) keep[j + k] = philox.word[k] >= mask.threshold;
+    }
+    keep_or_drop<Op>(in + i, out + i, count, wide, keep, scale);
+  });
+}
+
+// Any other order: every element has a counter of its own. Coordinates are divided out once a group, and then walked.
+template <class Op, class scalar_t, class index_t>
+__global__ void __launch_bounds__(kThreads, kResident)
+    strided_kernel(int64_t n, scalar_t* out, const scalar_t* in, bool wide, Mask mask, real_of<scalar_t> scale,
+                   const LogicalOrder __grid_constant__ order) {
+  constexpr int size = group_size<scalar_t>;
+  const Key key(mask.seed);
+  groups<size>(n, [&](int64_t i, int64_t count) {
+    index_t at[kMaxDims];
+    int64_t logical = 0;
+    index_t rest = static_cast<index_t>(i);
+#pragma unroll
+    for (int d = kMaxDims - 1; d >= 0; --d) {
+      if (d >= order.dims) continue;
+      const index_t extent = static_cast<index_t>(order.size[d]);
+      at[d] = rest % extent;
+      rest /= extent;
+      logical += static_cast<int64_t>(at[d]) * order.logical_stride[d];
+    }
+    bool keep[size];
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      const Philox<uint32_t> philox = key.words(logical / kWords);
+      const int which = static_cast<int>(logical % kWords);
+      const uint32_t low = which & 1 ? philox.word[1] : philox.word[0];
+      const uint32_t high = which & 1 ? philox.word[3] : philox.word[2];
+      keep[k] = (which & 2 ? high : low) >= mask.threshold;
+      bool carry = true;
+#pragma unroll
+      for (int d = kMaxDims - 1; d >= 0; --d) {
+        if (d >= order.dims || !carry) continue;
+        logical += order.logical_stride[d];
+        carry = ++at[d] == static_cast<index_t>(order.size[d]);
+        if (carry) {
+          logical -= order.size[d] * order.logical_stride[d];
+          at[d] = 0;
+        }
+      }
+    }
+    keep_or_drop<Op>(in + i, out + i, count, wide, keep, scale);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ launchers
+
+template <class Op>
+Error forward(const RandomArgs& a) {
+  static_assert(Op::inputs == 1);
+  if (a.n == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    auto* out = static_cast<scalar_t*>(a.out);
+    auto* in = static_cast<const scalar_t*>(a.in[0]);
+    const Mask mask{a.seed, a.threshold};
+    const auto scale = static_cast<real_of<scalar_t>>(a.scale);
+    const int64_t blocks = grid_for((a.n + group_size<scalar_t> - 1) / group_size<scalar_t>, kThreads);
+    const bool wide = aligned(out, in);
+    if (a.order.dims == 1 && a.order.logical_stride[0] == 1)
+      return launch(contiguous_kernel<Op, scalar_t>, blocks, kThreads, a.stream, a.n, out, in, wide, mask, scale);
+    auto* kernel =
+        a.n < int64_t{1} << 31 ? strided_kernel<Op, scalar_t, uint32_t> : strided_kernel<Op, scalar_t, uint64_t>;
+    return launch(kernel, blocks, kThreads, a.stream, a.n, out, in, wide, mask, scale, a.order);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ table
+
+template <class Op>
+struct MakeRandom {
+  static constexpr RandomRow row{Op::name, Op::inputs, &forward<Op>};
+};
+using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
+
+}  // namespace
+
+extern constinit const Rows<RandomRow> random_rows{RandomTable::rows, std::size(RandomTable::rows)};
+
+}  // namespace fastops::cuda

@@ -1,0 +1,220 @@
+// Elementwise losses and their sums: values, total, first and second derivatives. A sum is taken in two stages over
+// chunks whose order n alone decides, without atomics, so that it has the same bits on every device and in every run.
+#include "../formulas/losses.h"
+#include "launch.cuh"
+#include "pack.cuh"
+#include "team.cuh"
+
+namespace fastops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// ------------------------------------------------------------------------------------------------ kernels: each
+// element
+
+template <class scalar_t>
+struct EachArgs {
+  Cut cut;
+  scalar_t* out;
+  const scalar_t *x, *t, *grad;  // grad: null, one value, or (each_grad) n of them
+  bool each_grad;
+  real_of<scalar_t> scale;
+};
+
+// out[i] = f(x, t), times scale and the gradient where there is one
+template <class F, class scalar_t, int params>
+__global__ void __launch_bounds__(kThreads, kResident)
+    each_kernel(EachArgs<scalar_t> a, Params<params, real_of<scalar_t>> p) {
+  using real = real_of<scalar_t>;
+  constexpr int size = pack_size<scalar_t>;
+  real factor = a.grad ? a.scale : real(1);
+  if (a.grad && !a.each_grad) factor = static_cast<real>(load(a.grad)) * a.scale;
+  walk<size>(
+      a.cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
+      [&](int64_t i) {
+        real x[size], t[size], g[size];
+        load_wide(a.x + i, x);
+        load_wide(a.t + i, t);
+        if (a.each_grad) load_wide(a.grad + i, g);
+#pragma unroll
+        for (int k = 0; k < size; ++k) x[k] = apply<F>(p, x[k], t[k]) * (a.each_grad ? g[k] * factor : factor);
+        store_wide(a.out + i, x);
+      },
+      [&](int64_t i) {
+        const real g = a.each_grad ? static_cast<real>(load(a.grad + i)) * factor : factor;
+        const real x = static_cast<real>(load(a.x + i)), t = static_cast<real>(load(a.t + i));
+        store(a.out + i, static_cast<scalar_t>(apply<F>(p, x, t) * g));
+      });
+}
+
+// ------------------------------------------------------------------------------------------------ kernels: sums
+
+// What becomes of a finished sum.
+template <class real>
+struct Finish {
+  real* out;
+  const real* divisor;
+  double scale;
+  __device__ __forceinline__ void operator()(double sum) const {
+    sum *= scale;
+    if (divisor) sum /= static_cast<double>(load(divisor));
+    store(out, static_cast<real>(sum));
+  }
+};
+
+// One block per chunk. A thread takes the same elements in the same order whatever the alignment, adds them in real,
+// and the threads are added in double. A lone chunk is finished at once.
+template <class F, class scalar_t, int inputs, int params>
+__global__ void __launch_bounds__(kThreads, kResident)
+    chunk_kernel(int64_t n, const scalar_t* x, const scalar_t* t, bool wide, double* partial,
+                 Finish<real_of<scalar_t>> finish, Params<params, real_of<scalar_t>> p) {
+  using real = real_of<scalar_t>;
+  constexpr int size = pack_size<scalar_t>;
+  const int64_t begin = int64_t{blockIdx.x} * kReduceChunk;
+  const int64_t end = begin + kReduceChunk < n ? begin + kReduceChunk : n;
+  real sum = 0;
+  for (int64_t i = begin + threadIdx.x * size; i < end; i += kThreads * size) {
+    const int64_t left = end - i;
+    real vx[size], vt[size];
+    if (wide && left >= size) {
+      load_wide(x + i, vx);
+      if constexpr (inputs == 2) load_wide(t + i, vt);
+    } else {
+      load_narrow(x + i, left, vx);
+      if constexpr (inputs == 2) load_narrow(t + i, left, vt);
+    }
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      if (k >= left) continue;
+      if constexpr (inputs == 1) sum += apply<F>(p, vx[k]);
+      if constexpr (inputs == 2) sum += apply<F>(p, vx[k], vt[k]);
+    }
+  }
+  const double total = Team<kThreads>().sum(static_cast<double>(sum));
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    finish(total);
+  } else {
+    store(partial + blockIdx.x, total);
+  }
+}
+
+template <class real>
+__global__ void __launch_bounds__(kThreads, kResident)
+    join_kernel(int64_t chunks, const double* partial, Finish<real> finish) {
+  double sum = 0;
+  for (int64_t k = threadIdx.x; k < chunks; k += kThreads) sum += load(partial + k);
+  sum = Team<kThreads>().sum(sum);
+  if (threadIdx.x == 0) finish(sum);
+}
+
+// ------------------------------------------------------------------------------------------------ launchers
+
+template <class F, int params>
+Error each(const ReduceArgs& a) {
+  if (a.n == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    constexpr int size = pack_size<scalar_t>;
+    using real = real_of<scalar_t>;
+    EachArgs<scalar_t> e;
+    e.out = static_cast<scalar_t*>(a.out);
+    e.x = static_cast<const scalar_t*>(a.in[0]);
+    e.t = static_cast<const scalar_t*>(a.in[1]);
+    e.grad = static_cast<const scalar_t*>(a.grad);
+    e.scale = static_cast<real>(a.scale);
+    e.each_grad = a.grad && !a.grad_is_scalar;
+    e.cut = cut(a.n, size, e.out, e.x, e.t, e.each_grad ? e.grad : e.x);
+    const int64_t items = std::max(e.cut.packs, a.n - e.cut.packs * size);
+    return launch(each_kernel<F, scalar_t, params>, grid_for(items, kThreads), kThreads, a.stream, e,
+                  Params<params, real>(a.params));
+  });
+}
+
+template <class F, int inputs, int params>
+Error total(const ReduceArgs& a) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    using real = real_of<scalar_t>;
+    auto* x = static_cast<const scalar_t*>(a.in[0]);
+    auto* t = inputs == 2 ? static_cast<const scalar_t*>(a.in[1]) : x;
+    auto* partial = static_cast<double*>(a.workspace);
+    const Finish<real> finish{static_cast<real*>(a.out), static_cast<const real*>(a.divisor), a.scale};
+    const int64_t chunks = (a.n + kReduceChunk - 1) / kReduceChunk;
+    if (chunks > 0) {
+      const Error error = launch(chunk_kernel<F, scalar_t, inputs, params>, chunks, kThreads, a.stream, a.n, x, t,
+                                 aligned(x, t), partial, finish, Params<params, real>(a.params));
+      if (error || chunks == 1) return error;
+    }
+    return launch(join_kernel<real>, 1, kThreads, a.stream, chunks, partial, finish);
+  });
+}
+
+template <class Op>
+struct Value {
+  template <class T, class... P>
+  static FASTOPS_FN T apply(T x, T t, P... p) {
+    return Op::value(x, t, p...);
+  }
+};
+template <class Op>
+struct D0 {
+  template <class T, class... P>
+  static FASTOPS_FN T apply(T x, T t, P... p) {
+    return Op::d0(x, t, p...);
+  }
+};
+template <class Op>
+struct D1 {
+  template <class T, class... P>
+  static FASTOPS_FN T apply(T x, T t, P... p) {
+    return Op::d1(x, t, p...);
+  }
+};
+// The derivative of F to its first (0) or second (1) argument.
+template <class F, int to>
+struct Derivative {
+  template <class T, class... P>
+  static FASTOPS_FN T apply(T x, T t, P... p) {
+    using D = Dual<T>;
+    return F::apply(D(x, c<T>(to == 0)), D(t, c<T>(to == 1)), D(p, c<T>(0))...).d;
+  }
+};
+struct Identity {
+  template <class T>
+  static FASTOPS_FN T apply(T x) {
+    return x;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ table
+
+template <class Op>
+struct MakeReduce {
+  static constexpr int params = count_params(Op::params);
+  static constexpr ReduceRow row{Op::name,
+                                 Op::params,
+                                 &each<Value<Op>, params>,
+                                 &total<Value<Op>, 2, params>,
+                                 &each<D0<Op>, params>,
+                                 &each<D1<Op>, params>,
+                                 &each<Derivative<D0<Op>, 0>, params>,
+                                 &each<Derivative<D0<Op>, 1>, params>,
+                                 &each<Derivative<D1<Op>, 1>, params>};
+};
+template <>
+struct MakeReduce<Identity> {
+  static constexpr ReduceRow row{"sum",   "",      nullptr, &total<Identity, 1, 0>, nullptr, nullptr,
+                                 nullptr, nullptr, nullptr};
+};
+
+template <class... Ops>
+auto with_sum(List<Ops...>) -> List<Ops..., Identity>;
+using ReduceTable = Table<ReduceRow, MakeReduce, decltype(with_sum(Losses{}))>;
+
+}  // namespace
+
+extern constinit const Rows<ReduceRow> reduce_rows{ReduceTable::rows, std::size(ReduceTable::rows)};
+
+}  // namespace fastops::cuda

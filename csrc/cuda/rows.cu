@@ -1,0 +1,612 @@
+// Softmax, log-softmax and cross-entropy over the middle dimension of (outer, n, inner). Where inner is 1 a row is
+// contiguous: a warp takes a short one and a block a long one, held in registers between its visits while it fits, read
+// again where it does not. Elsewhere neighbouring threads take neighbouring rows, so that every access is coalesced.
+#include "../formulas/softmax.h"
+#include "launch.cuh"
+#include "pack.cuh"
+#include "team.cuh"
+
+namespace fastops::cuda {
+namespace {
+
+constexpr int kWarpBlock = 128;    // threads of a block whose warps take a row each
+constexpr int kRowBlock = 512;     // threads of a block that takes a row and holds it
+constexpr int kColumnBlock = 256;  // threads of a block that takes up to 32 columns
+
+// Threads of a block that takes a row and reads it again: exp and log in double want more registers than 512 can have.
+template <class scalar_t>
+constexpr int kLongRowBlock = sizeof(scalar_t) == 8 ? 256 : 512;
+
+// Elements of a row that a thread holds.
+template <class scalar_t>
+constexpr int kHeld = sizeof(scalar_t) == 8 ? 8 : 32;
+
+// ------------------------------------------------------------------------------------------------ rows
+
+// A row of n elements cut at the 16-byte boundaries of its memory: pack j holds elements j * size - shift and on, the
+// first and last pack may be partly outside. `shift` is that of the buffer it was made for; others are read and written
+// in packs too where `wide` says that their boundaries fall together with it.
+template <class scalar_t, class index_t>
+struct Row {
+  static constexpr int size = pack_size<scalar_t>;
+  index_t n, packs;
+  int shift;
+  __device__ __forceinline__ Row(const scalar_t* p, int64_t n)
+      : n(static_cast<index_t>(n)),
+        shift(static_cast<int>(reinterpret_cast<uintptr_t>(p) % kPackBytes / sizeof(scalar_t))) {
+    packs = (this->n + shift + size - 1) / size;
+  }
+  __device__ __forceinline__ index_t first(index_t pack) const { return pack * size - shift; }
+  __device__ __forceinline__ bool has(index_t i) const { return i >= 0 && i < n; }
+  __device__ __forceinline__ bool whole(index_t i) const { return i >= 0 && i + size <= n; }
+
+  template <class real>
+  __device__ __forceinline__ void get(const scalar_t* p, bool wide, index_t i, real (&v)[size], real filler) const {
+    if (wide && whole(i)) {
+      load_wide(p + i, v);
+    } else {
+#pragma unroll
+      for (int k = 0; k < size; ++k) v[k] = has(i + k) ? static_cast<real>(load(p + i + k)) : filler;
+    }
+  }
+  template <class real>
+  __device__ __forceinline__ void put(scalar_t* p, bool wide, index_t i, const real (&v)[size]) const {
+    if (wide && whole(i)) {
+      store_wide(p + i, v);
+    } else {
+#pragma unroll
+      for (int k = 0; k < size; ++k)
+        if (has(i + k)) store(p + i + k, static_cast<scalar_t>(v[k]));
+    }
+  }
+};
+
+template <class scalar_t>
+__host__ __device__ __forceinline__ bool together(const scalar_t* a, const scalar_t* b) {
+  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kPackBytes == 0;
+}
+
+// The packs of `inputs` rows of one shape that this thread works on. Where `held` they are read once; each() then goes
+// over registers. Elements outside the row are fillers.
+template <class scalar_t, int threads, bool held, int inputs>
+struct Walk {
+  using real = real_of<scalar_t>;
+  static constexpr int size = pack_size<scalar_t>;
+  static constexpr int slots = held ? kHeld<scalar_t> / size : 1;
+  using index_t = std::conditional_t<held, int, int64_t>;  // what is held is short
+  using Values = real[inputs][size];
+
+  Row<scalar_t, index_t> row;
+  const scalar_t* p[inputs];
+  bool wide;  // of the second input; the first is what the row was cut for
+  real filler;
+  int rank;
+  Values v[slots];
+
+  __device__ __forceinline__ Walk(int64_t n, const scalar_t* first, const scalar_t* second, bool wide, real filler,
+                                  int rank)
+      : row(first, n), wide(wide), filler(filler), rank(rank) {
+    p[0] = first;
+    if constexpr (inputs == 2) p[1] = second;
+    if constexpr (held) {
+#pragma unroll
+      for (int s = 0; s < slots; ++s)
+        if (rank + s * threads < row.packs) read(rank + s * threads, v[s]);
+    }
+  }
+  __device__ __forceinline__ void read(index_t pack, Values& values) const {
+    const index_t i = row.first(pack);
+    row.get(p[0], true, i, values[0], filler);
+    if constexpr (inputs == 2) row.get(p[1], wide, i, values[1], filler);
+  }
+  // body(first element, values); what it leaves in the values stays there if `held`.
+  template <class Body>
+  __device__ __forceinline__ void each(Body body) {
+    if constexpr (held) {
+#pragma unroll
+      for (int s = 0; s < slots; ++s)
+        if (rank + s * threads < row.packs) body(row.first(rank + s * threads), v[s]);
+    } else {
+#pragma unroll 2
+      for (int64_t pack = rank; pack < row.packs; pack += threads) {
+        read(pack, v[0]);
+        body(row.first(pack), v[0]);
+      }
+    }
+  }
+};
+
+// The maximum of the row and the sum of exp(x - maximum). Each thread keeps its own maximum, and threads are joined
+// once at the end: joining pack by pack costs twice the instructions. also(i, x, base) sees every pack with the base
+// that the thread's exponentials have at that time. Where the row is held and `leave` is set, x becomes exp(x -
+// maximum).
+template <bool leave, int threads, class scalar_t, bool held, class Also>
+__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(Walk<scalar_t, threads, held, 1>& walk,
+                                                              const Team<threads>& team, Also also) {
+  using real = real_of<scalar_t>;
+  constexpr int size = pack_size<scalar_t>;
+  LogSumExp<real> mine;
+  const auto add = [&](auto i, auto& v, real base) {
+    also(i, v[0], base);
+#pragma unroll
+    for (int k = 0; k < size; ++k) {
+      const real e = exp(v[0][k] - base);
+      mine.sum += e;
+      if constexpr (held && leave) v[0][k] = e;
+    }
+  };
+  const auto peak_of = [&](auto& v) {
+    real peak = mine.peak;
+#pragma unroll
+    for (int k = 0; k < size; ++k) peak = max(peak, v[0][k]);
+    return peak;
+  };
+  if constexpr (held) {
+    walk.each([&](auto, auto& v) { mine.peak = peak_of(v); });
+    mine.peak = team.maximum(mine.peak);
+    const real base = LogSumExp<real>::origin(mine.peak);
+    walk.each([&](auto i, auto& v) { add(i, v, base); });
+  } else {
+    real base = LogSumExp<real>::origin(mine.peak);
+    walk.each([&](auto i, auto& v) {
+      const real peak = peak_of(v);
+      if (peak != mine.peak) {
+        base = LogSumExp<real>::origin(peak);
+        mine.sum *= exp(mine.peak - base);
+        mine.peak = peak;
+      }
+      add(i, v, base);
+    });
+    const real peak = team.maximum(mine.peak);
+    mine.sum *= exp(mine.peak - LogSumExp<real>::origin(peak));
+    mine.peak = peak;
+  }
+  mine.sum = team.sum(mine.sum);
+  return mine;
+}
+
+// ------------------------------------------------------------------------------------------------ kernels: softmax
+
+// Row by row for teams of 32 threads, several in a block, or of the whole block.
+template <int threads, class Body>
+__device__ __forceinline__ void each_row(int64_t rows, Body body) {
+  const int64_t teams = blockDim.x / threads, step = int64_t{gridDim.x} * teams;
+  for (int64_t r = int64_t{blockIdx.x} * teams + threadIdx.x / threads; r < rows; r += step) body(r);
+}
+
+template <class Op, class scalar_t, int threads, bool held>
+__global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
+    softmax_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* y, bool wide) {
+  using real = real_of<scalar_t>;
+  constexpr bool leave = Op::from_exponential;
+  const Team<threads> team;
+  each_row<threads>(rows, [&](int64_t r) {
+    const real lowest = c<real>(-std::numeric_limits<double>::infinity());
+    Walk<scalar_t, threads, held, 1> walk(n, x + r * n, nullptr, true, lowest, team.rank);
+    const LogSumExp<real> total = visit<leave>(walk, team, [](auto, auto&, real) {});
+    const real base = LogSumExp<real>::origin(total.peak), constant = Op::constant(total.sum);
+    walk.each([&](auto i, auto& v) {
+#pragma unroll
+      for (real& u : v[0]) {
+        if constexpr (leave && !held) u = exp(u - base);
+        u = Op::forward(u, total.peak, constant);
+      }
+      walk.row.put(y + r * n, wide, i, v[0]);
+    });
+  });
+}
+
+template <class Op, class scalar_t, int threads, bool held>
+__global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
+    softmax_backward_kernel(int64_t rows, int64_t n, const scalar_t* y, const scalar_t* dy, scalar_t* dx, bool wide_dy,
+                            bool wide_dx) {
+  using real = real_of<scalar_t>;
+  const Team<threads> team;
+  each_row<threads>(rows, [&](int64_t r) {
+    Walk<scalar_t, threads, held, 2> walk(n, y + r * n, dy + r * n, wide_dy, real(0), team.rank);
+    real total = 0;
+    walk.each([&](auto, auto& v) {
+#pragma unroll
+      for (int k = 0; k < walk.size; ++k) total += Op::summand(v[0][k], v[1][k]);
+    });
+    total = team.sum(total);
+    walk.each([&](auto i, auto& v) {
+#pragma unroll
+      for (int k = 0; k < walk.size; ++k) v[0][k] = Op::backward(v[0][k], v[1][k], total);
+      walk.row.put(dx + r * n, wide_dx, i, v[0]);
+    });
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ kernels: columns
+
+// A block takes `width` (a power of two, at most 32) neighbouring rows of (outer, n, inner), and kColumnBlock / width
+// threads share each: thread t has column t % width and elements t / width, t / width + slices, ...
+struct Tiles {
+  int64_t outer, n, inner;
+  int width;
+
+  __host__ __device__ int64_t per_outer() const { return (inner + width - 1) / width; }
+  // body(index of the row among outer * inner, offset of its first element, whether there is such a row)
+  template <class Body>
+  __device__ __forceinline__ void each(Body body) const {
+    const int64_t count = outer * per_outer();
+    for (int64_t tile = blockIdx.x; tile < count; tile += gridDim.x) {
+      const int64_t o = tile / per_outer();
+      const int64_t i = tile % per_outer() * width + threadIdx.x % width;
+      body(o * inner + i, o * n * inner + i, i < inner);
+    }
+  }
+  __device__ __forceinline__ int64_t first() const { return threadIdx.x / width; }
+  __device__ __forceinline__ int64_t slices() const { return kColumnBlock / width; }
+
+  // Joins the values of the threads of each column; all of them get the result.
+  template <class T, class F>
+  __device__ __forceinline__ T join(T value, F f) const {
+    FASTOPS_SHARED(T, each_thread, kColumnBlock);
+    const int t = static_cast<int>(threadIdx.x);
+    __syncthreads();  // the last join may still be read
+    each_thread[t] = value;
+    __syncthreads();
+    for (int half = kColumnBlock / 2; half >= width; half /= 2) {
+      if (t < half) each_thread[t] = f(each_thread[t], each_thread[t + half]);
+      __syncthreads();
+    }
+    return each_thread[t % width];
+  }
+  template <class T>
+  __device__ __forceinline__ T sum(T value) const {
+    return join(value, [](T a, T b) { return a + b; });
+  }
+  template <class T>
+  __device__ __forceinline__ T maximum(T value) const {
+    return join(value, [](T a, T b) { return max(a, b); });
+  }
+};
+
+template <class scalar_t, class Also>
+__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit_column(const Tiles& tiles, const scalar_t* x, bool live,
+                                                                     Also also) {
+  using real = real_of<scalar_t>;
+  LogSumExp<real> mine;
+  real base = LogSumExp<real>::origin(mine.peak);
+  for (int64_t j = tiles.first(); live && j < tiles.n; j += tiles.slices()) {
+    const real u = static_cast<real>(load(x + j * tiles.inner)), peak = max(mine.peak, u);
+    if (peak != mine.peak) {
+      base = LogSumExp<real>::origin(peak);
+      mine.sum *= exp(mine.peak - base);
+      mine.peak = peak;
+    }
+    also(j, u, base);
+    mine.sum += exp(u - base);
+  }
+  const real peak = tiles.maximum(mine.peak);
+  mine.sum = tiles.sum(mine.sum * exp(mine.peak - LogSumExp<real>::origin(peak)));
+  mine.peak = peak;
+  return mine;
+}
+
+template <class Op, class scalar_t>
+__global__ void __launch_bounds__(kColumnBlock, kResident)
+    softmax_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* y) {
+  using real = real_of<scalar_t>;
+  tiles.each([&](int64_t, int64_t offset, bool live) {
+    const LogSumExp<real> total = visit_column(tiles, x + offset, live, [](int64_t, real, real) {});
+    const real base = LogSumExp<real>::origin(total.peak), constant = Op::constant(total.sum);
+    for (int64_t j = tiles.first(); live && j < tiles.n; j += tiles.slices()) {
+      const int64_t at = offset + j * tiles.inner;
+      real u = static_cast<real>(load(x + at));
+      if constexpr (Op::from_exponential) u = exp(u - base);
+      store(y + at, static_cast<scalar_t>(Op::forward(u, total.peak, constant)));
+    }
+  });
+}
+
+template <class Op, class scalar_t>
+__global__ void __launch_bounds__(kColumnBlock, kResident)
+    softmax_columns_backward_kernel(Tiles tiles, const scalar_t* y, const scalar_t* dy, scalar_t* dx) {
+  using real = real_of<scalar_t>;
+  tiles.each([&](int64_t, int64_t offset, bool live) {
+    real total = 0;
+    for (int64_t j = tiles.first(); live && j < tiles.n; j += tiles.slices()) {
+      const int64_t at = offset + j * tiles.inner;
+      total += Op::summand(static_cast<real>(load(y + at)), static_cast<real>(load(dy + at)));
+    }
+    total = tiles.sum(total);
+    for (int64_t j = tiles.first(); live && j < tiles.n; j += tiles.slices()) {
+      const int64_t at = offset + j * tiles.inner;
+      const real u = static_cast<real>(load(y + at)), g = static_cast<real>(load(dy + at));
+      store(dx + at, static_cast<scalar_t>(Op::backward(u, g, total)));
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ kernels:
+// cross-entropy
+
+// Ends the launch with torch's "device-side assert triggered". Out of line, and known not to return: the registers of
+// the kernel are not kept for it.
+[[noreturn]] __device__ __noinline__ void out_of_range(long long t, long long r, long long classes, long long ignored) {
+#if defined(FASTOPS_EMULATION)
+  emulation::fail("cross_entropy: target %lld at row %lld is out of range for %lld classes (ignore_index=%lld)", t, r,
+                  classes, ignored);
+#else
+  printf("cross_entropy: target %lld at row %lld is out of range for %lld classes (ignore_index=%lld)\n", t, r, classes,
+         ignored);
+  __assert_fail("target in range", __FILE__, __LINE__, "cross_entropy");
+#endif
+}
+
+template <class scalar_t>
+struct Targets {
+  using real = real_of<scalar_t>;
+  const int64_t* index;
+  const real* weight;
+  int64_t ignore_index, classes;
+  real smoothing, soft;  // soft = smoothing / classes
+  real scale;            // of the gradient
+  const real* divisor;
+  real* loss;
+
+  __device__ __forceinline__ real weight_of(int64_t j) const { return weight ? load(weight + j) : real(1); }
+  __device__ __forceinline__ real hard(int64_t t) const { return (real(1) - smoothing) * weight_of(t); }
+  __device__ __forceinline__ real gradient_scale() const { return divisor ? scale / load(divisor) : scale; }
+  // The target of row r, which is ignore_index or a class.
+  __device__ __forceinline__ int64_t operator[](int64_t r) const {
+    const int64_t t = load(index + r);
+    if (t != ignore_index && (t < 0 || t >= classes)) out_of_range(t, r, classes, ignore_index);
+    return t;
+  }
+};
+
+// What label smoothing needs of a row: sum(w) and sum(w (base - x)), the base being moved as the maximum is.
+template <class real>
+struct Smooth {
+  real mass = 0, depth = 0, base = 0;
+  __device__ __forceinline__ void move(real to) {
+    depth += mass * (to - base);
+    base = to;
+  }
+  __device__ __forceinline__ void add(real w, real x) {
+    mass += w;
+    depth += w * (base - x);
+  }
+  template <class Everyone>
+  __device__ __forceinline__ void join(const Everyone& everyone, real to) {
+    move(to);
+    mass = everyone.sum(mass);
+    depth = everyone.sum(depth);
+  }
+};
+
+template <class Op, class real>
+__device__ __forceinline__ real loss_of(LogSumExp<real> total, real x_target, real hard, real soft,
+                                        const Smooth<real>& smooth) {
+  const real log_sum = log(total.sum), loss = Op::loss(log_sum, total.peak, x_target, hard);
+  return soft == real(0) ? loss : loss + Op::smooth_loss(log_sum, smooth.depth, smooth.mass, soft);
+}
+
+// grad may be x.
+template <class Op, class scalar_t, int threads, bool held>
+__global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
+    cross_entropy_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide,
+                         Targets<scalar_t> targets) {
+  using real = real_of<scalar_t>;
+  constexpr int size = pack_size<scalar_t>;
+  const Team<threads> team;
+  const bool smoothing = targets.soft != real(0);
+  each_row<threads>(rows, [&](int64_t r) {
+    const int64_t t = targets[r];
+    if (t == targets.ignore_index) {  // the whole team agrees
+      if (team.rank == 0) store(targets.loss + r, real(0));
+      if (!grad) return;
+      const Row<scalar_t, int64_t> row(x + r * n, n);
+      const real zeros[size] = {};
+      for (int64_t pack = team.rank; pack < row.packs; pack += threads)
+        row.put(grad + r * n, wide, row.first(pack), zeros);
+      return;
+    }
+    const real lowest = c<real>(-std::numeric_limits<double>::infinity());
+    const real hard = targets.hard(t), x_target = static_cast<real>(load(x + r * n + t));
+    Walk<scalar_t, threads, held, 1> walk(n, x + r * n, nullptr, true, lowest, team.rank);
+    Smooth<real> smooth;
+    const LogSumExp<real> total = visit<true>(walk, team, [&](auto i, auto& v, real base) {
+      if (!smoothing) return;
+      smooth.move(base);
+#pragma unroll
+      for (int k = 0; k < size; ++k)
+        if (walk.row.has(i + k)) smooth.add(targets.weight_of(i + k), v[k]);
+    });
+    const real base = LogSumExp<real>::origin(total.peak);
+    if (smoothing) smooth.join(team, base);
+    if (team.rank == 0) store(targets.loss + r, loss_of<Op>(total, x_target, hard, targets.soft, smooth));
+    if (!grad) return;
+
+    team.sync();  // x[t] has been read by all before grad, which may be x, is written
+    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
+    const real all = (hard + targets.soft * smooth.mass) * scale, soft = targets.soft * scale;
+    walk.each([&](auto i, auto& v) {
+#pragma unroll
+      for (int k = 0; k < size; ++k) {
+        const real e = held ? v[0][k] : exp(v[0][k] - base);
+        real soft_weight = soft;
+        if (smoothing && walk.row.has(i + k)) soft_weight = soft * targets.weight_of(i + k);
+        v[0][k] = Op::gradient(e * inverse, all, soft_weight);
+        if (i + k == t) v[0][k] -= hard * scale;
+      }
+      walk.row.put(grad + r * n, wide, i, v[0]);
+    });
+  });
+}
+
+template <class Op, class scalar_t>
+__global__ void __launch_bounds__(kColumnBlock, kResident)
+    cross_entropy_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad, Targets<scalar_t> targets) {
+  using real = real_of<scalar_t>;
+  const bool smoothing = targets.soft != real(0);
+  tiles.each([&](int64_t r, int64_t offset, bool exists) {
+    const int64_t t = exists ? targets[r] : targets.ignore_index;
+    const bool live = exists && t != targets.ignore_index;
+    const real hard = live ? targets.hard(t) : real(0);
+    const real x_target = live ? static_cast<real>(load(x + offset + t * tiles.inner)) : real(0);
+    Smooth<real> smooth;
+    const LogSumExp<real> total = visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
+      if (!smoothing) return;
+      smooth.move(base);
+      smooth.add(targets.weight_of(j), u);
+    });
+    const real base = LogSumExp<real>::origin(total.peak);
+    if (smoothing) smooth.join(tiles, base);
+    if (exists && tiles.first() == 0)
+      store(targets.loss + r, live ? loss_of<Op>(total, x_target, hard, targets.soft, smooth) : real(0));
+    if (!grad) return;
+    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
+    const real all = (hard + targets.soft * smooth.mass) * scale, soft = targets.soft * scale;
+    for (int64_t j = tiles.first(); exists && j < tiles.n; j += tiles.slices()) {
+      const int64_t at = offset + j * tiles.inner;
+      real dx = 0;
+      if (live) {
+        const real e = exp(static_cast<real>(load(x + at)) - base);
+        dx = Op::gradient(e * inverse, all, smoothing ? soft * targets.weight_of(j) : soft);
+        if (j == t) dx -= hard * scale;
+      }
+      store(grad + at, static_cast<scalar_t>(dx));
+    }
+  });
+}
+
+// One block: its order of summation is the same in every run.
+template <class scalar_t>
+__global__ void __launch_bounds__(kRowBlock, kResident)
+    divisor_kernel(int64_t rows, Targets<scalar_t> targets, real_of<scalar_t>* out) {
+  double sum = 0;
+  for (int64_t r = threadIdx.x; r < rows; r += kRowBlock) {
+    const int64_t t = targets[r];
+    if (t != targets.ignore_index) sum += static_cast<double>(targets.weight_of(t));
+  }
+  sum = Team<kRowBlock>().sum(sum);
+  if (threadIdx.x == 0) store(out, static_cast<real_of<scalar_t>>(sum));
+}
+
+// ------------------------------------------------------------------------------------------------ launchers
+
+// Who takes a row of n elements: run(threads of the team, whether they hold it).
+template <class scalar_t, class Run>
+Error by_length(int64_t n, Run run) {
+  constexpr int64_t held = kHeld<scalar_t>, spare = pack_size<scalar_t> - 1;  // for a row that starts within a pack
+  if (n + spare <= kWarp * held) return run(std::integral_constant<int, kWarp>{}, std::true_type{});
+  if (n + spare <= kRowBlock * held) return run(std::integral_constant<int, kRowBlock>{}, std::true_type{});
+  return run(std::integral_constant<int, kLongRowBlock<scalar_t>>{}, std::false_type{});
+}
+
+template <int threads, class... Parameters, class... Arguments>
+Error launch_rows(void (*kernel)(Parameters...), void* stream, int64_t rows, Arguments... arguments) {
+  constexpr int block = threads == kWarp ? kWarpBlock : threads, teams = block / threads;
+  const int64_t blocks = std::min<int64_t>((rows + teams - 1) / teams, INT32_MAX);
+  return launch(kernel, blocks, block, stream, rows, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+Error launch_columns(void (*kernel)(Parameters...), void* stream, int64_t outer, int64_t n, int64_t inner,
+                     Arguments... arguments) {
+  Tiles tiles{outer, n, inner, 1};
+  while (tiles.width < kWarp && tiles.width < inner) tiles.width *= 2;
+  const int64_t blocks = std::min<int64_t>(outer * tiles.per_outer(), INT32_MAX);
+  return launch(kernel, blocks, kColumnBlock, stream, tiles, arguments...);
+}
+
+template <class Op>
+Error softmax(const SoftmaxArgs& a) {
+  if (a.outer * a.n * a.inner == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    auto* x = static_cast<const scalar_t*>(a.in[0]);
+    auto* y = static_cast<scalar_t*>(a.out);
+    if (a.inner > 1) return launch_columns(softmax_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, y);
+    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+      return launch_rows<threads>(softmax_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, y,
+                                  together<scalar_t>(x, y));
+    });
+  });
+}
+
+template <class Op>
+Error softmax_backward(const SoftmaxArgs& a) {
+  if (a.outer * a.n * a.inner == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    auto* y = static_cast<const scalar_t*>(a.in[0]);
+    auto* dy = static_cast<const scalar_t*>(a.in[1]);
+    auto* dx = static_cast<scalar_t*>(a.out);
+    if (a.inner > 1)
+      return launch_columns(softmax_columns_backward_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, y, dy, dx);
+    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+      return launch_rows<threads>(softmax_backward_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, y, dy,
+                                  dx, together(y, dy), together<scalar_t>(y, dx));
+    });
+  });
+}
+
+template <class scalar_t>
+Targets<scalar_t> targets_of(const CrossEntropyArgs& a) {
+  using real = real_of<scalar_t>;
+  Targets<scalar_t> t;
+  t.index = a.target;
+  t.weight = static_cast<const real*>(a.weight);
+  t.ignore_index = a.ignore_index;
+  t.classes = a.n;
+  t.smoothing = static_cast<real>(a.label_smoothing);
+  t.soft = static_cast<real>(a.n > 0 ? a.label_smoothing / static_cast<double>(a.n) : 0.0);
+  t.scale = static_cast<real>(a.scale);
+  t.divisor = static_cast<const real*>(a.divisor);
+  t.loss = static_cast<real*>(a.loss);
+  return t;
+}
+
+template <class Op>
+Error cross_entropy(const CrossEntropyArgs& a) {
+  if (a.outer * a.inner == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    auto* x = static_cast<const scalar_t*>(a.x);
+    auto* grad = static_cast<scalar_t*>(a.grad);
+    const Targets<scalar_t> targets = targets_of<scalar_t>(a);
+    if (a.inner > 1)
+      return launch_columns(cross_entropy_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
+                            targets);
+    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+      return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
+                                  together<scalar_t>(x, grad), targets);
+    });
+  });
+}
+
+Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
+  *bad_row = -1;  // a target out of range stops the kernel
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    return launch(divisor_kernel<scalar_t>, 1, kRowBlock, a.stream, a.outer * a.inner, targets_of<scalar_t>(a),
+                  static_cast<real_of<scalar_t>*>(divisor_out));
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ tables
+
+template <class Op>
+struct MakeSoftmax {
+  static constexpr SoftmaxRow row{Op::name, &softmax<Op>, &softmax_backward<Op>};
+};
+template <class Op>
+struct MakeCrossEntropy {
+  static constexpr CrossEntropyRow row{Op::name, &cross_entropy<Op>, &divisor};
+};
+using SoftmaxTable = Table<SoftmaxRow, MakeSoftmax, Softmaxes>;
+using CrossEntropyTable = Table<CrossEntropyRow, MakeCrossEntropy, CrossEntropies>;
+
+}  // namespace
+
+extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows, std::size(SoftmaxTable::rows)};
+extern constinit const Rows<CrossEntropyRow> cross_entropy_rows{CrossEntropyTable::rows,
+                                                                std::size(CrossEntropyTable::rows)};
+
+}  // namespace fastops::cuda

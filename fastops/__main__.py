@@ -1,0 +1,220 @@
+"""The command: python -m fastops doctor | finetune | predict."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import fastops
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command with its three subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastops", description="Fused kernels for PyTorch."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="show what is installed and what it can use")
+    add_finetune(commands)
+    add_predict(commands)
+    return parser
+
+
+def add_finetune(commands) -> None:
+    """The finetune subcommand: one option for each field of FineTuneConfig."""
+    parser = commands.add_parser(
+        "finetune",
+        help="fine-tune a pretrained ResNet on few images",
+        usage="python -m fastops finetune [OPTION ...]",
+        description=(
+            "Fine-tune a pretrained ResNet in three modes, beside the same network from scratch.\n"
+            "Without options: five classes of Fashion-MNIST that the shipped network has not\n"
+            "seen, ten images of each; nothing is downloaded."
+        ),
+        epilog=(
+            "examples:\n"
+            "  python -m fastops finetune\n"
+            "  python -m fastops finetune --modes features,last:2 --seeds 5 --shots 5\n"
+            "  python -m fastops finetune --data photos/ --arch resnet18 --weights resnet18.pth\n"
+            "  python -m fastops finetune --backend both --modes full"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to train on")
+    what.add_argument(
+        "--data",
+        metavar="FOLDER",
+        default="shipped",
+        help="pictures in one sub-folder a class, or train/ and val/ of such; or 'shipped' (the "
+        "default), or 'fashion-mnist' (all images, from Debian's package)",
+    )
+    what.add_argument(
+        "--shots",
+        type=int,
+        metavar="N",
+        help="training images a class, 0 for all (default: 10 of the shipped data, else all)",
+    )
+    what.add_argument(
+        "--test-fraction",
+        type=float,
+        metavar="X",
+        help="share of each class kept for testing if FOLDER has no val/ (default: 0.2)",
+    )
+    what.add_argument(
+        "--image-size", type=int, metavar="N", help="side in pixels (default: 28 small, else 224)"
+    )
+    what.add_argument(
+        "--strict", action="store_true", help="refuse pictures that cannot be read, do not skip"
+    )
+
+    network = parser.add_argument_group("the network")
+    network.add_argument(
+        "--arch",
+        metavar="NAME",
+        help="small (ResNet-14, the default), resnet18, resnet34, resnet50 or resnet101",
+    )
+    network.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a checkpoint (.pt, .pth, .safetensors), none, or DEFAULT: the shipped one for "
+        "small, torchvision's download for the others",
+    )
+    network.add_argument(
+        "--dropout", type=float, metavar="P", help="before the last layer (default: 0)"
+    )
+
+    recipe = parser.add_argument_group("the recipe")
+    recipe.add_argument(
+        "--modes",
+        "--mode",
+        type=split_list,
+        metavar="LIST",
+        help="of features (backbone frozen), last or last:N (last N stages too), full (backbone "
+        "at a low rate), scratch; default: features,last,full,scratch",
+    )
+    recipe.add_argument(
+        "--seeds", type=int, metavar="N", help="repetitions of each mode (default: 3)"
+    )
+    recipe.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each run")
+    recipe.add_argument(
+        "--epochs", type=int, metavar="N", help="the same as passes over the training images"
+    )
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="default: 50")
+    recipe.add_argument(
+        "--lr", type=float, metavar="X", help="rate of the head (default: 0.01 small, else 0.001)"
+    )
+    recipe.add_argument(
+        "--backbone-rate", type=float, metavar="X", help="backbone's rate over --lr (default: 0.1)"
+    )
+    recipe.add_argument(
+        "--warmup", type=float, metavar="X", help="share of steps the rate rises (default: 0.1)"
+    )
+    recipe.add_argument("--optimizer", metavar="NAME", help="adamw (default), adam, sgd, rmsprop")
+    recipe.add_argument(
+        "--weight-decay", type=float, metavar="X", help="not on biases and norms (default: 0.05)"
+    )
+    recipe.add_argument("--label-smoothing", type=float, metavar="P", help="default: 0.1")
+    recipe.add_argument(
+        "--max-grad-norm", type=float, metavar="X", help="clip the gradient (default: no clipping)"
+    )
+    recipe.add_argument("--augment", action="store_true", help="random crops and flips")
+
+    machine = parser.add_argument_group("how to run it")
+    machine.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="fastops (default), torch (the same recipe on native ops) or both",
+    )
+    machine.add_argument("--amp", metavar="TYPE", help="off (default) or bf16")
+    machine.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, ...")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+
+    output = parser.add_argument_group("what to leave")
+    output.add_argument(
+        "--out", metavar="FOLDER", help="new folder (default: runs/finetune-<date>-<time>)"
+    )
+    output.add_argument("--dry-run", action="store_true", help="check and describe, do not train")
+    output.add_argument("--quiet", action="store_true", help="print the closing table only")
+
+
+def add_predict(commands) -> None:
+    """The predict subcommand."""
+    parser = commands.add_parser(
+        "predict",
+        help="say what is on pictures",
+        description="Classify picture files with a network that finetune has trained.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/MODE.pt")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def run_finetune(options: argparse.Namespace) -> None:
+    """Make a FineTuneConfig of the options that were given, run it and print the table."""
+    import dataclasses
+
+    import torch
+
+    from fastops.finetune import ConfigError, FineTuneConfig, finetune
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"threads must be 1 or more, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(FineTuneConfig)
+        if getattr(options, field.name) is not None
+    }
+    config = FineTuneConfig(**given)
+    result = finetune(config, show=not options.quiet, dry_run=options.dry_run)
+    if result.folder is None:
+        print("\n".join(result.description))
+        return
+    print(result)
+    print(f"\nSee {result.folder / 'report.html'}")
+
+
+def run_predict(options: argparse.Namespace) -> None:
+    """Print one line for each picture."""
+    from fastops.finetune import load_classifier
+
+    classifier = load_classifier(options.checkpoint)
+    answers = classifier.classify(options.images)
+    for path, (name, confidence) in zip(options.images, answers, strict=True):
+        print(f"{path}: {name} ({confidence:.1%})")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    0: done. 2: wrong options, data, weights or output folder, said in one line. 130: Ctrl-C.
+    """
+    options = make_parser().parse_args(arguments)
+    if options.command == "doctor":
+        print(fastops.show_config())
+        return 0
+    try:
+        from fastops.finetune import FineTuneError
+    except ModuleNotFoundError as error:
+        print(
+            f"{options.command} needs {error.name}: pip install torch-fastops[finetune]",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        run_finetune(options) if options.command == "finetune" else run_predict(options)
+    except FineTuneError as error:
+        print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are reported in their folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""A whole experiment: every mode with every seed, then the report."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .config import FineTuneConfig
+from .data import Collection, InputFormat, load_folder, load_raw, load_shipped, sample_per_class
+from .model import (
+    build,
+    count_parameters,
+    find_weights,
+    input_format,
+    load_weights,
+    split,
+)
+from .predict import save_classifier
+from .report import describe_keeping, format_table, summarise, write_report
+from .storage import make_run_folder
+from .train import Run, find_device, find_optimizer, fit, ops_for
+
+
+@dataclass
+class Result:
+    """What an experiment came to.
+
+    Attributes:
+        config: as given.
+        folder: the run's folder, None for a dry run.
+        classes: names of the classes.
+        runs: one for each mode, back end and seed.
+        summary: one row of figures for each mode and back end (see report.summarise).
+        description: what was done, in sentences.
+    """
+
+    config: FineTuneConfig
+    folder: Path | None
+    classes: list[str]
+    runs: list[Run] = field(default_factory=list)
+    summary: list[dict] = field(default_factory=list)
+    description: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [format_table(self.summary), describe_keeping(self.summary)]
+        return "\n".join(line for line in lines if line)
+
+
+def finetune(config: FineTuneConfig, *, show: bool = False, dry_run: bool = False) -> Result:
+    """Fine-tune a pretrained network in several modes, and the same network from scratch.
+
+    Writes into the run's folder: metrics.json, curves.png, predictions.png, confusion.png,
+    report.html and checkpoints/<mode>.pt (of the first seed; see load_classifier).
+
+    Args:
+        show: print progress: bars on a terminal, a line for each run anywhere.
+        dry_run: check everything, say what would be done, train and write nothing.
+
+    Raises:
+        ConfigError: an option that cannot be used.
+        DataError, WeightsError: images or weights that cannot be used.
+        OutputError: the run's folder cannot be written.
+        KeyboardInterrupt: after the finished runs have been reported.
+    """
+    config.check()
+    find_device(config.device)
+    modes, backends = config.chosen_modes, config.backends
+    weights = None
+    if set(modes) != {"scratch"}:
+        weights = find_weights(config.arch, config.weights)
+    format = input_format(config.arch, config.image_size or default_size(config))
+    collection = load(config, format, show)
+    probe_network(config, collection, weights)
+    labels = collection.train.labels
+    chosen = [choose(config, labels, len(collection.classes), seed) for seed in range(config.seeds)]
+    result = Result(config, None, collection.classes)
+    result.description = describe(config, collection, format, len(chosen[0]))
+    if dry_run:
+        return result
+
+    result.folder = make_run_folder(config.out)
+    (result.folder / "checkpoints").mkdir()
+    if show:
+        print("\n".join(result.description), flush=True)
+    jobs = [(m, b, s) for m in modes for b in backends for s in range(config.seeds)]
+    steps = sum(config.count_steps(len(chosen[seed])) for _, _, seed in jobs)
+    try:
+        with tqdm(total=steps, unit="step", disable=None if show else True) as bar:
+
+            def advance(loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+
+            for mode, backend, seed in jobs:
+                bar.set_description(f"{mode} seed {seed}")
+                run, model = fit(
+                    config,
+                    collection,
+                    format,
+                    weights,
+                    mode=mode,
+                    seed=seed,
+                    backend=backend,
+                    chosen=chosen[seed],
+                    on_step=advance,
+                )
+                result.runs.append(run)
+                if show:
+                    bar.write(
+                        f"  {mode}, seed {seed}, {backend}: accuracy {run.accuracy:.3f}, "
+                        f"{run.seconds:.1f} s"
+                    )
+                if seed == 0 and backend == backends[-1]:
+                    name = mode.replace(":", "-")
+                    path = result.folder / "checkpoints" / f"{name}.pt"
+                    save_classifier(path, model, config, collection.classes, format, run)
+    finally:
+        # Ctrl-C and a failed run leave the report of what was finished.
+        if result.runs:
+            result.summary = summarise(result.runs)
+            write_report(
+                result.folder,
+                config,
+                collection,
+                result.runs,
+                result.summary,
+                result.description,
+            )
+    return result
+
+
+def default_size(config: FineTuneConfig) -> int | None:
+    """28-pixel images are not blown up to ImageNet's 224: that costs 12 times 64's time."""
+    small_images = config.data in ("shipped", "fashion-mnist")
+    return 64 if small_images and config.arch != "small" else None
+
+
+def load(config: FineTuneConfig, format: InputFormat, show: bool) -> Collection:
+    """The images that `config.data` names."""
+    if config.data == "shipped":
+        return load_shipped(format)
+    if config.data == "fashion-mnist":
+        return load_raw(format)
+
+    def progress(items: Iterable, title: str, total: int) -> Iterator:
+        return tqdm(items, title, total, unit="picture", disable=None if show else True)
+
+    return load_folder(
+        Path(config.data),
+        format,
+        test_fraction=config.test_fraction,
+        strict=config.strict,
+        progress=progress,
+    )
+
+
+def choose(config: FineTuneConfig, labels: torch.Tensor, classes: int, seed: int) -> torch.Tensor:
+    """Indices of the training images that the runs of a seed use: the same in every mode."""
+    if config.chosen_shots == 0:
+        return torch.arange(len(labels))
+    return sample_per_class(labels, config.chosen_shots, classes, seed)
+
+
+def probe_network(
+    config: FineTuneConfig, collection: Collection, weights: dict[str, torch.Tensor] | None
+) -> None:
+    """Meet what cannot work before anything is written: weights, modes, optimizer."""
+    for backend in config.backends:
+        find_optimizer(config, ops_for(backend))
+    with torch.random.fork_rng():
+        model = build(config.arch, len(collection.classes), config.dropout)
+        if weights is not None:
+            load_weights(model, weights, head=False)
+        for mode in config.chosen_modes:
+            split(model, mode)
+
+
+def describe(
+    config: FineTuneConfig, collection: Collection, format: InputFormat, images: int
+) -> list[str]:
+    """What will be done, in sentences for the terminal and the report."""
+    with torch.device("meta"):
+        parameters = count_parameters(build(config.arch, len(collection.classes)))
+    steps = config.count_steps(images)
+    start = {
+        "none": "random weights",
+        "DEFAULT": "the shipped weights" if config.arch == "small" else "torchvision's weights",
+    }.get(config.weights, str(config.weights))
+    shots = f" ({config.chosen_shots} a class)" if config.chosen_shots else ""
+    seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    lines = [
+        f"{collection.name}: {', '.join(collection.classes[:12])}"
+        + (f" and {len(collection.classes) - 12} more" if len(collection.classes) > 12 else ""),
+        f"{images:,} training images{shots}, {len(collection.test):,} test images, "
+        f"{format.size} x {format.size} pixels, {seeds}",
+        f"{'ResNet-14' if config.arch == 'small' else config.arch} "
+        f"({parameters:,} parameters) from {start}; "
+        f"{steps:,} steps of {min(config.batch_size, images)} images, {config.optimizer}, "
+        f"{' and '.join(config.backends)}",
+    ]
+    if collection.skipped:
+        more = f" and {len(collection.skipped) - 5} more" if len(collection.skipped) > 5 else ""
+        lines.append(f"skipped: {'; '.join(collection.skipped[:5])}{more}")
+    return lines

@@ -1,0 +1,312 @@
+"""What a run leaves for a reader: the closing table, pictures, metrics and one HTML page."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from .config import FineTuneConfig
+from .data import Collection
+from .storage import complete_file
+from .train import Run, spread
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#666666")
+
+Arm = tuple[str, str]
+"""A row of the table: (mode, back end)."""
+
+
+def group_runs(runs: Sequence[Run]) -> dict[Arm, list[Run]]:
+    """Runs by arm, in the order they were made."""
+    arms: dict[Arm, list[Run]] = {}
+    for run in runs:
+        arms.setdefault((run.mode, run.backend), []).append(run)
+    return arms
+
+
+def name_arm(arm: Arm, arms: Sequence[Arm]) -> str:
+    """The mode, with its back end where there is more than one."""
+    mode, backend = arm
+    return mode if len({b for _, b in arms}) == 1 else f"{mode} ({backend})"
+
+
+def summarise(runs: Sequence[Run]) -> list[dict]:
+    """One row of figures for each arm: accuracy over its seeds, means of the rest."""
+    rows = []
+    arms = group_runs(runs)
+    for arm, repeats in arms.items():
+        mean, deviation = spread(run.accuracy for run in repeats)
+        speedups = [run.epoch_speedup for run in repeats if run.epoch_speedup is not None]
+        rows.append(
+            {
+                "name": name_arm(arm, list(arms)),
+                "mode": arm[0],
+                "backend": arm[1],
+                "seeds": len(repeats),
+                "parameters": repeats[0].parameters,
+                "accuracy": mean,
+                "accuracy_sd": deviation,
+                "accuracy_min": min(run.accuracy for run in repeats),
+                "accuracy_max": max(run.accuracy for run in repeats),
+                "first_loss": spread(run.losses[0] for run in repeats)[0],
+                "last_loss": spread(run.losses[-1] for run in repeats)[0],
+                "seconds": spread(run.seconds for run in repeats)[0],
+                "images_per_second": spread(run.images_per_second for run in repeats)[0],
+                "epoch_speedup": spread(speedups)[0] if speedups else None,
+            }
+        )
+    return rows
+
+
+HEADINGS = ("mode", "trained values", "accuracy", "lowest", "highest", "seconds", "images/s")
+
+
+def table_cells(rows: Sequence[dict]) -> list[tuple[str, ...]]:
+    """The table's cells as text, one tuple a row, in the order of HEADINGS."""
+    return [
+        (
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['accuracy']:.3f} ± {row['accuracy_sd']:.3f}",
+            f"{row['accuracy_min']:.3f}",
+            f"{row['accuracy_max']:.3f}",
+            f"{row['seconds']:.2f}",
+            f"{row['images_per_second']:,.0f}",
+        )
+        for row in rows
+    ]
+
+
+def format_table(rows: Sequence[dict]) -> str:
+    """The closing table as aligned text."""
+    lines = [HEADINGS, *table_cells(rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(text)
+
+
+def describe_keeping(rows: Sequence[dict]) -> str:
+    """A sentence on what running the frozen stages only once saved; empty if they were not."""
+    parts = [
+        f"{row['epoch_speedup']:.1f}x in {row['name']}" for row in rows if row["epoch_speedup"]
+    ]
+    return f"Frozen stages ran once; that makes an epoch faster: {', '.join(parts)}." * bool(parts)
+
+
+def best_arm(runs: Sequence[Run]) -> list[Run]:
+    """The runs of the arm with the highest mean accuracy."""
+    return max(group_runs(runs).values(), key=lambda runs: spread(r.accuracy for r in runs)[0])
+
+
+def draw_curves(runs: Sequence[Run]) -> Figure:
+    """Training loss and test accuracy by step: the mean of the seeds, and all of them between."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    arms = group_runs(runs)
+    for number, (arm, repeats) in enumerate(arms.items()):
+        style = {"color": COLOURS[number % len(COLOURS)]}
+        name = name_arm(arm, list(arms))
+        loss = torch.tensor([run.losses for run in repeats])
+        # Averaging a few neighbours shows the course; single batches are noise.
+        window = min(5, loss.shape[1])
+        loss = loss.unfold(1, window, 1).mean(2).mean(0)
+        losses.plot(range(window, window + len(loss)), loss.tolist(), label=name, **style)
+        steps = [step for step, _ in repeats[0].curve]
+        values = torch.tensor([[accuracy for _, accuracy in run.curve] for run in repeats])
+        mean, low, high = (v.tolist() for v in (values.mean(0), values.amin(0), values.amax(0)))
+        accuracies.plot(steps, mean, marker="o", markersize=3, label=name, **style)
+        accuracies.fill_between(steps, low, high, alpha=0.15, linewidth=0, **style)
+    losses.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    accuracies.set(xlabel="step", ylabel="accuracy on part of the test images", ylim=(None, 1))
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracies.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def draw_predictions(run: Run, collection: Collection) -> Figure:
+    """Test images with their predicted class and, where that is wrong, the true one.
+
+    A third of them are mistakes (as far as there are any), the rest are drawn at random.
+    """
+    order = torch.randperm(len(collection.test), generator=torch.Generator().manual_seed(0))
+    right = (run.predictions == collection.test.labels)[order]
+    shown = torch.cat([order[~right][:8], order[right]])[:24]
+    shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(1))]
+    pictures, labels = collection.test.__getitems__(shown.tolist())
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    plots = figure.subplots(3, 8).ravel()
+    for plot in plots:
+        plot.axis("off")
+    for plot, index, picture, label in zip(plots, shown.tolist(), pictures, labels, strict=False):
+        predicted = int(run.predictions[index])
+        title = f"{collection.classes[predicted]} {run.confidence[index]:.0%}"
+        wrong = predicted != int(label)
+        if wrong:
+            title += f"\nis {collection.classes[int(label)]}"
+        plot.imshow(picture.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255)
+        plot.set_title(title, fontsize=9, color="#c00000" if wrong else "#007030")
+    mistakes = int((~right).sum())
+    figure.suptitle(
+        f"{run.mode}, seed {run.seed}: {mistakes} of {len(right):,} test images wrong; "
+        f"{int((run.predictions[shown] != labels).sum())} of them among these {len(shown)}",
+        fontsize=10,
+    )
+    return figure
+
+
+def count_confusions(runs: Sequence[Run], collection: Collection) -> torch.Tensor:
+    """Test images by true class (rows) and predicted class (columns), summed over the runs."""
+    classes = len(collection.classes)
+    true = collection.test.labels.repeat(len(runs))
+    predicted = torch.cat([run.predictions for run in runs])
+    return torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def draw_confusions(runs: Sequence[Run], collection: Collection) -> Figure:
+    """The confusion matrix of one arm over its seeds, each row as shares of its true class."""
+    share = count_confusions(runs, collection).double()
+    share /= share.sum(1, keepdim=True)
+    classes = len(collection.classes)
+    side = min(12.0, 2.5 + 0.6 * classes)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{runs[0].mode}, {len(runs)} seeds")
+    axes.set_xticks(range(classes), collection.classes, rotation=45, ha="right")
+    axes.set_yticks(range(classes), collection.classes)
+    if classes <= 15:
+        for row in range(classes):
+            for column in range(classes):
+                value = share[row, column].item()
+                colour = "white" if value > 0.5 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    return figure
+
+
+def describe_run(run: Run) -> dict:
+    """A run as plain values for JSON; its predictions are a list of class indices."""
+    values = asdict(run)
+    del values["confidence"]
+    values["predictions"] = run.predictions.tolist()
+    return values
+
+
+def write_report(
+    folder: Path,
+    config: FineTuneConfig,
+    collection: Collection,
+    runs: Sequence[Run],
+    summary: Sequence[dict],
+    description: Sequence[str],
+) -> None:
+    """Write metrics.json, curves.png, predictions.png, confusion.png and report.html.
+
+    Raises:
+        OutputError: a file cannot be written; the others are whole.
+    """
+    best = best_arm(runs)
+    metrics = {
+        "config": {name: plain(value) for name, value in asdict(config).items()},
+        "versions": {"torch": torch.__version__},
+        "threads": torch.get_num_threads(),
+        "data": {
+            "name": collection.name,
+            "classes": collection.classes,
+            "test_labels": collection.test.labels.tolist(),
+            "skipped": collection.skipped,
+        },
+        "summary": list(summary),
+        "confusion": {
+            "mode": best[0].mode,
+            "backend": best[0].backend,
+            "counts": count_confusions(best, collection).tolist(),
+        },
+        "runs": [describe_run(run) for run in runs],
+    }
+    write_text(folder / "metrics.json", json.dumps(metrics) + "\n")
+    figures: dict[str, Callable[[], Figure]] = {
+        "curves": lambda: draw_curves(runs),
+        "predictions": lambda: draw_predictions(best[0], collection),
+        "confusion": lambda: draw_confusions(best, collection),
+    }
+    pictures = {}
+    for name, draw in figures.items():
+        buffer = io.BytesIO()
+        draw().savefig(buffer, format="png", dpi=110)
+        pictures[name] = buffer.getvalue()
+        with complete_file(folder / f"{name}.png") as path:
+            path.write_bytes(pictures[name])
+    write_text(folder / "report.html", make_page(summary, description, pictures))
+
+
+def plain(value):
+    """A configuration value that JSON takes."""
+    return value if value is None or isinstance(value, int | float | str | tuple) else str(value)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file or nothing."""
+    with complete_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Fine-tuning report</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child, td:first-child {{ text-align: left }}
+td {{ font-variant-numeric: tabular-nums }}
+img {{ max-width: 100%; height: auto }}
+p.small {{ color: #555; font-size: .9rem }}
+</style>
+<h1>Fine-tuning report</h1>
+{paragraphs}
+<table><thead><tr>{headings}</tr></thead><tbody>
+{rows}
+</tbody></table>
+<p class="small">Accuracy: mean ± standard deviation over the seeds, all test images, after the last
+step. Seconds: training one network, without evaluation. {keeping}</p>
+<h2>Training</h2>
+<img alt="Loss and accuracy by step" src="data:image/png;base64,{curves}">
+<h2>Test images and what the best mode makes of them</h2>
+<img alt="Test images with predictions" src="data:image/png;base64,{predictions}">
+<h2>Which classes are mistaken for which</h2>
+<img alt="Confusion matrix" src="data:image/png;base64,{confusion}">
+</html>
+"""
+
+
+def make_page(
+    summary: Sequence[dict], description: Sequence[str], pictures: dict[str, bytes]
+) -> str:
+    """The report as one page of HTML that needs no other file."""
+    cells = [
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in table_cells(summary)
+    ]
+    return PAGE.format(
+        paragraphs="\n".join(f"<p>{html.escape(line)}</p>" for line in description),
+        headings="".join(f"<th>{heading}</th>" for heading in HEADINGS),
+        rows="\n".join(cells),
+        keeping=html.escape(describe_keeping(summary)),
+        **{name: base64.b64encode(content).decode() for name, content in pictures.items()},
+    )

@@ -1,0 +1,75 @@
+"""Where a run writes: its folder, and files that appear under their name only when complete."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputError
+
+
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its name when the block ends well.
+
+    A crash, a full disk or an exception leaves whatever was at `path` before.
+
+    Raises:
+        OutputError: the file cannot be written or renamed.
+    """
+    # The suffix is kept: matplotlib and Pillow choose the format by it.
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    # torch.save reports a full disk as RuntimeError.
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write {path}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def make_run_folder(out: str | os.PathLike | None) -> Path:
+    """Create the folder of a run and prove that it can be written, before any time is spent.
+
+    Args:
+        out: a folder that is new or empty and whose parent exists; None for
+            ./runs/finetune-<timestamp>.
+
+    Raises:
+        OutputError: the parent is missing, the folder has content or cannot be written.
+    """
+    try:
+        if out is None:
+            Path("runs").mkdir(exist_ok=True)
+            name = "finetune-" + time.strftime("%Y%m%d-%H%M%S")
+            folder = Path("runs") / name
+            for repeat in range(2, 1000):
+                if not folder.exists():
+                    break
+                folder = Path("runs") / f"{name}-{repeat}"
+        else:
+            folder = Path(out)
+            if not folder.parent.is_dir():
+                raise OutputError(f"cannot create {folder}: there is no folder {folder.parent}")
+            if folder.exists() and not folder.is_dir():
+                raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
+            if folder.is_dir() and any(folder.iterdir()):
+                raise OutputError(
+                    f"{folder} is not empty: choose a new folder, so that no earlier run is lost"
+                )
+        folder.mkdir(exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write into {out or 'runs'}: {error.strerror}") from error
+    return folder
