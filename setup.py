@@ -58,8 +58,20 @@ if missing and flag("FORCE_CUDA"):
     sys.exit(f"fastops: FORCE_CUDA=1, but {missing}")
 print(f"fastops: building {'without CUDA: ' + missing if missing else 'with CUDA: ' + cuda_home}")
 
-CXX = ["-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-GLUE = [*CXX, "-O1", "-fopenmp"]  # csrc/torch: nothing in it is hot but calls, and it is what takes long to compile
+CXX = [
+    "-g0",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
+GLUE = [
+    *CXX,
+    "-O1",
+    "-fopenmp",
+]  # csrc/torch: nothing in it is hot but calls, and it is what takes long to compile
 # The loops in csrc/cpu are compiled once per instruction set and chosen at run time (csrc/cpu/README.md).
 ISA = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -1,11 +1,11 @@
 """fastops: fused kernels for PyTorch.
 
-    fastops.functional   torch.nn.functional's functions, in fewer passes over memory
-    fastops.nn           the same as modules
-    fastops.autograd     the same as torch.autograd.Functions
-    fastops.optim        optimizers whose step is one kernel over all parameters
-    fastops.patch(model) puts them into a model that is already built
-    fastops.memory       the pool behind large CPU results
+fastops.functional   torch.nn.functional's functions, in fewer passes over memory
+fastops.nn           the same as modules
+fastops.autograd     the same as torch.autograd.Functions
+fastops.optim        optimizers whose step is one kernel over all parameters
+fastops.patch(model) puts them into a model that is already built
+fastops.memory       the pool behind large CPU results
 """
 
 import torch as _torch
@@ -45,7 +45,8 @@ def show_config() -> str:
     built = _C.torch_version()
     lines = {
         "fastops": __version__,
-        "torch": _torch.__version__ + ("" if built == _torch.__version__ else f" (built for {built})"),
+        "torch": _torch.__version__
+        + ("" if built == _torch.__version__ else f" (built for {built})"),
         "CPU kernels": f"{_C.cpu_capability()}, {_torch.get_num_threads()} threads",
         "CUDA kernels": "built" if _C.cuda_built() else "not built",
         "GPU": _torch.cuda.get_device_name() if _torch.cuda.is_available() else "none visible",

@@ -97,7 +97,7 @@ def elementwise_rule(name: str):
     call = overload(name)
 
     def rule(info, dims, *args):
-        return call(*(at_front(a, d, info.batch_size) for a, d in zip(args, dims))), 0
+        return call(*(at_front(a, d, info.batch_size) for a, d in zip(args, dims, strict=True))), 0
 
     return rule
 
@@ -107,7 +107,9 @@ def inplace_rule(name: str):
 
     def rule(info, dims, self, *rest):
         if dims[0] is None:
-            raise RuntimeError(f"fastops::{name}: an unbatched tensor cannot be written to under vmap")
+            raise RuntimeError(
+                f"fastops::{name}: an unbatched tensor cannot be written to under vmap"
+            )
         return call(self.movedim(dims[0], 0), *rest), None
 
     return rule
@@ -131,11 +133,17 @@ def _vmaps() -> None:
         forward, backward = overload(name), overload(f"{name}_backward")
 
         def rule(info, dims, input, target, reduction=MEAN, upcast=False, *params):
-            x, t = (at_front(a, d, info.batch_size) for a, d in zip((input, target), dims))
+            x, t = (
+                at_front(a, d, info.batch_size)
+                for a, d in zip((input, target), dims[:2], strict=True)
+            )
             return reduced(forward(x, t, NONE, upcast, *params), reduction), 0
 
         def backward_rule(info, dims, grad, input, target, reduction, *rest):
-            g, x, t = (at_front(a, d, info.batch_size) for a, d in zip((grad, input, target), dims))
+            g, x, t = (
+                at_front(a, d, info.batch_size)
+                for a, d in zip((grad, input, target), dims[:3], strict=True)
+            )
             if reduction != NONE:
                 g = g.reshape(-1, *(1,) * (x.dim() - 1)).expand_as(x).to(x.dtype)
                 if reduction == MEAN:
@@ -163,7 +171,10 @@ def _vmaps() -> None:
             return forward(x, shifted(dim, x.dim() - 1)), 0
 
         def backward_rule(info, dims, grad, output, dim):
-            g, y = (at_front(a, d, info.batch_size) for a, d in zip((grad, output), dims))
+            g, y = (
+                at_front(a, d, info.batch_size)
+                for a, d in zip((grad, output), dims[:2], strict=True)
+            )
             if y.dim() == 1:
                 return backward(g.unsqueeze(1), y.unsqueeze(1), 1).squeeze(1), 0
             return backward(g, y, shifted(dim, y.dim() - 1)), 0
@@ -176,7 +187,9 @@ def _vmaps() -> None:
 
     def calls_of(info, dims, input, target, weight, reduction, ignore_index, smoothing, upcast):
         """The arguments of one unbatched call per example."""
-        x, t = (at_front(a, d, info.batch_size) for a, d in zip((input, target), dims))
+        x, t = (
+            at_front(a, d, info.batch_size) for a, d in zip((input, target), dims[:2], strict=True)
+        )
         return [
             (x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k),
              reduction, ignore_index, smoothing, upcast)
@@ -189,7 +202,7 @@ def _vmaps() -> None:
 
     def cross_entropy_forward_rule(info, dims, *args):
         calls = calls_of(info, complete(dims), *complete(args))
-        loss, grad = zip(*(overload("cross_entropy_forward")(*c) for c in calls))
+        loss, grad = zip(*(overload("cross_entropy_forward")(*c) for c in calls), strict=True)
         return (torch.stack(loss), torch.stack(grad)), (0, 0)
 
     def complete(given):
@@ -208,7 +221,9 @@ def _vmaps() -> None:
             return x * keep, 0
         seeds = seed.movedim(dims[2], 0)
         x = at_front(input, dims[0], info.batch_size)
-        return torch.stack([call(a, p, s) for a, s in zip(x.unbind(0), seeds.unbind(0))]), 0
+        return torch.stack(
+            [call(a, p, s) for a, s in zip(x.unbind(0), seeds.unbind(0), strict=True)]
+        ), 0
 
     batched("dropout", dropout_rule)
 

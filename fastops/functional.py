@@ -135,9 +135,7 @@ def _broadcast_mse_loss(input, target, reduction, weight):
         return weighted.sum()
     if reduction == "mean":
         return weighted.sum() / weight.sum()
-    raise ValueError(
-        f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'."
-    )
+    raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
 
 
 @op(kind="rows", reference=F.cross_entropy)
@@ -199,7 +197,7 @@ def cross_entropy(
 
 
 def _softmax_dim(name: str, ndim: int, stacklevel: int) -> int:
-    return F._get_softmax_dim(name, ndim, stacklevel + 1)
+    return F._get_softmax_dim(name, ndim, stacklevel + 1)  # type: ignore[attr-defined]
 
 
 @op(kind="rows", reference=F.softmax)
@@ -284,5 +282,3 @@ def dropout(
             dropout, (input,), input, p=p, training=training, inplace=inplace, generator=generator
         )
     return _C.dropout(input, p, training, inplace, generator)
-
-

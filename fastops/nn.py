@@ -62,7 +62,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    cls.__base__: cls  # torch.nn's class -> ours
+    cls.__mro__[1]: cls  # torch.nn's class -> ours
     for cls in list(vars().values())
     if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == __name__
 }

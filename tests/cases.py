@@ -47,7 +47,10 @@ class Case:
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+    return (
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        * scale
+    )
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
@@ -128,13 +131,17 @@ def cross_entropy_cases(op: Op) -> Iterator[Case]:
     }
     for name, (x, t, kwargs) in inputs.items():
         for reduction in ("mean", "sum", "none"):
-            yield Case(op, f"{op.name}-{name},{reduction}", (x, t), {**kwargs, "reduction": reduction})
+            yield Case(
+                op, f"{op.name}-{name},{reduction}", (x, t), {**kwargs, "reduction": reduction}
+            )
         if x.dim() > 1 and x.size(1) == 13 and name != "uint8":
             for smoothing in (0.0, 0.1, 1.0):
                 for w in (None, weight):
                     extra = {"label_smoothing": smoothing, "weight": w}
                     label = f"{smoothing}{',weight' if w is not None else ''}"
-                    yield Case(op, f"{op.name}-{name},smoothing={label}", (x, t), {**kwargs, **extra})
+                    yield Case(
+                        op, f"{op.name}-{name},smoothing={label}", (x, t), {**kwargs, **extra}
+                    )
 
 
 SAMPLES: dict[str, Callable[[Op], Iterator[Case]]] = {
@@ -176,5 +183,9 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     """The project's one tolerance: error to float64 at most twice torch's own, plus 4 eps."""
     mine, theirs = error(ours, exact), error(torchs, exact)
-    theirs = 0.0 if math.isnan(theirs) else theirs  # where torch itself overflows there is nothing to compare with
-    assert mine <= 2 * theirs + 4 * torch.finfo(dtype).eps, f"error {mine:.3g}, torch's {theirs:.3g}"
+    theirs = (
+        0.0 if math.isnan(theirs) else theirs
+    )  # where torch itself overflows there is nothing to compare with
+    assert mine <= 2 * theirs + 4 * torch.finfo(dtype).eps, (
+        f"error {mine:.3g}, torch's {theirs:.3g}"
+    )

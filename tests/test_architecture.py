@@ -30,7 +30,9 @@ def includes(path: Path) -> list[str]:
 def test_formulas_know_nothing_but_the_vocabulary():
     for path in files("formulas", ".h"):
         assert includes(path) == ["../math.h"], path.name
-        assert not re.search(r"\b(for|while|Vectorized|blockIdx|Tensor)\b *\(", path.read_text()) or path.name in {
+        assert not re.search(
+            r"\b(for|while|Vectorized|blockIdx|Tensor)\b *\(", path.read_text()
+        ) or path.name in {
             "dropout.h"  # the ten rounds of its generator
         }, path.name
 
@@ -98,13 +100,25 @@ def test_schema_has_the_formulas_parameters(row):
 
 
 def test_every_function_has_a_function_class_and_all_names_exist():
-    for module in (fastops, fastops.autograd, fastops.functional, fastops.nn, fastops.optim, fastops.memory):
+    for module in (
+        fastops,
+        fastops.autograd,
+        fastops.functional,
+        fastops.nn,
+        fastops.optim,
+        fastops.memory,
+    ):
         for name in module.__all__:
             assert hasattr(module, name), (module.__name__, name)
     for row, (kind, _) in ROWS.items():
         if kind != "step" and row != "sum":
-            words = "".join({"relu": "ReLU", "gelu": "GELU", "mse": "MSE"}.get(w, w.capitalize()) for w in row.split("_"))
-            assert issubclass(getattr(fastops.autograd, f"{words}Function"), torch.autograd.Function)
+            words = "".join(
+                {"relu": "ReLU", "gelu": "GELU", "mse": "MSE"}.get(w, w.capitalize())
+                for w in row.split("_")
+            )
+            assert issubclass(
+                getattr(fastops.autograd, f"{words}Function"), torch.autograd.Function
+            )
 
 
 def test_version_is_in_one_place():
@@ -113,8 +127,15 @@ def test_version_is_in_one_place():
 
 def test_no_private_words():
     """No path of a developer's machine, no registry host."""
-    pattern = re.compile(r"/work/|/root/|/home/\w|pypi\.org|https?://[\w.]*(?:artifactory|nexus|proxy)")
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("csrc/**/*.*"), *ROOT.glob("fastops/**/*.py")]:
+    pattern = re.compile(
+        r"/work/|/root/|/home/\w|pypi\.org|https?://[\w.]*(?:artifactory|nexus|proxy)"
+    )
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.toml"),
+        *ROOT.glob("csrc/**/*.*"),
+        *ROOT.glob("fastops/**/*.py"),
+    ]:
         if path.is_file() and path.suffix not in {".so", ".npz", ".png", ".pt"}:
             assert not pattern.search(path.read_text(errors="ignore")), path
 

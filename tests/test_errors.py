@@ -60,14 +60,18 @@ def test_bad_input(name, call, kind, message):
 
 def test_no_grad_to_class_weights():
     with pytest.raises(NotImplementedError, match="gradient to weight"):
-        F.cross_entropy(X.clone().requires_grad_(), T, weight=torch.ones(6, requires_grad=True)).backward()
+        F.cross_entropy(
+            X.clone().requires_grad_(), T, weight=torch.ones(6, requires_grad=True)
+        ).backward()
 
 
 def test_third_derivative_is_refused_not_wrong():
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(F.gelu(x).sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for fastops::gelu_second is not implemented"):
+    with pytest.raises(
+        RuntimeError, match="derivative for fastops::gelu_second is not implemented"
+    ):
         h.sum().backward()
 
 

@@ -19,14 +19,21 @@ HERE = Path(__file__).parent
 ISAS = ["default", "avx2", "avx512"]
 BEST = torch.backends.cpu.get_cpu_capability()
 
+
 def available(isa: str) -> bool:
-    return isa == "default" or (isa == "avx2" and BEST in ("AVX2", "AVX512")) or (isa == "avx512" and BEST == "AVX512")
+    return (
+        isa == "default"
+        or (isa == "avx2" and BEST in ("AVX2", "AVX512"))
+        or (isa == "avx512" and BEST == "AVX512")
+    )
+
 
 def need(isa: str) -> None:
     if platform.machine() not in ("x86_64", "AMD64") and isa != "default":
         pytest.skip(f"{isa} is x86-64's, this machine is {platform.machine()}")
     if not available(isa):
         pytest.skip(f"this CPU has no {isa} (it has {BEST})")
+
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_kernel_tests_pass(isa):
@@ -42,6 +49,7 @@ def test_kernel_tests_pass(isa):
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed and int(passed[1]) > 100, result.stdout[-500:]
 
+
 SCRIPT = """
 import json, torch, fastops
 d = torch.ops.fastops.dropout.default
@@ -50,6 +58,7 @@ masks = [d(torch.ones(997, dtype=t), p, s).ne(0).tolist() for t in (torch.float3
 masks += [d(torch.ones(3, 5, 7, 11).to(memory_format=torch.channels_last), .5, s).ne(0).flatten().tolist()]
 print(json.dumps([fastops._C.cpu_capability(), masks]))
 """
+
 
 def test_masks_are_the_same_to_the_bit():
     results = {}
@@ -62,6 +71,7 @@ def test_masks_are_the_same_to_the_bit():
             results[isa] = masks
     assert all(m == results["default"] for m in results.values())
 
+
 def test_no_symbol_of_one_instruction_set_can_serve_another():
     """Weak functions of the per-instruction-set objects are merged by the linker: each must name its instruction set."""
     objects = sorted(HERE.parent.glob("build/temp*/*/csrc/cpu/*.o"))
@@ -71,12 +81,14 @@ def test_no_symbol_of_one_instruction_set_can_serve_another():
     assert len(objects) % 5 == 0
     for path in objects:
         isa = path.parts[-4]
-        listing = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            ["nm", "-C", str(path)], capture_output=True, text=True, check=True
+        ).stdout
         for line in listing.splitlines():
-
             kind = re.search(r" ([WVu]) (.+)$", line)
             if kind:
                 assert f"::{isa}::" in kind[2], f"{path.name} ({isa}): {kind[2]}"
+
 
 def test_bad_capability_is_harmless():
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", "import fastops; print(fastops._C.cpu_capability())"],

@@ -82,7 +82,9 @@ def test_hooks_flags_copies_and_pickles():
 
 
 def test_torchvision_resnet():
-    torchvision = pytest.importorskip("torchvision", reason="torchvision does not import beside this torch")
+    torchvision = pytest.importorskip(
+        "torchvision", reason="torchvision does not import beside this torch"
+    )
     torch.manual_seed(0)
     m = torchvision.models.resnet18(num_classes=7).double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -106,9 +108,13 @@ def test_torchvision_resnet():
 @pytest.mark.parametrize("cls", list(fastops.nn.MODULES.values()), ids=lambda c: c.__name__)
 def test_modules_are_torchs(cls):
     base = cls.__base__
-    args = {"Softmax": {"dim": 1}, "LogSoftmax": {"dim": 1}, "Dropout": {"p": 0.0}}.get(cls.__name__, {})
+    args = {"Softmax": {"dim": 1}, "LogSoftmax": {"dim": 1}, "Dropout": {"p": 0.0}}.get(
+        cls.__name__, {}
+    )
     ours, theirs = cls(**args), base(**args)
     assert repr(ours) == repr(theirs)
     x = torch.randn(3, 5)
-    extra = {"MSELoss": (torch.randn(3, 5),), "CrossEntropyLoss": (torch.tensor([1, 4, 0]),)}.get(cls.__name__, ())
+    extra = {"MSELoss": (torch.randn(3, 5),), "CrossEntropyLoss": (torch.tensor([1, 4, 0]),)}.get(
+        cls.__name__, ()
+    )
     torch.testing.assert_close(ours(x, *extra), theirs(x, *extra))

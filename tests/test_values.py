@@ -20,7 +20,9 @@ def gradients(case: Case, function, dy):
 def test_as_accurate_as_torch(case, dtype):
     rounded = case.to(dtype)
     exact = rounded.to(torch.float64).leaves()
-    dy = torch.randn(exact(case.op.reference).shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    dy = torch.randn(exact(case.op.reference).shape, generator=torch.Generator().manual_seed(9)).to(
+        dtype
+    )
     true, true_grads = gradients(exact, case.op.reference, dy)
     theirs, their_grads = gradients(rounded.leaves(), case.op.reference, dy)
     ours, our_grads = gradients(rounded.leaves(), None, dy)
@@ -29,7 +31,9 @@ def test_as_accurate_as_torch(case, dtype):
     assert ours.stride() in (theirs.stride(), rounded.tensors[0].stride()) or ours.numel() <= 1
     assert_as_accurate(ours, theirs, true, dtype)
     with torch.no_grad():
-        assert_as_accurate(rounded(), theirs, true, dtype)  # the path that keeps nothing for backward
+        assert_as_accurate(
+            rounded(), theirs, true, dtype
+        )  # the path that keeps nothing for backward
     for mine, other, exactly in zip(our_grads, their_grads, true_grads, strict=True):
         assert mine.dtype == other.dtype
         assert_as_accurate(mine, other, exactly, dtype)
@@ -64,7 +68,9 @@ def test_threads_do_not_change_a_bit(case, threads):
         z = again()
         assert torch.equal(y.nan_to_num(), z.nan_to_num())
         if g is not None:
-            assert torch.equal(g.nan_to_num(), torch.autograd.grad(z, again.tensors[0], dy)[0].nan_to_num())
+            assert torch.equal(
+                g.nan_to_num(), torch.autograd.grad(z, again.tensors[0], dy)[0].nan_to_num()
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -76,7 +82,7 @@ def test_special_values(case):
     if x.numel() < 8 or any(s == 0 for s in x.stride()):
         pytest.skip("too few elements to hold the special values")
     flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
-    flat[: 8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, -0.0, 1e-42])
+    flat[:8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, -0.0, 1e-42])
     special = Case(case.op, case.name, (flat.reshape(x.shape), *case.to(torch.float32).tensors[1:]),
                    case.to(torch.float32).kwargs)  # fmt: skip
     ours, theirs = special(), special(case.op.reference)

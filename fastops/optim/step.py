@@ -13,7 +13,7 @@ from .. import _C
 try:
     from torch.distributed.tensor import DTensor
 except ImportError:  # a torch without distributed
-    DTensor = None
+    DTensor = None  # type: ignore[assignment,misc]
 
 ROWS = {name: row for row, (name, *_) in enumerate(_C.step_rows())}
 STATES = [[sys.intern(s) for s in states.split()] for _, states, _, _ in _C.step_rows()]
