@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="exit code: 0 all right, 1 a row is wrong, 2 bad arguments",
     )
     parser.add_argument(
-        "--filter", metavar="TEXT", default="", help="only rows with TEXT, as --list prints them"
+        "--filter",
+        metavar="TEXT",
+        default="",
+        help="only rows with TEXT at the start of a word, as --list prints them",
     )
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     parser.add_argument(
@@ -100,7 +104,9 @@ def select(options: argparse.Namespace) -> list[Case]:
         UsageError: there are none.
     """
     cases = all_cases(OPS)
-    chosen = [c for c in cases if options.filter.lower() in c.label.lower()]
+    # At the start of a word: `relu 16` is not in `leaky_relu 16`.
+    wanted = re.compile(r"(?<!\w)" + re.escape(options.filter), re.IGNORECASE)
+    chosen = [c for c in cases if wanted.search(c.label)]
     if not chosen:
         raise UsageError(f"--filter {options.filter!r}: no row has it, see --list")
     if options.quick:

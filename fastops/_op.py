@@ -23,13 +23,15 @@ from . import _C
 class Op:
     """One public function: what it is called, which kind of kernel computes it, and what it means.
 
-    `reference` is a torch function of the same signature: documentation, test oracle and benchmark baseline.
+    `reference` is a torch function of the same signature: documentation, test oracle and benchmark baseline. `exact` is
+    what its float64 result should be, where torch's own is not that of float64.
     """
 
     name: str
     kind: str
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
     rows: tuple[str, ...] = field(default=())  # the rows of the kernels' tables behind it
 
     @cached_property
@@ -41,12 +43,18 @@ OPS: dict[str, Op] = {}
 ROWS: dict[str, tuple[str, str]] = {name: (kind, params) for kind, name, params in _C.rows()}
 
 
-def op(*, kind: str, reference: Callable[..., Tensor], rows: tuple[str, ...] = ()):
+def op(
+    *,
+    kind: str,
+    reference: Callable[..., Tensor],
+    exact: Callable[..., Tensor] | None = None,
+    rows: tuple[str, ...] = (),
+):
     """Enters the decorated function into `OPS`. `rows` defaults to the one row of the function's own name."""
 
     def enter(function):
         name = function.__name__
-        OPS[name] = Op(name, kind, function, reference, rows or (name,))
+        OPS[name] = Op(name, kind, function, reference, exact or reference, rows or (name,))
         return function
 
     return enter

@@ -4,7 +4,8 @@ works under torch.func; these work with autograd, gradients of gradients include
 
 `<Name>Function.apply(...)` takes the op's arguments by position:
 
-    ReLUFunction(x)  GELUFunction(x)  GELUTanhFunction(x)  MSELossFunction(input, target, reduction)
+    ReLUFunction(x)  GELUFunction(x)  GELUTanhFunction(x)  LeakyReLUFunction(x, negative_slope)  ... (elementwise)
+    MSELossFunction(input, target, reduction)
     SoftmaxFunction(x, dim)  LogSoftmaxFunction(x, dim)  DropoutFunction(x, p, seed)
     CrossEntropyFunction(input, target, weight, reduction, ignore_index, label_smoothing)
 
@@ -20,7 +21,14 @@ from . import _C
 from ._op import ROWS, overload
 
 __all__: list[str] = []
-_WORDS = {"relu": "ReLU", "gelu": "GELU", "mse": "MSE"}
+_WORDS = {w.lower(): w for w in ("ReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "MSE")} | {
+    "logsigmoid": "LogSigmoid"
+}
+
+
+def class_name(row: str) -> str:
+    """The name of the Function of a row: "gelu_tanh" is GELUTanhFunction."""
+    return "".join(_WORDS.get(w, w.capitalize()) for w in row.split("_")) + "Function"
 
 
 def _map(row: str):
@@ -122,7 +130,7 @@ for _row, (_kind, _) in ROWS.items():
     if _kind not in _KINDS or _row == "sum":
         continue
     _forward, _backward = _KINDS[_kind](_row)
-    _name = "".join(_WORDS.get(w, w.capitalize()) for w in _row.split("_")) + "Function"
+    _name = class_name(_row)
     globals()[_name] = type(
         _name,
         (Function,),

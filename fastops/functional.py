@@ -17,13 +17,28 @@ from . import _C
 from ._op import op
 
 __all__ = [
+    "celu",
     "cross_entropy",
     "dropout",
+    "elu",
     "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
     "log_softmax",
+    "logsigmoid",
+    "mish",
     "mse_loss",
     "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
     "softmax",
+    "softplus",
+    "softsign",
+    "tanh",
 ]
 
 # ---------------------------------------------------------------------------------------------- activations
@@ -69,6 +84,298 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate == "tanh":
         return _C.gelu_tanh(input)
     raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}.")
+
+
+@op(kind="map", reference=F.relu6)
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """min(max(input, 0), 6), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.relu6`. Example: ``relu6(torch.tensor([8.0]))`` is 6.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(relu6, (input,), input, inplace=inplace)
+    return _C.relu6_(input) if inplace else _C.relu6(input)
+
+
+@op(kind="map", reference=F.hardtanh)
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Tensor:
+    """min(max(input, min_val), max_val), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        min_val, max_val: the bounds.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+        ValueError: `min_val` is above `max_val`.
+
+    Same as :func:`torch.nn.functional.hardtanh`. Example: ``hardtanh(torch.tensor([8.0]))`` is 1.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            hardtanh, (input,), input, min_val=min_val, max_val=max_val, inplace=inplace
+        )
+    if min_val > max_val:
+        raise ValueError(f"min_val cannot be greater than max_val, got {min_val} and {max_val}")
+    return (
+        _C.hardtanh_(input, min_val, max_val) if inplace else _C.hardtanh(input, min_val, max_val)
+    )
+
+
+@op(kind="map", reference=F.leaky_relu)
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """input where positive, else negative_slope * input.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        negative_slope: the slope below 0.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.leaky_relu`. Example: ``leaky_relu(torch.tensor([-1.0]))`` is -0.01.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            leaky_relu, (input,), input, negative_slope=negative_slope, inplace=inplace
+        )
+    return (
+        _C.leaky_relu_(input, negative_slope) if inplace else _C.leaky_relu(input, negative_slope)
+    )
+
+
+@op(kind="map", reference=F.elu)
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """input where positive, else alpha * (exp(input) - 1).
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        alpha: minus the value far below 0.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.elu`. Example: ``elu(torch.tensor([-1.0]))`` is -0.6321.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(elu, (input,), input, alpha=alpha, inplace=inplace)
+    return _C.elu_(input, alpha) if inplace else _C.elu(input, alpha)
+
+
+@op(kind="map", reference=F.selu)
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """1.0507 * (input where positive, else 1.6733 * (exp(input) - 1)).
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.selu`. Example: ``selu(torch.ones(1))`` is 1.0507.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(selu, (input,), input, inplace=inplace)
+    return _C.selu_(input) if inplace else _C.selu(input)
+
+
+@op(kind="map", reference=F.celu)
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """input where positive, else alpha * (exp(input / alpha) - 1).
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        alpha: minus the value far below 0; not 0.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+        RuntimeError: `alpha` is 0.
+
+    Same as :func:`torch.nn.functional.celu`. Example: ``celu(torch.tensor([-1.0]))`` is -0.6321.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(celu, (input,), input, alpha=alpha, inplace=inplace)
+    if alpha == 0:
+        raise RuntimeError("ZeroDivisionError: alpha cannot be 0 for CELU")
+    return _C.celu_(input, alpha) if inplace else _C.celu(input, alpha)
+
+
+@op(kind="map", reference=F.sigmoid)
+def sigmoid(input: Tensor) -> Tensor:
+    """1 / (1 + exp(-input)), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.sigmoid`. Example: ``sigmoid(torch.zeros(1))`` is 0.5.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(sigmoid, (input,), input)
+    return _C.sigmoid(input)
+
+
+@op(kind="map", reference=F.tanh)
+def tanh(input: Tensor) -> Tensor:
+    """The hyperbolic tangent, elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.tanh`. Example: ``tanh(torch.ones(1))`` is 0.7616.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(tanh, (input,), input)
+    return _C.tanh(input)
+
+
+@op(kind="map", reference=F.logsigmoid)
+def logsigmoid(input: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-input))), elementwise, without overflow.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.logsigmoid`. Example: ``logsigmoid(torch.zeros(1))`` is -0.6931.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(logsigmoid, (input,), input)
+    return _C.logsigmoid(input)
+
+
+@op(kind="map", reference=F.softplus)
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """log(1 + exp(beta * input)) / beta, elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        beta: the sharpness of the bend.
+        threshold: where beta * input is above it the result is input.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.softplus`. Example: ``softplus(torch.zeros(1))`` is 0.6931.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(softplus, (input,), input, beta=beta, threshold=threshold)
+    return _C.softplus(input, beta, threshold)
+
+
+@op(kind="map", reference=F.softsign)
+def softsign(input: Tensor) -> Tensor:
+    """input / (1 + |input|), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.softsign`. Example: ``softsign(torch.ones(1))`` is 0.5.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(softsign, (input,), input)
+    return _C.softsign(input)
+
+
+@op(kind="map", reference=F.silu)
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """input / (1 + exp(-input)), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.silu`. Example: ``silu(torch.ones(1))`` is 0.7311.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(silu, (input,), input, inplace=inplace)
+    return _C.silu_(input) if inplace else _C.silu(input)
+
+
+@op(kind="map", reference=F.mish)
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """input * tanh(log(1 + exp(input))), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.mish`. Example: ``mish(torch.ones(1))`` is 0.8651.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(mish, (input,), input, inplace=inplace)
+    return _C.mish_(input) if inplace else _C.mish(input)
+
+
+def _hardsigmoid_of_float64(input, inplace=False):
+    """torch's own gradient is multiplied by float32's 1 / 6, for float64 too."""
+    return F.relu6(input + 3) / 6
+
+
+@op(kind="map", reference=F.hardsigmoid, exact=_hardsigmoid_of_float64)
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """min(max(input + 3, 0), 6) / 6, elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.hardsigmoid`. Example: ``hardsigmoid(torch.zeros(1))`` is 0.5.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(hardsigmoid, (input,), input, inplace=inplace)
+    return _C.hardsigmoid_(input) if inplace else _C.hardsigmoid(input)
+
+
+@op(kind="map", reference=F.hardswish)
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """input * min(max(input + 3, 0), 6) / 6, elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    Same as :func:`torch.nn.functional.hardswish`. Example: ``hardswish(torch.ones(1))`` is 0.6667.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(hardswish, (input,), input, inplace=inplace)
+    return _C.hardswish_(input) if inplace else _C.hardswish(input)
 
 
 # ---------------------------------------------------------------------------------------------- losses

@@ -112,13 +112,8 @@ def test_every_function_has_a_function_class_and_all_names_exist():
             assert hasattr(module, name), (module.__name__, name)
     for row, (kind, _) in ROWS.items():
         if kind != "step" and row != "sum":
-            words = "".join(
-                {"relu": "ReLU", "gelu": "GELU", "mse": "MSE"}.get(w, w.capitalize())
-                for w in row.split("_")
-            )
-            assert issubclass(
-                getattr(fastops.autograd, f"{words}Function"), torch.autograd.Function
-            )
+            function = getattr(fastops.autograd, fastops.autograd.class_name(row))
+            assert issubclass(function, torch.autograd.Function)
 
 
 def test_version_is_in_one_place():

@@ -104,7 +104,7 @@ def test_export(case):
 def test_torch_func(case):
     function, (x, *rest) = differentiable(case)
     exact = case.to(torch.float64)
-    reference = lambda v: exact.op.reference(v, *exact.tensors[1:], **exact.kwargs)  # noqa: E731
+    reference = lambda v: exact.op.exact(v, *exact.tensors[1:], **exact.kwargs)  # noqa: E731
     ours = lambda v: function(v, *rest)  # noqa: E731
     total = lambda f: lambda v: (f(v) ** 2).sum()  # noqa: E731
     v = torch.ones_like(x)
@@ -310,11 +310,10 @@ def test_function_classes(name):
         ),
     }
     for row in OPS[name].rows:
-        cls = getattr(A, "".join({"relu": "ReLU", "gelu": "GELU"}.get(w, w.capitalize()) for w in row.split("_"))
-                      + "Function", None)  # fmt: skip
+        cls = getattr(A, A.class_name(row))
         params = [v for _, v in fastops._op.parameters_of(row)]
         ours, plain = pairs.get(name) or (
-            cls and partial(cls.apply, x, *params),
+            partial(cls.apply, x, *params),
             partial(overload(row), x, *params),
         )
         y, z = ours(), plain()

@@ -14,7 +14,218 @@ struct ReLU {
   }
   template <class T>
   static FASTOPS_FN T backward(T y, T dy) {
-    return select(y > c<T>(0), dy, c<T>(0));
+    return select(y <= c<T>(0), c<T>(0), dy);
+  }
+};
+
+struct ReLU6 {
+  static constexpr const char *name = "relu6", *params = "";
+  static constexpr bool from_output = true;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return select(x <= c<T>(0), c<T>(0), select(x >= c<T>(6), c<T>(6), x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T y, T dy) {
+    return select(y <= c<T>(0), c<T>(0), select(y >= c<T>(6), c<T>(0), dy));
+  }
+};
+
+struct Hardtanh {
+  static constexpr const char *name = "hardtanh", *params = "float min_val=-1.0, float max_val=1.0";
+  static constexpr bool from_output = true;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T low, T high) {
+    return select(x <= low, low, select(x >= high, high, x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T y, T dy, T low, T high) {
+    return select(y <= low, c<T>(0), select(y >= high, c<T>(0), dy));
+  }
+};
+
+struct LeakyReLU {
+  static constexpr const char *name = "leaky_relu", *params = "float negative_slope=0.01";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T slope) {
+    return select(x > c<T>(0), x, x * slope);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy, T slope) {
+    return select(x > c<T>(0), dy, dy * slope);
+  }
+};
+
+// Clevert et al., 2016.
+struct ELU {
+  static constexpr const char *name = "elu", *params = "float alpha=1.0";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T alpha) {
+    return select(x > c<T>(0), x, alpha * expm1(x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy, T alpha) {
+    return select(x > c<T>(0), dy, dy * alpha * exp(x));
+  }
+};
+
+// ELU with the scale and alpha that keep zero mean and unit variance (Klambauer et al., 2017).
+struct SELU {
+  static constexpr const char *name = "selu", *params = "";
+  static constexpr bool from_output = false;
+  static constexpr double kScale = 1.0507009873554804934193349852946, kAlpha = 1.6732632423543772848170429916717;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return c<T>(kScale) * ELU::forward(x, c<T>(kAlpha));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy) {
+    return c<T>(kScale) * ELU::backward(x, dy, c<T>(kAlpha));
+  }
+};
+
+// ELU whose slope at 0 is 1 for every alpha (Barron, 2017).
+struct CELU {
+  static constexpr const char *name = "celu", *params = "float alpha=1.0";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T alpha) {
+    return select(x > c<T>(0), x, alpha * expm1(x / alpha));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy, T alpha) {
+    return select(x > c<T>(0), dy, dy * exp(x / alpha));
+  }
+};
+
+struct Sigmoid {
+  static constexpr const char *name = "sigmoid", *params = "";
+  static constexpr bool from_output = true;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return c<T>(1) / (c<T>(1) + exp(-x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T y, T dy) {
+    return dy * (c<T>(1) - y) * y;
+  }
+};
+
+struct Tanh {
+  static constexpr const char *name = "tanh", *params = "";
+  static constexpr bool from_output = true;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return tanh(x);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T y, T dy) {
+    return dy * (c<T>(1) - y * y);
+  }
+};
+
+struct LogSigmoid {
+  static constexpr const char *name = "logsigmoid", *params = "";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return min(x, c<T>(0)) - log1p(exp(-abs(x)));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy) {
+    const T e = exp(-abs(x));
+    return dy * select(x < c<T>(0), c<T>(1), e) / (c<T>(1) + e);
+  }
+};
+
+struct Softplus {
+  static constexpr const char *name = "softplus", *params = "float beta=1.0, float threshold=20.0";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T beta, T threshold) {
+    return select(x * beta > threshold, x, log1p(exp(x * beta)) / beta);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy, T beta, T threshold) {
+    return select(x * beta > threshold, dy, dy * Sigmoid::forward(x * beta));
+  }
+};
+
+struct Softsign {
+  static constexpr const char *name = "softsign", *params = "";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return x / (c<T>(1) + abs(x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy) {
+    const T d = c<T>(1) + abs(x);
+    return dy / (d * d);
+  }
+};
+
+// Also called swish (Elfwing et al., 2017).
+struct SiLU {
+  static constexpr const char *name = "silu", *params = "";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return x / (c<T>(1) + exp(-x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy) {
+    const T s = Sigmoid::forward(x);
+    return dy * s * (c<T>(1) + x * (c<T>(1) - s));
+  }
+};
+
+// x tanh(softplus(x)) (Misra, 2019). With n = exp(x), tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2): no tanh, no log.
+struct Mish {
+  static constexpr const char *name = "mish", *params = "";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T gate(T x) {
+    const T n = exp(min(x, c<T>(20))), w = n * (n + c<T>(2));  // beyond 20 the gate is 1
+    return w / (w + c<T>(2));
+  }
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return x * gate(x);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy) {
+    const T t = gate(x);
+    return dy * (t + x * (c<T>(1) - t * t) * Sigmoid::forward(x));
+  }
+};
+
+// Howard et al., 2019.
+struct Hardsigmoid {
+  static constexpr const char *name = "hardsigmoid", *params = "";
+  static constexpr bool from_output = true;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return min(max(x + c<T>(3), c<T>(0)), c<T>(6)) / c<T>(6);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T y, T dy) {
+    return select(y > c<T>(0), select(y < c<T>(1), dy / c<T>(6), c<T>(0)), c<T>(0));
+  }
+};
+
+struct Hardswish {
+  static constexpr const char *name = "hardswish", *params = "";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x) {
+    return x * min(max(x + c<T>(3), c<T>(0)), c<T>(6)) / c<T>(6);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy) {
+    return select(x <= c<T>(-3), c<T>(0), select(x < c<T>(3), dy * (x / c<T>(3) + c<T>(0.5)), dy));
   }
 };
 
@@ -56,6 +267,7 @@ struct GELUTanh {
   }
 };
 
-using Activations = List<ReLU, GELU, GELUTanh>;
+using Activations = List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh, LogSigmoid, Softplus, Softsign,
+                         SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh>;
 
 }  // namespace fastops
