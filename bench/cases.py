@@ -154,6 +154,8 @@ class OptimizerWorkload:
 OPTIMIZERS: dict[str, OptimizerWorkload] = {
     "Adam": OptimizerWorkload({"lr": 1e-3, "weight_decay": 1e-2}, states=2),
     "AdamW": OptimizerWorkload({"lr": 1e-3, "weight_decay": 1e-2}, states=2),
+    "SGD": OptimizerWorkload({"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}, states=1),
+    "RMSprop": OptimizerWorkload({"lr": 1e-3, "weight_decay": 1e-4}, states=1),
 }
 
 QUICK_BYTES = 64 * MI  # --quick leaves out the cases that move more

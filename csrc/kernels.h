@@ -64,6 +64,7 @@ struct ReduceRow {
   ReduceKernel total;      // out = scale sum(value(x, t)) / divisor; the order of summation is fixed by n alone
   ReduceKernel d0, d1;     // out[i] = scale grad d value / dx, and to t
   ReduceKernel d00, d01, d11;  // out[i] = d2 value / dx dx, dx dt, dt dt
+  double low, high;            // an input outside of these gives a NaN
 };
 // Sums are taken in chunks of so many elements, chunk by chunk in order, whatever runs them.
 constexpr int64_t kReduceChunk = 16384;

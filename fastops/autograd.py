@@ -5,7 +5,7 @@ works under torch.func; these work with autograd, gradients of gradients include
 `<Name>Function.apply(...)` takes the op's arguments by position:
 
     ReLUFunction(x)  GELUFunction(x)  GELUTanhFunction(x)  LeakyReLUFunction(x, negative_slope)  ... (elementwise)
-    MSELossFunction(input, target, reduction)
+    MSELossFunction(input, target, reduction)  SmoothL1LossFunction(input, target, reduction, beta)  ... (losses)
     SoftmaxFunction(x, dim)  LogSoftmaxFunction(x, dim)  DropoutFunction(x, p, seed)
     CrossEntropyFunction(input, target, weight, reduction, ignore_index, label_smoothing)
 
@@ -21,7 +21,7 @@ from . import _C
 from ._op import ROWS, overload
 
 __all__: list[str] = []
-_WORDS = {w.lower(): w for w in ("ReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "MSE")} | {
+_WORDS = {w.lower(): w for w in ("ReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "MSE", "L1")} | {
     "logsigmoid": "LogSigmoid"
 }
 

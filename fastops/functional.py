@@ -415,34 +415,238 @@ def mse_loss(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is not None or input.shape != target.shape:
-        return _broadcast_mse_loss(input, target, reduction, weight)
+        return _weighted(_C.mse_loss, input, target, reduction, weight, weighted_mean=True)
     return _C.mse_loss(input, target, _reduction.get_enum(reduction))
 
 
-def _broadcast_mse_loss(input, target, reduction, weight):
+def _warn_of_broadcasting(input, target):
     if input.shape != target.shape:
-        torch._C._log_api_usage_once("fastops.broadcast_mse_loss")
         import warnings
 
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def _reduced(values, reduction, count=None):
+    """values, their sum, or their mean (over `count`, which defaults to their number)."""
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    if reduction == "mean":
+        return values.mean() if count is None else values.sum() / count
+    raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
+
+
+def _weighted(kernel, input, target, reduction, weight, *params, weighted_mean=False):
+    """A loss of tensors that may have to be broadcast, with a weight per element."""
+    _warn_of_broadcasting(input, target)
     expanded = torch.broadcast_tensors(input, target)
     if weight is None:
-        return _C.mse_loss(*expanded, _reduction.get_enum(reduction))
+        return kernel(*expanded, _reduction.get_enum(reduction), *params)
     if weight.shape != input.shape:
         raise ValueError("Weights and input must have the same size.")
-    weighted = _C.mse_loss(*expanded, _reduction.get_enum("none")) * weight
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    if reduction == "mean":
-        return weighted.sum() / weight.sum()
-    raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
+    values = kernel(*expanded, _reduction.get_enum("none"), *params) * weight
+    return _reduced(values, reduction, weight.sum() if weighted_mean else None)
+
+
+def _not_ours(input, target):
+    """Whether a loss of these is left to torch: integers, complex numbers."""
+    return not torch.result_type(input, target).is_floating_point
+
+
+@op(kind="reduce", reference=F.l1_loss)
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The absolute difference of input and target, elementwise or its mean or sum (MAE).
+
+    Arguments, result and errors as :func:`mse_loss`. Same as :func:`torch.nn.functional.l1_loss`. Example:
+    ``l1_loss(torch.zeros(2), torch.tensor([1.0, -3.0]))`` is 2.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            l1_loss, (input, target, weight), input, target, size_average=size_average,
+            reduce=reduce, reduction=reduction, weight=weight,
+        )  # fmt: skip
+    if _not_ours(input, target):
+        return F.l1_loss(input, target, size_average, reduce, reduction, weight)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is not None or input.shape != target.shape:
+        return _weighted(_C.l1_loss, input, target, reduction, weight, weighted_mean=True)
+    return _C.l1_loss(input, target, _reduction.get_enum(reduction))
+
+
+@op(kind="reduce", reference=F.smooth_l1_loss)
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """The squared difference over 2 ``beta`` where it is below ``beta``, else the absolute difference less ``beta`` / 2
+    (Girshick, 2015); elementwise or its mean or sum.
+
+    Args:
+        beta: where the two meet, not negative; 0 gives :func:`l1_loss`.
+
+    Other arguments, result and errors as :func:`mse_loss`; RuntimeError for a negative beta. Same as
+    :func:`torch.nn.functional.smooth_l1_loss`. Example: ``smooth_l1_loss(torch.zeros(2), torch.tensor([1.0, 3.0]))`` is 1.5.
+    """
+    if has_torch_function_variadic(input, target):
+        return handle_torch_function(
+            smooth_l1_loss, (input, target), input, target, size_average=size_average,
+            reduce=reduce, reduction=reduction, beta=beta,
+        )  # fmt: skip
+    if _not_ours(input, target):
+        return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if beta < 0:
+        raise RuntimeError(f"smooth_l1_loss does not support negative values for beta, got {beta}.")
+    kernel, params = (_C.l1_loss, ()) if beta == 0 else (_C.smooth_l1_loss, (beta,))
+    if input.shape != target.shape:
+        return _weighted(kernel, input, target, reduction, None, *params)
+    return kernel(input, target, _reduction.get_enum(reduction), *params)
+
+
+@op(kind="reduce", reference=F.huber_loss)
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Half the squared difference up to ``delta``, beyond it ``delta`` (absolute difference - ``delta`` / 2) (Huber,
+    1964); elementwise or its mean or sum.
+
+    Args:
+        delta: where the two meet, above 0.
+
+    Other arguments, result and errors as :func:`mse_loss`, with the plain mean where a weight is given; RuntimeError for
+    a delta that is not positive. Same as :func:`torch.nn.functional.huber_loss`. Example:
+    ``huber_loss(torch.zeros(2), torch.tensor([1.0, 3.0]))`` is 1.5.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            huber_loss, (input, target, weight), input, target, reduction=reduction,
+            delta=delta, weight=weight,
+        )  # fmt: skip
+    if _not_ours(input, target):
+        return F.huber_loss(input, target, reduction, delta, weight)
+    if not delta > 0:
+        raise RuntimeError(f"huber_loss does not support non-positive values for delta, got {delta}.")
+    if weight is not None or input.shape != target.shape:
+        return _weighted(_C.huber_loss, input, target, reduction, weight, delta)
+    return _C.huber_loss(input, target, _reduction.get_enum(reduction), delta)
+
+
+@op(kind="reduce", reference=F.binary_cross_entropy)
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """-(target log(input) + (1 - target) log(1 - input)), logarithms kept above -100; elementwise or its mean or sum.
+
+    Args:
+        input: probabilities in [0, 1].
+        target: of input's shape, usually in [0, 1].
+        weight: a factor per element, broadcast to target; the mean is not weighted.
+        size_average, reduce: deprecated, as in torch.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: input and target of two sizes, an unknown reduction.
+        RuntimeError: an input outside [0, 1] (on CUDA, where looking would mean waiting, the result is NaN); under
+            autocast: use :func:`binary_cross_entropy_with_logits` there.
+
+    Same as :func:`torch.nn.functional.binary_cross_entropy`. Gradients flow to input and target. Example:
+    ``binary_cross_entropy(torch.tensor([0.5]), torch.tensor([1.0]))`` is log(2).
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            binary_cross_entropy, (input, target, weight), input, target, weight=weight,
+            size_average=size_average, reduce=reduce, reduction=reduction,
+        )  # fmt: skip
+    if _not_ours(input, target) or input.dtype != target.dtype or torch.is_autocast_enabled(input.device.type):  # fmt: skip
+        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    enum = _reduction.get_enum(reduction)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}) is deprecated. Please ensure they have the same size."
+        )
+    if weight is None:
+        return _C.binary_cross_entropy(input, target, enum)
+    weight = weight.expand(torch.broadcast_shapes(target.shape, weight.shape))
+    return _reduced(_C.binary_cross_entropy(input, target, 0) * weight, reduction)
+
+
+@op(kind="reduce", reference=F.binary_cross_entropy_with_logits)
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """:func:`binary_cross_entropy` of sigmoid(input), from the logits and without overflow.
+
+    Args:
+        input: logits.
+        target: of input's shape, usually in [0, 1].
+        weight: a factor per element, broadcast to input; the mean is not weighted.
+        size_average, reduce: deprecated, as in torch.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        pos_weight: a factor for the positive part, broadcast to target; computed by torch.
+
+    Raises:
+        ValueError: input and target of two sizes, an unknown reduction.
+
+    Same as :func:`torch.nn.functional.binary_cross_entropy_with_logits`. Gradients flow to input and target. Example:
+    ``binary_cross_entropy_with_logits(torch.zeros(1), torch.ones(1))`` is log(2).
+    """
+    if has_torch_function_variadic(input, target, weight, pos_weight):
+        return handle_torch_function(
+            binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target,
+            weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
+            pos_weight=pos_weight,
+        )  # fmt: skip
+    if pos_weight is not None or _not_ours(input, target):
+        return F.binary_cross_entropy_with_logits(
+            input, target, weight, size_average, reduce, reduction, pos_weight
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    enum = _reduction.get_enum(reduction)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"Target size ({target.size()}) must be the same as input size ({input.size()})"
+        )
+    if weight is None:
+        return _C.binary_cross_entropy_with_logits(input, target, enum)
+    return _reduced(_C.binary_cross_entropy_with_logits(input, target, 0) * weight, reduction)
 
 
 @op(kind="rows", reference=F.cross_entropy)

@@ -156,6 +156,43 @@ class MSELoss(torch.nn.MSELoss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
+class L1Loss(torch.nn.L1Loss):
+    """:func:`fastops.functional.l1_loss` as a module; arguments of :class:`torch.nn.L1Loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """:func:`fastops.functional.smooth_l1_loss` as a module; arguments of :class:`torch.nn.SmoothL1Loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """:func:`fastops.functional.huber_loss` as a module; arguments of :class:`torch.nn.HuberLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class BCELoss(torch.nn.BCELoss):
+    """:func:`fastops.functional.binary_cross_entropy` as a module; arguments of :class:`torch.nn.BCELoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy(input, target, reduction=self.reduction, weight=self.weight)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """:func:`fastops.functional.binary_cross_entropy_with_logits` as a module; arguments of :class:`torch.nn.BCEWithLogitsLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:func:`fastops.functional.cross_entropy` as a module; arguments of :class:`torch.nn.CrossEntropyLoss`."""
 

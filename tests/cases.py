@@ -16,7 +16,15 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FAST = torch.float32
 
 # Keyword arguments to try beside the defaults.
-ARGUMENTS: dict[str, list[dict]] = {"gelu": [{"approximate": "tanh"}]}
+ARGUMENTS: dict[str, list[dict]] = {
+    "gelu": [{"approximate": "tanh"}],
+    "smooth_l1_loss": [{"beta": 0.3}, {"beta": 0.0}],
+    "huber_loss": [{"delta": 0.3}],
+}
+
+
+# What to make of the samples where an op does not take every number.
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {"binary_cross_entropy": torch.sigmoid}
 
 
 @dataclass
@@ -77,11 +85,19 @@ def map_cases(op: Op) -> Iterator[Case]:
 
 
 def reduce_cases(op: Op) -> Iterator[Case]:
-    for reduction in ("none", "mean", "sum"):
-        for layout, make in LAYOUTS.items():
-            x = make()
-            t = randn(*x.shape, seed=1)
-            yield Case(op, f"{op.name}-{layout},{reduction}", (x, t), {"reduction": reduction})
+    within = INPUTS.get(op.name)
+    for kwargs in [{}, *ARGUMENTS.get(op.name, [])]:
+        label = "".join(f",{k}={v}" for k, v in kwargs.items())
+        for reduction in ("none", "mean", "sum"):
+            for layout, make in LAYOUTS.items():
+                x = make()
+                t = randn(*x.shape, seed=1)
+                if within:
+                    x, t = (a.copy_(within(a)) if 0 not in a.stride() else within(a) for a in (x, t))
+                yield Case(
+                    op, f"{op.name}-{layout},{reduction}{label}", (x, t),
+                    {**kwargs, "reduction": reduction},
+                )  # fmt: skip
 
 
 def softmax_cases(op: Op) -> Iterator[Case]:

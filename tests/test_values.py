@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, Case, assert_as_accurate, cases, ids
+from cases import DTYPES, INPUTS, Case, assert_as_accurate, cases, ids
 
 ALL = cases()
 
@@ -82,7 +82,10 @@ def test_special_values(case):
     if x.numel() < 8 or any(s == 0 for s in x.stride()):
         pytest.skip("too few elements to hold the special values")
     flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
-    flat[:8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, -0.0, 1e-42])
+    values = [torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, -0.0, 1e-42]
+    if case.op.name in INPUTS:  # the ends of what it takes, and what is next to them
+        values = [0.0, -0.0, 1.0, 1e-42, 1e-38, 1 - 6e-8, 0.5, 1e-12]
+    flat[:8] = torch.tensor(values)
     special = Case(case.op, case.name, (flat.reshape(x.shape), *case.to(torch.float32).tensors[1:]),
                    case.to(torch.float32).kwargs)  # fmt: skip
     ours, theirs = special(), special(case.op.reference)

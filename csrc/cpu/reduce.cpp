@@ -145,7 +145,8 @@ struct MakeReduce {
       return Op::d1(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
     });
   }
-  static constexpr ReduceRow row{Op::name, Op::params, &values, &sum, &d0, &d1, &d00, &d01, &d11};
+  static constexpr ReduceRow row{Op::name, Op::params, &values, &sum, &d0, &d1, &d00, &d01, &d11,
+                                 domain_of<Op>().low, domain_of<Op>().high};
 };
 template <>
 struct MakeReduce<Sum> {
@@ -153,7 +154,7 @@ struct MakeReduce<Sum> {
     return total<0, 1>(a, [](auto x) { return Sum::value(x); });
   }
   static constexpr ReduceRow row{Sum::name, Sum::params, nullptr, &sum,
-                                 nullptr,   nullptr,     nullptr, nullptr, nullptr};
+                                 nullptr,   nullptr,     nullptr, nullptr, nullptr, 0, 0};
 };
 
 template <class... Ops>

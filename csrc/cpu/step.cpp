@@ -24,12 +24,12 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, type
     reinterpret_cast<real*>(&numbers)[k] = static_cast<real>(t.numbers[k]);
   auto* p = static_cast<scalar_t*>(t.p);
   auto* g = static_cast<const scalar_t*>(t.g);
-  state_t* s[Op::states];
+  state_t* s[state_slots<Op>];
   for (int k = 0; k < Op::states; ++k) s[k] = static_cast<state_t*>(t.s[k]);
   const V scale(inverse_scale);
   const bool scaled = inverse_scale != real(1);
   groups<L::size>(begin, end, [&](int64_t i, auto n) {
-    V vp[L::count], vg[L::count], vs[Op::states][L::count];
+    V vp[L::count], vg[L::count], vs[state_slots<Op>][L::count];
     L::load(p + i, n, vp);
     L::load(g + i, n, vg);
     for (int k = 0; k < Op::states; ++k) {
@@ -46,7 +46,7 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, type
     }
     for (int j = 0; j < L::count; ++j) {
       if (scaled) vg[j] = vg[j] * scale;
-      V state[Op::states];
+      V state[state_slots<Op>];
       for (int k = 0; k < Op::states; ++k) state[k] = vs[k][j];
       Op::step(numbers, vp[j], vg[j], state);
       for (int k = 0; k < Op::states; ++k) vs[k][j] = state[k];

@@ -201,12 +201,14 @@ struct MakeReduce {
                                  &each<D1<Op>, params>,
                                  &each<Derivative<D0<Op>, 0>, params>,
                                  &each<Derivative<D0<Op>, 1>, params>,
-                                 &each<Derivative<D1<Op>, 1>, params>};
+                                 &each<Derivative<D1<Op>, 1>, params>,
+                                 domain_of<Op>().low,
+                                 domain_of<Op>().high};
 };
 template <>
 struct MakeReduce<Identity> {
   static constexpr ReduceRow row{"sum",   "",      nullptr, &total<Identity, 1, 0>, nullptr, nullptr,
-                                 nullptr, nullptr, nullptr};
+                                 nullptr, nullptr, nullptr, 0, 0};
 };
 
 template <class... Ops>

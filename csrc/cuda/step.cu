@@ -25,13 +25,13 @@ constexpr size_t kParameterBytes = 4096;
 template <class Op, class real, class scalar_t, class state_t>
 struct Batch {
   using Numbers = typename Op::template Numbers<real>;
-  static constexpr size_t per_tensor = (2 + Op::states) * sizeof(void*) + sizeof(int64_t) + sizeof(int) + 1;
+  static constexpr size_t per_tensor = (2 + state_slots<Op>) * sizeof(void*) + sizeof(int64_t) + sizeof(int) + 1;
   static constexpr size_t rest = kGroups * sizeof(Numbers) + 3 * sizeof(void*) + 64;
   static constexpr int capacity = static_cast<int>((kParameterBytes - rest) / per_tensor);
 
   scalar_t* p[capacity];
   const scalar_t* g[capacity];
-  state_t* s[Op::states][capacity];
+  state_t* s[state_slots<Op>][capacity];
   int64_t n[capacity];
   const float *grad_scale, *found_inf;
   Numbers numbers[kGroups];
@@ -43,7 +43,7 @@ struct Batch {
 template <class Op, class real, class scalar_t, class state_t>
 __global__ void __launch_bounds__(kThreads, kResident)
     step_kernel(const Batch<Op, real, scalar_t, state_t> __grid_constant__ batch) {
-  constexpr int states = Op::states;
+  constexpr int states = Op::states, slots = state_slots<Op>;
   constexpr int size = pack_size<scalar_t> > pack_size<state_t> ? pack_size<scalar_t> : pack_size<state_t>;
   if (batch.found_inf && load(batch.found_inf) != 0.0f) return;
   real scale = 1;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t left = batch.n[tensor] - begin;
   scalar_t* p = batch.p[tensor] + begin;
   const scalar_t* g = batch.g[tensor] + begin;
-  state_t* s[states];
+  state_t* s[slots];
 #pragma unroll
   for (int j = 0; j < states; ++j) s[j] = batch.s[j][tensor] + begin;
 
@@ -72,14 +72,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
   walk<size>(
       whole, threadIdx.x, kThreads,
       [&](int64_t i) {
-        real vp[size], vg[size], vs[states][size];
+        real vp[size], vg[size], vs[slots][size];
         load_wide(p + i, vp);
         load_wide(g + i, vg);
 #pragma unroll
         for (int j = 0; j < states; ++j) load_wide(s[j] + i, vs[j]);
 #pragma unroll
         for (int k = 0; k < size; ++k) {
-          real state[states];
+          real state[slots];
 #pragma unroll
           for (int j = 0; j < states; ++j) state[j] = vs[j][k];
           Op::step(numbers, vp[k], vg[k] * scale, state);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         for (int j = 0; j < states; ++j) store_wide(s[j] + i, vs[j]);
       },
       [&](int64_t i) {
-        real vp = static_cast<real>(load(p + i)), state[states];
+        real vp = static_cast<real>(load(p + i)), state[slots];
 #pragma unroll
         for (int j = 0; j < states; ++j) state[j] = static_cast<real>(load(s[j] + i));
         Op::step(numbers, vp, static_cast<real>(load(g + i)) * scale, state);

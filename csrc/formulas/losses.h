@@ -1,7 +1,7 @@
 // Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target. The reduction is the
 // loop's affair, second derivatives are taken of d0 and d1 by Dual.
 #pragma once
-#include "../math.h"
+#include "activations.h"
 
 namespace fastops {
 
@@ -21,6 +21,106 @@ struct MSE {
   }
 };
 
-using Losses = List<MSE>;
+struct L1 {
+  static constexpr const char *name = "l1_loss", *params = "";
+  template <class T>
+  static FASTOPS_FN T value(T x, T t) {
+    return abs(x - t);
+  }
+  template <class T>
+  static FASTOPS_FN T d0(T x, T t) {
+    return select(x > t, c<T>(1), select(x < t, c<T>(-1), c<T>(0)));
+  }
+  template <class T>
+  static FASTOPS_FN T d1(T x, T t) {
+    return -d0(x, t);
+  }
+};
+
+// Girshick, 2015.
+struct SmoothL1 {
+  static constexpr const char *name = "smooth_l1_loss", *params = "float beta=1.0";
+  template <class T>
+  static FASTOPS_FN T value(T x, T t, T beta) {
+    const T d = abs(x - t);
+    return select(d < beta, c<T>(0.5) * d * d / beta, d - c<T>(0.5) * beta);
+  }
+  template <class T>
+  static FASTOPS_FN T d0(T x, T t, T beta) {
+    const T d = x - t;
+    return select(d <= -beta, c<T>(-1), select(d >= beta, c<T>(1), d / beta));
+  }
+  template <class T>
+  static FASTOPS_FN T d1(T x, T t, T beta) {
+    return -d0(x, t, beta);
+  }
+};
+
+// Huber, 1964.
+struct Huber {
+  static constexpr const char *name = "huber_loss", *params = "float delta=1.0";
+  template <class T>
+  static FASTOPS_FN T value(T x, T t, T delta) {
+    const T d = abs(x - t);
+    return select(d <= delta, c<T>(0.5) * d * d, delta * (d - c<T>(0.5) * delta));
+  }
+  template <class T>
+  static FASTOPS_FN T d0(T x, T t, T delta) {
+    const T d = x - t;
+    return select(d <= -delta, -delta, select(d >= delta, delta, d));
+  }
+  template <class T>
+  static FASTOPS_FN T d1(T x, T t, T delta) {
+    return -d0(x, t, delta);
+  }
+};
+
+// Cross-entropy of Bernoulli distributions. Logarithms are kept above -100, and what divides the gradient above 1e-12, as
+// torch keeps them. An input outside [0, 1] gives a NaN.
+struct BCE {
+  static constexpr const char *name = "binary_cross_entropy", *params = "";
+  static constexpr double low = 0, high = 1;
+  template <class T>
+  static FASTOPS_FN T value(T x, T t) {
+    return (t - c<T>(1)) * max(log1p(-x), c<T>(-100)) - t * max(log(x), c<T>(-100));
+  }
+  template <class T>
+  static FASTOPS_FN T d0(T x, T t) {
+    return (x - t) / max((c<T>(1) - x) * x, c<T>(1e-12));
+  }
+  template <class T>
+  static FASTOPS_FN T d1(T x, T) {
+    return log1p(-x) - log(x);
+  }
+};
+
+// The same of sigmoid(x), from its logit x.
+struct BCEWithLogits {
+  static constexpr const char *name = "binary_cross_entropy_with_logits", *params = "";
+  template <class T>
+  static FASTOPS_FN T value(T x, T t) {
+    return (c<T>(1) - t) * x - LogSigmoid::forward(x);
+  }
+  template <class T>
+  static FASTOPS_FN T d0(T x, T t) {
+    return LogSigmoid::backward(-x, c<T>(1)) - t;  // the sigmoid, without an infinity on the way
+  }
+  template <class T>
+  static FASTOPS_FN T d1(T x, T) {
+    return -x;
+  }
+};
+
+// What a loss takes as input: all numbers, unless it says otherwise.
+struct Domain {
+  double low = -std::numeric_limits<double>::infinity(), high = std::numeric_limits<double>::infinity();
+};
+template <class Op>
+constexpr Domain domain_of() {
+  if constexpr (requires { Op::low; }) return {Op::low, Op::high};
+  return {};
+}
+
+using Losses = List<MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits>;
 
 }  // namespace fastops

@@ -13,6 +13,23 @@ FASTOPS_FN T lerp(T a, T b, real weight) {
   return b - (b - a) * T(real(1) - weight);
 }
 
+// The arrays that a loop keeps states in have a place even where there are no states.
+template <class Op>
+constexpr int state_slots = Op::states > 0 ? Op::states : 1;
+
+// L1 regularisation by its subgradient, l1 sign(p), which is added to the gradient.
+template <class T>
+FASTOPS_FN T subgradient(T p, T l1) {
+  return select(p > c<T>(0), l1, select(p < c<T>(0), -l1, c<T>(0)));
+}
+// The same by its proximal operator, soft thresholding: what lies within `threshold` of 0 becomes 0, the rest moves
+// towards 0 by as much. (Parikh and Boyd, "Proximal algorithms", 2014, 6.5.2; with the threshold scaled per coordinate
+// as the step of an adaptive method is: Yun, Lozano and Yang, "Adaptive proximal gradient methods", NeurIPS 2021.)
+template <class T>
+FASTOPS_FN T soft_threshold(T p, T threshold) {
+  return select(p > threshold, p - threshold, select(p < -threshold, p + threshold, p * c<T>(0)));
+}
+
 // Adam (Kingma and Ba, 2014), AdamW with decoupled weight decay (Loshchilov and Hutter, 2017), and with AMSGrad the
 // running maximum of the second moment (Reddi et al., 2018) as a third state.
 template <bool amsgrad>
@@ -20,11 +37,11 @@ struct Adam {
   static constexpr const char* name = amsgrad ? "adam_amsgrad" : "adam";
   static constexpr const char* options =
       "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize=False, "
-      "bool decoupled_weight_decay=False";
+      "bool decoupled_weight_decay=False, float l1=0.0, bool proximal=False";
   static constexpr const char* state_names = amsgrad ? "exp_avg exp_avg_sq max_exp_avg_sq" : "exp_avg exp_avg_sq";
   static constexpr bool counts = true;
   static constexpr int states = amsgrad ? 3 : 2;
-  static constexpr int numbers = 9;
+  static constexpr int numbers = 11;
 
   template <class real>
   struct Numbers {
@@ -37,11 +54,13 @@ struct Adam {
     real step_size;         // lr / (1 - beta1^step)
     real correction2_sqrt;  // sqrt(1 - beta2^step)
     real eps;
+    real l1;         // subgradient: added to the gradient
+    real threshold;  // proximal: lr l1
   };
 
   static FASTOPS_FN Numbers<double> derive(const double* o, double step, bool /*first*/) {
     const double lr = o[0], beta1 = o[1], beta2 = o[2], weight_decay = o[4];
-    const bool maximize = o[5] != 0, decoupled = o[6] != 0;
+    const bool maximize = o[5] != 0, decoupled = o[6] != 0, proximal = o[8] != 0;
     return {.sign = maximize ? -1.0 : 1.0,
             .weight_decay = decoupled ? 0.0 : weight_decay,
             .keep = decoupled ? 1.0 - lr * weight_decay : 1.0,
@@ -50,22 +69,138 @@ struct Adam {
             .one_minus_beta2 = 1.0 - beta2,
             .step_size = lr / (1.0 - ::pow(beta1, step)),
             .correction2_sqrt = ::sqrt(1.0 - ::pow(beta2, step)),
-            .eps = o[3]};
+            .eps = o[3],
+            .l1 = proximal ? 0.0 : o[7],
+            .threshold = proximal ? lr * o[7] : 0.0};
   }
 
   template <class real, class T>
   static FASTOPS_FN void step(const Numbers<real>& n, T& p, T g, T (&s)[states]) {
     g = g * T(n.sign);
     if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
+    if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
     if (n.keep != real(1)) p = p * T(n.keep);
     s[0] = lerp(s[0], g, n.one_minus_beta1);
     s[1] = s[1] * T(n.beta2) + T(n.one_minus_beta2) * g * g;
     T second = s[1];
     if constexpr (amsgrad) second = s[2] = max(s[2], s[1]);
-    p = p - T(n.step_size) * s[0] / (sqrt(second) / T(n.correction2_sqrt) + T(n.eps));
+    const T scale = sqrt(second) / T(n.correction2_sqrt) + T(n.eps);
+    p = p - T(n.step_size) * s[0] / scale;
+    if (n.threshold != real(0)) p = soft_threshold(p, T(n.threshold) / scale);
   }
 };
 
-using Optimizers = List<Adam<false>, Adam<true>>;
+// Stochastic gradient descent, and with momentum (Sutskever et al., 2013) as torch defines it: the first buffer is the
+// gradient itself.
+template <bool with_momentum>
+struct SGD {
+  static constexpr const char* name = with_momentum ? "sgd_momentum" : "sgd";
+  static constexpr const char* options =
+      "float lr, float momentum, float dampening, float weight_decay, bool nesterov=False, bool maximize=False, "
+      "float l1=0.0, bool proximal=False";
+  static constexpr const char* state_names = with_momentum ? "momentum_buffer" : "";
+  static constexpr bool counts = false;
+  static constexpr int states = with_momentum ? 1 : 0;
+  static constexpr int numbers = 8;
+
+  template <class real>
+  struct Numbers {
+    real sign;          // -1 to maximize
+    real weight_decay;
+    real lr;
+    real momentum;
+    real fresh;         // what of the gradient goes into the buffer: 1 - dampening, at first all of it
+    real nesterov;      // momentum, or 0
+    real l1, threshold;  // as Adam's
+  };
+
+  static FASTOPS_FN Numbers<double> derive(const double* o, double, bool first) {
+    const bool proximal = o[7] != 0;
+    return {.sign = o[5] != 0 ? -1.0 : 1.0,
+            .weight_decay = o[3],
+            .lr = o[0],
+            .momentum = o[1],
+            .fresh = first ? 1.0 : 1.0 - o[2],
+            .nesterov = o[4] != 0 ? o[1] : 0.0,
+            .l1 = proximal ? 0.0 : o[6],
+            .threshold = proximal ? o[0] * o[6] : 0.0};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const Numbers<real>& n, T& p, T g, T (&s)[state_slots<SGD>]) {
+    g = g * T(n.sign);
+    if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
+    if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
+    if constexpr (with_momentum) {
+      s[0] = s[0] * T(n.momentum) + T(n.fresh) * g;
+      g = n.nesterov != real(0) ? g + T(n.nesterov) * s[0] : s[0];
+    }
+    p = p - T(n.lr) * g;
+    if (n.threshold != real(0)) p = soft_threshold(p, T(n.threshold));
+  }
+};
+
+// RMSprop (Tieleman and Hinton, 2012), with momentum, and centered (Graves, 2013): the variance for the second moment.
+template <bool with_momentum, bool centered>
+struct RMSprop {
+  static constexpr const char* name = centered ? (with_momentum ? "rmsprop_centered_momentum" : "rmsprop_centered")
+                                               : (with_momentum ? "rmsprop_momentum" : "rmsprop");
+  static constexpr const char* options =
+      "float lr, float alpha, float eps, float weight_decay, float momentum, bool maximize=False, float l1=0.0, "
+      "bool proximal=False";
+  static constexpr const char* state_names =
+      centered ? (with_momentum ? "square_avg momentum_buffer grad_avg" : "square_avg grad_avg")
+               : (with_momentum ? "square_avg momentum_buffer" : "square_avg");
+  static constexpr bool counts = true;
+  static constexpr int states = 1 + with_momentum + centered;
+  static constexpr int numbers = 9;
+
+  template <class real>
+  struct Numbers {
+    real sign;          // -1 to maximize
+    real weight_decay;
+    real lr;
+    real alpha;
+    real one_minus_alpha;
+    real eps;
+    real momentum;
+    real l1, threshold;  // as Adam's
+  };
+
+  static FASTOPS_FN Numbers<double> derive(const double* o, double, bool) {
+    const bool proximal = o[7] != 0;
+    return {.sign = o[5] != 0 ? -1.0 : 1.0,
+            .weight_decay = o[3],
+            .lr = o[0],
+            .alpha = o[1],
+            .one_minus_alpha = 1.0 - o[1],
+            .eps = o[2],
+            .momentum = o[4],
+            .l1 = proximal ? 0.0 : o[6],
+            .threshold = proximal ? o[0] * o[6] : 0.0};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const Numbers<real>& n, T& p, T g, T (&s)[states]) {
+    g = g * T(n.sign);
+    if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
+    if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
+    s[0] = s[0] * T(n.alpha) + T(n.one_minus_alpha) * g * g;
+    T second = s[0];
+    if constexpr (centered) {
+      T& mean = s[states - 1];
+      mean = lerp(mean, g, n.one_minus_alpha);
+      second = second - mean * mean;
+    }
+    const T scale = sqrt(second) + T(n.eps);
+    T move = g / scale;
+    if constexpr (with_momentum) move = s[1] = s[1] * T(n.momentum) + move;
+    p = p - T(n.lr) * move;
+    if (n.threshold != real(0)) p = soft_threshold(p, T(n.threshold) / scale);
+  }
+};
+
+using Optimizers = List<Adam<false>, Adam<true>, SGD<false>, SGD<true>, RMSprop<false, false>, RMSprop<true, false>,
+                        RMSprop<false, true>, RMSprop<true, true>>;
 
 }  // namespace fastops

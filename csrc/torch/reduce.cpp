@@ -3,7 +3,11 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/all.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ge.h>
+#include <ATen/ops/isnan.h>
+#include <ATen/ops/le.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/result_type.h>
 #include <ATen/ops/sum.h>
@@ -11,6 +15,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -100,6 +105,15 @@ Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scal
   return out;
 }
 
+// What came out is NaN where the input lies outside of the row's domain: only then is the input looked at again. On CUDA
+// that would be a wait for the device; the NaN is left to speak there.
+void check_domain(const ReduceRow& r, const Tensor& result, const Tensor& x) {
+  if (!std::isfinite(r.low) || !x.is_cpu() || x.numel() == 0) return;
+  if (!result.sum().isnan().item<bool>()) return;
+  TORCH_CHECK(at::ge(x, r.low).logical_and_(at::le(x, r.high)).all().item<bool>(), r.name,
+              ": all elements of input should be between ", r.low, " and ", r.high);
+}
+
 template <class... P>
 struct Forward {
   size_t row;
@@ -114,11 +128,14 @@ struct Forward {
     if (reduction == at::Reduction::None) {
       Tensor out = output_like(x);
       if (x.numel() > 0) check(r.name, r.values(arguments(x, t, out, params)));
+      check_domain(r, out, x);
       return out.to(dtype);
     }
     // The mean of nothing is nan, as torch has it: 0 / 0.
     const double scale = reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(x.numel()) : 1.0;
-    return total(r, x, t, scale, Tensor(), params).to(dtype);
+    const Tensor out = total(r, x, t, scale, Tensor(), params);
+    check_domain(r, out, x);
+    return out.to(dtype);
   }
 };
 
@@ -320,11 +337,16 @@ struct Autocast {
 template <class... P>
 void define(torch::Library& m, size_t row, const ReduceRow& r) {
   const std::string n = r.name, params = *r.params ? std::string(", ") + r.params : "";
+  std::string given;  // the parameters without defaults, which cannot stand before arguments that have none
+  for (size_t at = 0, end; at < params.size(); at = std::min(params.find(',', end), params.size())) {
+    end = params.find('=', at);
+    given += params.substr(at, end - at);
+  }
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def((n + "(Tensor input, Tensor target, int reduction=1, bool upcast=False" + params + ") -> Tensor").c_str(), tags);
-  m.def((n + "_backward(Tensor grad, Tensor input, Tensor target, int reduction" + params + ", int wrt) -> Tensor").c_str(),
+  m.def((n + "_backward(Tensor grad, Tensor input, Tensor target, int reduction" + given + ", int wrt) -> Tensor").c_str(),
         tags);
-  m.def((n + "_second(Tensor input, Tensor target" + params + ", int first, int then) -> Tensor").c_str(), tags);
+  m.def((n + "_second(Tensor input, Tensor target" + given + ", int first, int then) -> Tensor").c_str(), tags);
   const auto impl = [&](const std::string& name, DispatchKey key, torch::CppFunction f) {
     m.impl(name.c_str(), torch::dispatch(key, std::move(f)));
   };

@@ -1,5 +1,8 @@
-"""Optimizers: torch.optim's classes with a step of their own. Names only."""
+"""Optimizers of torch.optim whose step is one sweep over memory."""
 
 from .adam import Adam, AdamW
+from .groups import param_groups
+from .rmsprop import RMSprop
+from .sgd import SGD
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "param_groups"]

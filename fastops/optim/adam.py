@@ -21,6 +21,7 @@ class _AdamRows(FusedStep):
                 float(group["weight_decay"]),
                 float(group["maximize"]),
                 float(group["decoupled_weight_decay"]),
+                *self._penalty(group),
             ),
         )
 
@@ -30,7 +31,19 @@ class Adam(_AdamRows, torch.optim.Adam):
 
     The arguments, defaults, errors and state_dict are those of :class:`torch.optim.Adam`, and what is computed is its
     for-loop's: any memory layout, complex parameters, several dtypes in one group. Parameters of float16 and bfloat16
-    are updated in float32 and rounded once. ``foreach`` and ``fused`` are accepted and change nothing but what torch
+    are updated in float32 and rounded once.
+
+    Beyond torch, off by default, by keyword, in every optimizer here:
+
+    Args:
+        l1: strength of an L1 penalty, per group; with ``weight_decay`` an elastic net.
+        l1_mode: ``"subgradient"`` adds l1 sign(p) to the gradient; ``"proximal"`` thresholds the parameter softly after
+            the step, by lr l1 over the step's own scale per element, which gives exact zeros.
+        max_grad_norm: the gradients are scaled so that their norm over all groups is at most this, as
+            :func:`torch.nn.utils.clip_grad_norm_` would, within the step: ``.grad`` is left as it is. The norm before
+            that is in ``grad_norm`` after the step.
+
+    ``foreach`` and ``fused`` are accepted and change nothing but what torch
     documents beside speed; ``capturable`` and ``differentiable`` groups are stepped by torch.
 
     Example:

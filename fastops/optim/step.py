@@ -2,6 +2,7 @@
 leaves everything as it was. No optimizer by name."""
 
 import functools
+import inspect
 import sys
 
 import torch
@@ -38,6 +39,14 @@ def _is_dtensor(t):
     return DTensor is not None and isinstance(t, DTensor)
 
 
+def _check_penalty(group):
+    l1, mode = group.get("l1", 0.0), group.get("l1_mode", "subgradient")
+    if not l1 >= 0:
+        raise ValueError(f"Invalid l1 value: {l1}; it must not be negative")
+    if mode not in ("subgradient", "proximal"):
+        raise ValueError(f"Invalid l1_mode: {mode!r}; it is 'subgradient' or 'proximal'")
+
+
 class FusedStep(Optimizer):
     """An optimizer whose step() is one sweep over all parameters.
 
@@ -50,6 +59,85 @@ class FusedStep(Optimizer):
     _no_sparse: str | None = (
         None  # what torch says to a sparse gradient, or None where it takes one
     )
+    max_grad_norm: float | None = None
+    grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is given
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        signature = inspect.signature(cls.__init__)
+        base = next((c for c in cls.__mro__ if c.__module__.startswith("torch.optim.")), None)
+        if base in (None, Optimizer) or "args" not in signature.parameters:
+            return
+        ours = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        theirs = inspect.signature(base.__init__).parameters.values()
+
+        @functools.wraps(cls.__init__)
+        def __init__(self, *args, **kwargs):
+            super(cls, self).__init__(*args, **kwargs)
+
+        __init__.__signature__ = signature.replace(parameters=[*theirs, *ours])
+        cls.__init__ = __init__
+
+    def __init__(
+        self,
+        *args,
+        l1: float = 0.0,
+        l1_mode: str = "subgradient",
+        max_grad_norm: float | None = None,
+        **kwargs,
+    ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0")
+        _check_penalty({"l1": l1, "l1_mode": l1_mode})
+        penalty = {"l1": l1, "l1_mode": l1_mode}
+        self._penalty_defaults = penalty
+        self.max_grad_norm = max_grad_norm
+        super().__init__(*args, **kwargs)
+        self.defaults.update(penalty)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        return {
+            **state,
+            "max_grad_norm": self.max_grad_norm,
+            "_penalty_defaults": self._penalty_defaults,
+        }
+
+    def add_param_group(self, param_group):
+        """Adds a group, with ``l1`` and ``l1_mode`` of its own where it has them; see :class:`torch.optim.Optimizer`."""
+        if isinstance(param_group, dict):
+            param_group = {**self._penalty_defaults, **param_group}
+            _check_penalty(param_group)
+        super().add_param_group(param_group)
+
+    @staticmethod
+    def _penalty(group):
+        """The last two options of every row."""
+        l1 = group.get("l1", 0.0)
+        if not l1:
+            return 0.0, 0.0
+        _check_penalty(group)
+        return float(l1), float(group.get("l1_mode") == "proximal")
+
+    def _takes_first_step(self, row, options):
+        """Whether the op on lists computes the first step of a parameter."""
+        return True
+
+    @torch.no_grad()
+    def _clip(self, scale):
+        """What the gradients are to be divided by, for their norm to be at most max_grad_norm; `scale` is GradScaler's."""
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not grads:
+            return scale
+        norm = torch.nn.utils.get_total_norm(grads)
+        if _is_dtensor(norm):
+            norm = norm.full_tensor()
+        norm = norm.to(torch.float32)
+        if scale is not None:
+            norm = norm / scale.to(norm.device)
+        self.grad_norm = norm
+        excess = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
+        return excess if scale is None else excess * scale.to(norm.device)
 
     def _row(self, group):
         """(row, parameters, options): the number of the row, and its options as floats in the row's order."""
@@ -61,6 +149,10 @@ class FusedStep(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self.__dict__.setdefault("_penalty_defaults", {"l1": 0.0, "l1_mode": "subgradient"})
+        for group in self.param_groups:  # a state_dict of torch.optim's knows nothing of them
+            for key, value in self._penalty_defaults.items():
+                group.setdefault(key, value)
         # A checkpoint from a model of another memory format: its states take the parameters' order once, not at each step.
         for p, values in self.state.items():
             if type(p) not in (Tensor, torch.nn.Parameter) or not isinstance(values, dict):
@@ -80,6 +172,7 @@ class FusedStep(Optimizer):
         Raises before anything is changed; no parameter, state or step count is left half done.
         """
         if torch.compiler.is_compiling():
+            self._only_torchs(self.param_groups)
             return _torch_step(self)(self, closure)
         if torch.cuda.is_initialized():
             self._accelerator_graph_capture_health_check()
@@ -97,6 +190,8 @@ class FusedStep(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and groups and found_inf.item():
             groups = []
+        if self.max_grad_norm is not None:
+            scale = self._clip(scale)
         if for_torch:
             self._step_apart(sources, groups, for_torch, scale)
         elif (left := self._plan.step(self.state, groups, scale)) is not None:
@@ -117,13 +212,14 @@ class FusedStep(Optimizer):
                     continue
                 if p.grad.is_sparse and self._no_sparse:
                     raise RuntimeError(self._no_sparse)
-                if (tensors := self._unwrap(groups[k][0], p, made)) is None:
+                if (tensors := self._unwrap(groups[k][0], groups[k][2], p, made)) is None:
                     wrapped.setdefault(k, []).append(p)
                 else:
                     unwrapped.setdefault(k, []).append((p, *tensors))
             self._plan.step(self.state, groups, partial=True, check_only=True)
             for_torch = for_torch + [{**sources[k], "params": ps} for k, ps in wrapped.items()]
             if for_torch:
+                self._only_torchs(for_torch)
                 self._step_by_torch(for_torch)
             for k, lists in unwrapped.items():
                 self._step_lists(*groups[k], lists, scale)
@@ -143,6 +239,14 @@ class FusedStep(Optimizer):
         for name in STATES[row]:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
+    def _only_torchs(self, groups):
+        """Raises where a group that torch is to step asks for what torch has not."""
+        if self.max_grad_norm is not None or any(g.get("l1") for g in groups):
+            raise RuntimeError(
+                f"{type(self).__name__}: l1 and max_grad_norm are not available for what torch steps: differentiable=True, "
+                "capturable=True, sparse gradients, tensor subclasses, and optimizers under torch.compile"
+            )
+
     def _step_by_torch(self, groups):
         every = self.param_groups
         self.param_groups = groups
@@ -151,7 +255,7 @@ class FusedStep(Optimizer):
         finally:
             self.param_groups = every
 
-    def _unwrap(self, row, p, made):
+    def _unwrap(self, row, options, p, made):
         """[parameter, gradient, states ..., step] as ordinary tensors that share the parameter's memory, or None."""
         grad = p.grad
         if _is_dtensor(p):
@@ -166,6 +270,8 @@ class FusedStep(Optimizer):
         ):
             return None
         if (STATES[row] or COUNTS[row]) and not self.state.get(p):
+            if not self._takes_first_step(row, options):
+                return None
             self._make_state(row, p, made)
         state = self.state[p] if p in self.state else {}
         tensors = [p, grad, *(state[name] for name in STATES[row])]

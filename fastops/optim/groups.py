@@ -1,0 +1,62 @@
+"""Parameter groups by what regularisation is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_NORMS: tuple[type[torch.nn.Module], ...] = (
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.LayerNorm,
+    torch.nn.GroupNorm,
+    torch.nn.RMSNorm,
+    torch.nn.LocalResponseNorm,
+)
+
+
+def _is_bias_or_norm(name: str, parameter: torch.nn.Parameter, owner: torch.nn.Module) -> bool:
+    return parameter.dim() <= 1 or name.rpartition(".")[2] == "bias" or isinstance(owner, _NORMS)
+
+
+def param_groups(
+    model: torch.nn.Module,
+    weight_decay: float = 0.0,
+    l1: float = 0.0,
+    no_decay: Callable[[str, torch.nn.Parameter, torch.nn.Module], bool] | None = None,
+) -> list[dict]:
+    """Two groups for an optimizer: the parameters that are regularised, and those that are not.
+
+    Args:
+        model: whose parameters that require grad are taken, each once.
+        weight_decay, l1: of the first group; 0 in the second.
+        no_decay: of (name, parameter, module that holds it): whether it goes into the second group. By default biases,
+            the parameters of normalisation layers, and all parameters of fewer than two dimensions do.
+
+    Returns:
+        A list of the groups that are not empty, as an optimizer takes them.
+
+    Raises:
+        ValueError: a negative weight_decay or l1, or a model of which no parameter requires grad.
+
+    Example: ``fastops.optim.AdamW(param_groups(model, weight_decay=0.05), lr=1e-3)``.
+    """
+    for name, value in (("weight_decay", weight_decay), ("l1", l1)):
+        if not value >= 0:
+            raise ValueError(f"param_groups: {name} must not be negative, got {value}")
+    rule = no_decay or _is_bias_or_norm
+    decayed: list[torch.nn.Parameter] = []
+    spared: list[torch.nn.Parameter] = []
+    seen = set()
+    for prefix, module in model.named_modules():
+        for key, p in module.named_parameters(prefix, recurse=False):
+            if p.requires_grad and p not in seen:
+                seen.add(p)
+                (spared if rule(key, p, module) else decayed).append(p)
+    if not seen:
+        raise ValueError("param_groups: no parameter of the model requires grad")
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "l1": l1},
+        {"params": spared, "weight_decay": 0.0, "l1": 0.0},
+    ]
+    return [g for g in groups if g["params"]]

@@ -1,0 +1,35 @@
+"""SGD. Which row of the kernels' table a group takes, and nothing about how a step is made."""
+
+import torch
+
+from .step import ROWS, FusedStep
+
+
+class SGD(FusedStep, torch.optim.SGD):
+    """Stochastic gradient descent, with momentum, all parameters in one sweep over memory. As :class:`torch.optim.SGD`,
+    with ``l1``, ``l1_mode`` and ``max_grad_norm`` as every optimizer here; see :class:`Adam` for the rest. Sparse
+    gradients are stepped by torch.
+
+    Example:
+        >>> optimizer = fastops.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    """
+
+    def _row(self, group):
+        momentum = float(group["momentum"])
+        return (
+            ROWS["sgd_momentum" if momentum else "sgd"],
+            group["params"],
+            (
+                float(group["lr"]),
+                momentum,
+                float(group["dampening"]),
+                float(group["weight_decay"]),
+                float(group["nesterov"]),
+                float(group["maximize"]),
+                *self._penalty(group),
+            ),
+        )
+
+    def _takes_first_step(self, row, options):
+        # A buffer that is new is the gradient, whatever the dampening; the op on lists cannot tell that it is new.
+        return options[2] == 0
