@@ -60,6 +60,15 @@ def op(
     return enter
 
 
+COMPOSED: dict[str, Callable[..., Tensor]] = {}
+
+
+def composed(function):
+    """Enters a public function that is made of others, and has no kernel of its own."""
+    COMPOSED[function.__name__] = function
+    return function
+
+
 def parameters_of(row: str) -> list[tuple[str, float]]:
     """The parameters of a row and their defaults, as its schema declares them."""
     return [(n, float(v)) for n, v in re.findall(r"float (\w+)=([-\w.]+)", ROWS[row][1])]

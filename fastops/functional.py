@@ -14,27 +14,38 @@ from torch.overrides import (
 )
 
 from . import _C
-from ._op import op
+from ._op import composed, op
 
 __all__ = [
+    "alpha_dropout",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "celu",
     "cross_entropy",
     "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "elu",
     "gelu",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
+    "l1_loss",
     "leaky_relu",
     "log_softmax",
     "logsigmoid",
     "mish",
+    "mixup_cross_entropy",
     "mse_loss",
+    "nll_loss",
     "relu",
     "relu6",
     "selu",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
     "softmax",
     "softplus",
     "softsign",
@@ -456,7 +467,9 @@ def _weighted(kernel, input, target, reduction, weight, *params, weighted_mean=F
 
 def _not_ours(input, target):
     """Whether a loss of these is left to torch: integers, complex numbers."""
-    return not torch.result_type(input, target).is_floating_point
+    if input.is_complex() or target.is_complex():
+        return True
+    return not (input.is_floating_point() or target.is_floating_point())
 
 
 @op(kind="reduce", reference=F.l1_loss)
@@ -574,8 +587,8 @@ def binary_cross_entropy(
 
     Raises:
         ValueError: input and target of two sizes, an unknown reduction.
-        RuntimeError: an input outside [0, 1] (on CUDA, where looking would mean waiting, the result is NaN); under
-            autocast: use :func:`binary_cross_entropy_with_logits` there.
+        RuntimeError: an input outside [0, 1] (on CUDA, where looking would mean waiting, the result is NaN).
+        Under autocast it is torch's own, which refuses float16 on CUDA: use :func:`binary_cross_entropy_with_logits`.
 
     Same as :func:`torch.nn.functional.binary_cross_entropy`. Gradients flow to input and target. Example:
     ``binary_cross_entropy(torch.tensor([0.5]), torch.tensor([1.0]))`` is log(2).
@@ -585,7 +598,11 @@ def binary_cross_entropy(
             binary_cross_entropy, (input, target, weight), input, target, weight=weight,
             size_average=size_average, reduce=reduce, reduction=reduction,
         )  # fmt: skip
-    if _not_ours(input, target) or input.dtype != target.dtype or torch.is_autocast_enabled(input.device.type):  # fmt: skip
+    if (
+        _not_ours(input, target)
+        or input.dtype != target.dtype
+        or (input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type))
+    ):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -793,3 +810,182 @@ def dropout(
             dropout, (input,), input, p=p, training=training, inplace=inplace, generator=generator
         )
     return _C.dropout(input, p, training, inplace, generator)
+
+
+# ---------------------------------------------------------------------------------------------- composed
+
+
+def _features_dropped(input, p, training, inplace, generator):
+    """Dropout of whole (N, C) entries of a tensor (N, C, ...)."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    ones = input.new_ones((*input.shape[:2], *(1,) * (input.dim() - 2)))
+    noise = dropout(ones, p, generator=generator)
+    return input.mul_(noise) if inplace else input * noise
+
+
+def _of_dims(name, input, unbatched):
+    if input.dim() not in (unbatched, unbatched + 1):
+        raise RuntimeError(
+            f"{name}: Expected {unbatched}D or {unbatched + 1}D input, but received a {input.dim()}D input."
+        )
+
+
+@composed
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zeroes whole channels of an input (N, C, L) or (C, L) with probability p and scales the others by 1 / (1 - p).
+
+    Arguments as :func:`dropout`. Same in distribution as :func:`torch.nn.functional.dropout1d`.
+
+    Raises:
+        RuntimeError: an input of other dimensions. ValueError: `p` is not in [0, 1].
+    """
+    _of_dims("dropout1d", input, 2)
+    batched = input if input.dim() == 3 else input.unsqueeze(0)
+    result = _features_dropped(batched, p, training, inplace, generator)
+    return result if input.dim() == 3 else input if result is batched else result.squeeze(0)
+
+
+@composed
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zeroes whole channels of an input (N, C, H, W) with probability p and scales the others by 1 / (1 - p). An input
+    of three dimensions is taken as (N, C, L), as torch does.
+
+    Arguments as :func:`dropout`. Same in distribution as :func:`torch.nn.functional.dropout2d`.
+
+    Raises:
+        RuntimeError: an input of other dimensions. ValueError: `p` is not in [0, 1].
+    """
+    _of_dims("dropout2d", input, 3)
+    return _features_dropped(input, p, training, inplace, generator)
+
+
+@composed
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zeroes whole channels of an input (N, C, D, H, W) or (C, D, H, W) with probability p and scales the others by
+    1 / (1 - p).
+
+    Arguments as :func:`dropout`. Same in distribution as :func:`torch.nn.functional.dropout3d`.
+
+    Raises:
+        RuntimeError: an input of other dimensions. ValueError: `p` is not in [0, 1].
+    """
+    _of_dims("dropout3d", input, 4)
+    batched = input if input.dim() == 5 else input.unsqueeze(0)
+    result = _features_dropped(batched, p, training, inplace, generator)
+    return result if input.dim() == 5 else input if result is batched else result.squeeze(0)
+
+
+@composed
+def alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sets elements to SELU's negative limit with probability p, and keeps mean and variance (Klambauer et al., 2017).
+
+    Arguments as :func:`dropout`. Same in distribution as :func:`torch.nn.functional.alpha_dropout`.
+
+    Raises:
+        ValueError: `p` is not in [0, 1].
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    if p == 1:
+        return input.mul_(0) if inplace else input * 0
+    alpha = 1.7580993408473766  # SELU's scale times its alpha
+    a = ((alpha * alpha * p + 1) * (1 - p)) ** -0.5
+    with torch.no_grad():
+        kept = dropout(torch.ones_like(input), p, generator=generator).ne_(0)
+        shift = (kept - 1).mul_(alpha * a).add_(alpha * a * p)
+        kept.mul_(a)
+    return input.mul_(kept).add_(shift) if inplace else input * kept + shift
+
+
+@composed
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """-input[target] of log-probabilities: :func:`torch.nn.functional.nll_loss` itself, which reads one number a row and
+    leaves nothing to win. From logits, :func:`cross_entropy` does both steps in one."""
+    return F.nll_loss(
+        input, target, weight=weight, size_average=size_average, ignore_index=ignore_index,
+        reduce=reduce, reduction=reduction,
+    )  # fmt: skip
+
+
+@composed
+def mixup_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: float | Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """lam cross_entropy(input, target_a) + (1 - lam) cross_entropy(input, target_b): the loss of mixup (Zhang et al.,
+    2018), from class indices; no one-hot targets are made.
+
+    Args:
+        input: logits, as for :func:`cross_entropy`.
+        target_a, target_b: class indices of the examples that were mixed.
+        lam: how much of the first is in the mixture, in [0, 1]: a number, a 0-d tensor, or with ``reduction="none"`` a
+            tensor that broadcasts with the losses.
+        weight, ignore_index, reduction, label_smoothing: as for :func:`cross_entropy`, of either term.
+
+    Raises:
+        ValueError: lam outside [0, 1], or more than one lam to a reduced loss; and what :func:`cross_entropy` raises.
+
+    Example: ``mixup_cross_entropy(logits, y, y[permutation], 0.7)``.
+    """
+    if isinstance(lam, Tensor):
+        if lam.numel() != 1 and reduction != "none":
+            raise ValueError(
+                f'mixup_cross_entropy: lam of shape {tuple(lam.shape)} needs reduction="none", got {reduction!r}'
+            )
+    elif not 0 <= lam <= 1:
+        raise ValueError(f"mixup_cross_entropy: lam has to be between 0 and 1, but got {lam}")
+    a, b = (
+        cross_entropy(
+            input, target, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        for target in (target_a, target_b)
+    )  # fmt: skip
+    return lam * a + (1 - lam) * b

@@ -149,6 +149,43 @@ class Dropout(torch.nn.Dropout):
         return F.dropout(input, self.p, self.training, self.inplace)
 
 
+class Dropout1d(torch.nn.Dropout1d):
+    """:func:`fastops.functional.dropout1d` as a module; arguments of :class:`torch.nn.Dropout1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout1d(input, self.p, self.training, self.inplace)
+
+
+class Dropout2d(torch.nn.Dropout2d):
+    """:func:`fastops.functional.dropout2d` as a module; arguments of :class:`torch.nn.Dropout2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout2d(input, self.p, self.training, self.inplace)
+
+
+class Dropout3d(torch.nn.Dropout3d):
+    """:func:`fastops.functional.dropout3d` as a module; arguments of :class:`torch.nn.Dropout3d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout3d(input, self.p, self.training, self.inplace)
+
+
+class AlphaDropout(torch.nn.AlphaDropout):
+    """:func:`fastops.functional.alpha_dropout` as a module; arguments of :class:`torch.nn.AlphaDropout`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.alpha_dropout(input, self.p, self.training, self.inplace)
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """:func:`fastops.functional.nll_loss` as a module; arguments of :class:`torch.nn.NLLLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(
+            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+        )
+
+
 class MSELoss(torch.nn.MSELoss):
     """:func:`fastops.functional.mse_loss` as a module; arguments of :class:`torch.nn.MSELoss`."""
 
