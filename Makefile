@@ -30,8 +30,8 @@ $(VENV)/.ready: pyproject.toml
 
 lint: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff mypy clang-format
-	$(BIN)/ruff check fastops tests bench setup.py
-	$(BIN)/ruff format --check fastops tests bench setup.py
+	$(BIN)/ruff check fastops tests bench docs setup.py
+	$(BIN)/ruff format --check fastops tests bench docs setup.py
 	$(BIN)/mypy
 
 clean:

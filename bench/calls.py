@@ -18,7 +18,7 @@ from .cases import BOTH, FORWARD, STEP, Case
 
 Call = Callable[[], Any]
 STEPPERS = {
-    "for-loop": {"foreach": False, "fused": False},
+    "for-loop": {"foreach": False},  # on the CPU torch takes nothing fused unless asked
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
@@ -63,7 +63,8 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
             target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
             inputs[name] = target.to(device)
         elif name in ("input", "target"):
-            inputs[name] = normal(shape, case, generator, device)
+            values = normal(shape, case, generator, device)
+            inputs[name] = values.sigmoid() if case.probabilities else values
         else:
             raise TypeError(f"bench/calls.py cannot make an argument {name!r}")
     return inputs

@@ -31,6 +31,7 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     variant: str = ""
     compiled: bool = False
+    probabilities: bool = False  # whether the inputs lie in (0, 1)
 
     @property
     def name(self) -> str:
@@ -56,6 +57,7 @@ class Workload:
     passes: Mapping[str, int]
     narrow: Shape
     compiled: Shape | None = None
+    probabilities: bool = False
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
 
 
@@ -98,6 +100,7 @@ WORKLOADS |= {
         compiled=(MI,),
         variants={"": {}, "tanh": {"approximate": "tanh"}},
     ),
+    "binary_cross_entropy": replace(WORKLOADS["reduce"], probabilities=True),
     "cross_entropy": Workload(
         shapes=((128, 1000), (4096, 1000), (512, 32000), (256, 128256)),
         passes={FORWARD: 1, BOTH: 2},
@@ -178,6 +181,7 @@ def function_cases(name: str, kind: str) -> Iterator[Case]:
                 floor=work.passes[mode] * prod(shape) * dtype.itemsize,
                 arguments=arguments,
                 variant=variant,
+                probabilities=work.probabilities,
                 compiled=shape == work.compiled and mode == BOTH and dtype == torch.float32,
             )
 

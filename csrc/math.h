@@ -211,6 +211,17 @@ FASTOPS_FN T c(double value) {
   return T(Real<T>(value));
 }
 
+// log(1 / (1 + exp(-x))), and its derivative 1 / (1 + exp(x)), without an infinity on the way: Duals of them are finite.
+template <class T>
+FASTOPS_FN T log_sigmoid(T x) {
+  return min(x, c<T>(0)) - log1p(exp(-abs(x)));
+}
+template <class T>
+FASTOPS_FN T log_sigmoid_slope(T x) {
+  const T e = exp(-abs(x));
+  return select(x < c<T>(0), c<T>(1), e) / (c<T>(1) + e);
+}
+
 // ------------------------------------------------------------------------------------------------ tables of formulas
 template <class... Ops>
 struct List {};

@@ -21,9 +21,9 @@ from . import _C
 from ._op import ROWS, overload
 
 __all__: list[str] = []
-_WORDS = {w.lower(): w for w in ("ReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "MSE", "L1")} | {
-    "logsigmoid": "LogSigmoid"
-}
+_WORDS = {
+    w.lower(): w for w in ("ReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "MSE", "L1")
+} | {"logsigmoid": "LogSigmoid"}
 
 
 def class_name(row: str) -> str:

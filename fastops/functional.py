@@ -49,6 +49,7 @@ __all__ = [
     "softmax",
     "softplus",
     "softsign",
+    "squareplus",
     "tanh",
 ]
 
@@ -312,6 +313,25 @@ def softsign(input: Tensor) -> Tensor:
     return _C.softsign(input)
 
 
+@op(kind="map", reference=lambda input, b=4.0: 0.5 * (input + (input * input + b).sqrt()))
+def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
+    """(input + sqrt(input^2 + b)) / 2, elementwise (`Barron, 2021 <https://arxiv.org/abs/2112.11687>`_).
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        b: how wide the bend around 0 is, not negative; 0 is relu, 4 gives a slope of 1/2 and a value of 1 at 0.
+
+    Raises:
+        NotImplementedError: `input` is of another dtype.
+
+    torch.nn.functional has no such function; it is like its softplus, without exponentials. Example:
+    ``squareplus(torch.zeros(1))`` is 1.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(squareplus, (input,), input, b=b)
+    return _C.squareplus(input, b)
+
+
 @op(kind="map", reference=F.silu)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """input / (1 + exp(-input)), elementwise.
@@ -492,7 +512,7 @@ def l1_loss(
             reduce=reduce, reduction=reduction, weight=weight,
         )  # fmt: skip
     if _not_ours(input, target):
-        return F.l1_loss(input, target, size_average, reduce, reduction, weight)
+        return F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is not None or input.shape != target.shape:
@@ -559,9 +579,11 @@ def huber_loss(
             delta=delta, weight=weight,
         )  # fmt: skip
     if _not_ours(input, target):
-        return F.huber_loss(input, target, reduction, delta, weight)
+        return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
     if not delta > 0:
-        raise RuntimeError(f"huber_loss does not support non-positive values for delta, got {delta}.")
+        raise RuntimeError(
+            f"huber_loss does not support non-positive values for delta, got {delta}."
+        )
     if weight is not None or input.shape != target.shape:
         return _weighted(_C.huber_loss, input, target, reduction, weight, delta)
     return _C.huber_loss(input, target, _reduction.get_enum(reduction), delta)

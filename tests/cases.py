@@ -93,7 +93,9 @@ def reduce_cases(op: Op) -> Iterator[Case]:
                 x = make()
                 t = randn(*x.shape, seed=1)
                 if within:
-                    x, t = (a.copy_(within(a)) if 0 not in a.stride() else within(a) for a in (x, t))
+                    x, t = (
+                        a.copy_(within(a)) if 0 not in a.stride() else within(a) for a in (x, t)
+                    )
                 yield Case(
                     op, f"{op.name}-{layout},{reduction}{label}", (x, t),
                     {**kwargs, "reduction": reduction},

@@ -69,7 +69,10 @@ def test_alpha_dropout_keeps_mean_and_variance():
     x = randn(1000, 1000)
     y = ours.alpha_dropout(x, 0.2, training=True)
     assert abs(y.mean()) < 0.01 and abs(y.var() - 1) < 0.01
-    zeros = [f(torch.zeros(1000), 0.2, training=True).unique() for f in (ours.alpha_dropout, F.alpha_dropout)]
+    zeros = [
+        f(torch.zeros(1000), 0.2, training=True).unique()
+        for f in (ours.alpha_dropout, F.alpha_dropout)
+    ]
     torch.testing.assert_close(*zeros)  # the two values of what was dropped and what was kept
     assert ours.alpha_dropout(x, 0.2) is x
     z = x.clone()
@@ -86,7 +89,9 @@ def test_nll_loss():
     torch.testing.assert_close(ours.nll_loss(x, t), F.nll_loss(x, t))
     weight = randn(5, seed=1).abs()
     module = fastops.nn.NLLLoss(weight, ignore_index=3, reduction="sum")
-    torch.testing.assert_close(module(x, t), F.nll_loss(x, t, weight, ignore_index=3, reduction="sum"))
+    torch.testing.assert_close(
+        module(x, t), F.nll_loss(x, t, weight, ignore_index=3, reduction="sum")
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -96,7 +101,10 @@ def test_mixup_is_cross_entropy_of_the_mixed_one_hot(reduction, smoothing):
     a, b = torch.tensor([0, 4, 2, 1, 3, 3]), torch.tensor([3, 3, 0, 1, 2, 4])
     q = 0.7 * F.one_hot(a, 5) + 0.3 * F.one_hot(b, 5).double()
     options = {"reduction": reduction, "label_smoothing": smoothing}
-    loss, expected = ours.mixup_cross_entropy(x, a, b, 0.7, **options), F.cross_entropy(x, q, **options)
+    loss, expected = (
+        ours.mixup_cross_entropy(x, a, b, 0.7, **options),
+        F.cross_entropy(x, q, **options),
+    )
     torch.testing.assert_close(loss, expected)
     (g,), (h,) = (torch.autograd.grad(v.sum(), x) for v in (loss, expected))
     torch.testing.assert_close(g, h)

@@ -572,7 +572,10 @@ def test_tensor_options(adam_pair, as_tensor):
             torch.tensor([0.99], dtype=torch.float64),
         )
     params = parameters()
-    theirs, ours = reference(adam_pair[0], params, **options), adam_pair[1](clones(params), **options)
+    theirs, ours = (
+        reference(adam_pair[0], params, **options),
+        adam_pair[1](clones(params), **options),
+    )
     assert_close(train(theirs, 20), train(ours, 20))
 
 
@@ -837,7 +840,10 @@ def test_checkpoints_both_ways(adam_pair, form, amsgrad):
 
 def test_checkpoint_is_the_same_as_torchs(adam_pair):
     params = parameters((3,), (4, 5), dtype=torch.float32)
-    theirs, ours = reference(adam_pair[0], params, amsgrad=True), adam_pair[1](clones(params), amsgrad=True)
+    theirs, ours = (
+        reference(adam_pair[0], params, amsgrad=True),
+        adam_pair[1](clones(params), amsgrad=True),
+    )
     train(theirs, 3), train(ours, 3)
     a, b = theirs.state_dict(), ours.state_dict()
     assert a["state"].keys() == b["state"].keys()

@@ -108,7 +108,9 @@ def test_torchvision_resnet():
 @pytest.mark.parametrize("cls", list(fastops.nn.MODULES.values()), ids=lambda c: c.__name__)
 def test_modules_are_torchs(cls):
     base = cls.__base__
-    args = {"dim": 1} if "Softmax" in cls.__name__ else {"p": 0.0} if "ropout" in cls.__name__ else {}
+    args = (
+        {"dim": 1} if "Softmax" in cls.__name__ else {"p": 0.0} if "ropout" in cls.__name__ else {}
+    )
     ours, theirs = cls(**args), base(**args)
     assert repr(ours) == repr(theirs)
     x = torch.randn(3, 5)

@@ -131,12 +131,11 @@ struct LogSigmoid {
   static constexpr bool from_output = false;
   template <class T>
   static FASTOPS_FN T forward(T x) {
-    return min(x, c<T>(0)) - log1p(exp(-abs(x)));
+    return log_sigmoid(x);
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
-    const T e = exp(-abs(x));
-    return dy * select(x < c<T>(0), c<T>(1), e) / (c<T>(1) + e);
+    return dy * log_sigmoid_slope(x);
   }
 };
 
@@ -267,7 +266,22 @@ struct GELUTanh {
   }
 };
 
+// Barron, "Squareplus: a softplus-like algebraic rectifier", 2021.
+struct SquarePlus {
+  static constexpr const char *name = "squareplus", *params = "float b=4.0";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T b) {
+    const T root = sqrt(x * x + b);  // below 0 the sum would cancel
+    return c<T>(0.5) * select(x > c<T>(0), x + root, b / (root - x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy, T b) {
+    return dy * c<T>(0.5) * (c<T>(1) + x / sqrt(x * x + b));
+  }
+};
+
 using Activations = List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh, LogSigmoid, Softplus, Softsign,
-                         SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh>;
+                         SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh, SquarePlus>;
 
 }  // namespace fastops

@@ -1,7 +1,7 @@
 // Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target. The reduction is the
 // loop's affair, second derivatives are taken of d0 and d1 by Dual.
 #pragma once
-#include "activations.h"
+#include "../math.h"
 
 namespace fastops {
 
@@ -99,11 +99,11 @@ struct BCEWithLogits {
   static constexpr const char *name = "binary_cross_entropy_with_logits", *params = "";
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
-    return (c<T>(1) - t) * x - LogSigmoid::forward(x);
+    return (c<T>(1) - t) * x - log_sigmoid(x);
   }
   template <class T>
   static FASTOPS_FN T d0(T x, T t) {
-    return LogSigmoid::backward(-x, c<T>(1)) - t;  // the sigmoid, without an infinity on the way
+    return log_sigmoid_slope(-x) - t;  // the sigmoid less t
   }
   template <class T>
   static FASTOPS_FN T d1(T x, T) {

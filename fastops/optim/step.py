@@ -106,8 +106,9 @@ class FusedStep(Optimizer):
     def add_param_group(self, param_group):
         """Adds a group, with ``l1`` and ``l1_mode`` of its own where it has them; see :class:`torch.optim.Optimizer`."""
         if isinstance(param_group, dict):
-            param_group = {**self._penalty_defaults, **param_group}
-            _check_penalty(param_group)
+            _check_penalty({**self._penalty_defaults, **param_group})
+            for key, value in self._penalty_defaults.items():
+                param_group.setdefault(key, value)
         super().add_param_group(param_group)
 
     @staticmethod

@@ -24,7 +24,7 @@ void step_elements(const double* values, int64_t n, real* p, const real* g, real
   typename Op::template Numbers<real> numbers;
   for (int k = 0; k < Op::numbers; ++k) reinterpret_cast<real*>(&numbers)[k] = static_cast<real>(values[k]);
   for (int64_t i = 0; i < n; ++i) {
-    real state[Op::states];
+    real state[state_slots<Op>];
     for (int j = 0; j < Op::states; ++j) state[j] = s[j][i];
     Op::step(numbers, p[i], g[i], state);
     for (int j = 0; j < Op::states; ++j) s[j][i] = state[j];
