@@ -313,7 +313,17 @@ def softsign(input: Tensor) -> Tensor:
     return _C.softsign(input)
 
 
-@op(kind="map", reference=lambda input, b=4.0: 0.5 * (input + (input * input + b).sqrt()))
+def _exact_squareplus(input, b=4.0):
+    """Without the cancellation, and inf - inf, that the plain formula has below 0."""
+    root = (input * input + b).sqrt()
+    return 0.5 * torch.where(input > 0, input + root, b / (root - input))
+
+
+@op(
+    kind="map",
+    reference=lambda input, b=4.0: 0.5 * (input + (input * input + b).sqrt()),
+    exact=_exact_squareplus,
+)
 def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
     """(input + sqrt(input^2 + b)) / 2, elementwise (`Barron, 2021 <https://arxiv.org/abs/2112.11687>`_).
 
@@ -589,7 +599,17 @@ def huber_loss(
     return _C.huber_loss(input, target, _reduction.get_enum(reduction), delta)
 
 
-@op(kind="reduce", reference=F.binary_cross_entropy)
+def _exact_binary_cross_entropy(input, target, reduction="mean"):
+    """torch's adds 1e-12 to what its second derivatives divide by, in float64 too."""
+    logs = input.log().clamp(min=-100), torch.log1p(-input).clamp(min=-100)
+    return _reduced(-(target * logs[0] + (1 - target) * logs[1]), reduction)
+
+
+@op(
+    kind="reduce",
+    reference=F.binary_cross_entropy,
+    exact=_exact_binary_cross_entropy,
+)
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
