@@ -59,12 +59,14 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
     for name, parameter in OPS[case.op].signature.parameters.items():
         if parameter.default is not inspect.Parameter.empty or name in case.arguments:
             continue
-        if name == "target" and case.kind == "rows":
+        if name == "target" and case.kind == "rows" and case.probabilities:
+            inputs[name] = normal(shape, case, generator, device).softmax(1)
+        elif name == "target" and case.kind == "rows":
             target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
             inputs[name] = target.to(device)
         elif name in ("input", "target"):
             values = normal(shape, case, generator, device)
-            inputs[name] = values.sigmoid() if case.probabilities else values
+            inputs[name] = values.sigmoid() if case.probabilities and case.kind == "reduce" else values
         else:
             raise TypeError(f"bench/calls.py cannot make an argument {name!r}")
     return inputs

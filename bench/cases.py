@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
+PROBABILITIES = "probabilities"  # the variant of a loss whose target is a distribution, which is read as well
 Shape = tuple[int, ...]
 
 
@@ -31,7 +32,7 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     variant: str = ""
     compiled: bool = False
-    probabilities: bool = False  # whether the inputs lie in (0, 1)
+    probabilities: bool = False  # whether targets (and the inputs of a reduction) are probabilities
 
     @property
     def name(self) -> str:
@@ -106,6 +107,7 @@ WORKLOADS |= {
         passes={FORWARD: 1, BOTH: 2},
         narrow=(512, 32000),
         compiled=(512, 32000),
+        variants={"": {}, PROBABILITIES: {}},
     ),
 }
 
@@ -168,6 +170,7 @@ def function_cases(name: str, kind: str) -> Iterator[Case]:
     """The cases of one function of the table."""
     work = WORKLOADS.get(name) or WORKLOADS[kind]
     for variant, arguments in work.variants.items():
+        read_too = variant == PROBABILITIES
         runs = [(s, torch.float32, mode) for s in work.shapes for mode in (FORWARD, BOTH)]
         runs += [(work.narrow, torch.bfloat16, BOTH)]
         for shape, dtype, mode in runs:
@@ -178,10 +181,10 @@ def function_cases(name: str, kind: str) -> Iterator[Case]:
                 shapes=(shape,),
                 dtype=dtype,
                 mode=mode,
-                floor=work.passes[mode] * prod(shape) * dtype.itemsize,
+                floor=(work.passes[mode] + read_too) * prod(shape) * dtype.itemsize,
                 arguments=arguments,
                 variant=variant,
-                probabilities=work.probabilities,
+                probabilities=work.probabilities or read_too,
                 compiled=shape == work.compiled and mode == BOTH and dtype == torch.float32,
             )
 

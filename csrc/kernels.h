@@ -85,14 +85,16 @@ struct SoftmaxRow {
   SoftmaxKernel forward, backward;
 };
 
-// Rows of logits against class indices. Row r = (o, i) of outer x inner has target[r], loss[r], log_sum[r].
+// Rows of logits against class indices, or against a distribution each. Row r = (o, i) of outer x inner has loss[r] and
+// target[r], or probability[.] laid out like x.
 struct CrossEntropyArgs {
   c10::ScalarType dtype;
   int64_t outer, n, inner;
   const void* x;
-  const int64_t* target;
-  const void* weight;  // n reals, or null
-  int64_t ignore_index;
+  const int64_t* target;    // null where `probability` is given
+  const void* probability;  // of dtype, or null
+  const void* weight;       // n reals, or null
+  int64_t ignore_index;     // of `target`
   double label_smoothing;
   void* loss;           // outer * inner reals; 0 where ignored
   void* grad;           // d loss[r] / dx * scale / divisor, of dtype, laid out like x, or null. May be x itself
@@ -104,6 +106,7 @@ using CrossEntropyKernel = Error (*)(const CrossEntropyArgs&);
 struct CrossEntropyRow {
   const char* name;
   CrossEntropyKernel forward;  // loss, and the gradient in the same visit where `grad` is given
+  CrossEntropyKernel forward_probability;  // the same, with `probability` for `target`
   // Writes sum(weight[target[r]]) over the rows not ignored (a count where weight is null) to `divisor_out`, one real.
   // On CPU the target is also checked: returns the first row out of range in *bad_row, else -1; CUDA asserts on device.
   Error (*divisor)(const CrossEntropyArgs&, void* divisor_out, int64_t* bad_row);

@@ -66,6 +66,8 @@ def _fakes() -> None:
         input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False
     ):
         shape = target.shape if reduction == NONE else ()
+        if reduction == NONE and target.is_floating_point():
+            shape = torch.Size(n for d, n in enumerate(shape) if d != min(1, input.dim() - 1))
         return input.new_empty(shape, dtype=real(input, upcast))
 
     fake("cross_entropy")(cross_entropy)

@@ -84,23 +84,33 @@ def _cross_entropy(row: str):
     op = overload(row)
 
     def forward(ctx, x, target, weight, reduction, ignore_index, label_smoothing):
-        # The op keeps what it needs itself: its graph, from a leaf that stands for x, is what is saved.
-        leaf = x.detach().requires_grad_(ctx.needs_input_grad[0])
+        # The op keeps what it needs itself: its graph, from leaves that stand for the inputs, is what is saved.
+        leaves = [
+            t.detach().requires_grad_(need)
+            for t, need in zip((x, target), ctx.needs_input_grad, strict=False)
+        ]
         with torch.enable_grad():
-            loss = op(leaf, target, weight, reduction, ignore_index, label_smoothing)
-        ctx.rest = (target, weight, reduction, ignore_index, label_smoothing)
-        ctx.save_for_backward(x)
-        ctx.graph = (leaf, loss)
+            loss = op(*leaves, weight, reduction, ignore_index, label_smoothing)
+        ctx.rest = (weight, reduction, ignore_index, label_smoothing)
+        ctx.save_for_backward(x, target)
+        ctx.graph = (leaves, loss)
         return loss.detach()
 
     def backward(ctx, grad):
-        x = ctx.saved_tensors[0]
-        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: it has to reach x
-            (dx,) = torch.autograd.grad(op(x, *ctx.rest), x, grad, create_graph=True)
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: it has to reach the inputs
+            loss = op(*inputs, *ctx.rest)
         else:
-            leaf, loss = ctx.graph
-            (dx,) = torch.autograd.grad(loss, leaf, grad, retain_graph=True)
-        return dx, None, None, None, None, None
+            inputs, loss = ctx.graph
+        needed = [k for k in range(2) if ctx.needs_input_grad[k]]
+        found = torch.autograd.grad(
+            loss, [inputs[k] for k in needed], grad, retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+        )  # fmt: skip
+        result = [None] * 6
+        for k, dx in zip(needed, found, strict=True):
+            result[k] = dx
+        return tuple(result)
 
     return forward, backward
 

@@ -727,7 +727,7 @@ def cross_entropy(
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ...), in any dense layout.
         target: class indices (int64 or uint8) of shape (), (N) or (N, d1, ...); or probabilities of input's shape,
-            which are handed to torch.nn.functional.cross_entropy.
+            of which input's dtype and theirs are promoted to one. Gradients flow to them too.
         weight: a factor per class, of shape (C). No gradient flows to it.
         size_average, reduce: deprecated, as in torch.
         ignore_index: rows with this target count for nothing.
@@ -753,11 +753,9 @@ def cross_entropy(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if target.is_floating_point():
-        return F.cross_entropy(
-            input, target, weight=weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+    if target.is_floating_point() and target.dtype != input.dtype:
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(dtype), target.to(dtype)
     return _C.cross_entropy(
         input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
     )

@@ -124,6 +124,10 @@ def targets(*shape: int, classes: int, seed: int = 3) -> Tensor:
     return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def distribution(*shape: int, dim: int = 1) -> Tensor:
+    return randn(*shape, seed=6).softmax(dim)
+
+
 def cross_entropy_cases(op: Op) -> Iterator[Case]:
     ignored = targets(9, classes=13)
     ignored[2::3] = 5
@@ -146,6 +150,19 @@ def cross_entropy_cases(op: Op) -> Iterator[Case]:
         "transposed": (randn(13, 9).t(), targets(9, classes=13), {}),
         "uint8": (randn(9, 13), targets(9, classes=13).to(torch.uint8), {}),
         "large": (randn(9, 13) * 1e4, targets(9, classes=13), {}),
+        "probabilities (C)": (randn(13), distribution(13, dim=0), {}),
+        "probabilities (N,C)": (randn(9, 13), distribution(9, 13), {}),
+        "probabilities, many classes": (randn(3, 5003), distribution(3, 5003), {}),
+        "probabilities (N,C,d)": (randn(4, 13, 37), distribution(4, 13, 37), {}),
+        "probabilities, channels_last": (
+            randn(2, 13, 5, 7).to(memory_format=torch.channels_last),
+            distribution(2, 13, 5, 7),
+            {},
+        ),
+        "probabilities, strided": (randn(9, 39)[:, ::3], distribution(13, 9, dim=0).t(), {}),
+        "probabilities, large": (randn(9, 13) * 1e4, distribution(9, 13), {}),
+        "one hot": (randn(9, 13), torch.eye(13, dtype=torch.float64)[targets(9, classes=13)], {}),
+        "any numbers for probabilities": (randn(9, 13), randn(9, 13, seed=5), {}),
     }
     for name, (x, t, kwargs) in inputs.items():
         for reduction in ("mean", "sum", "none"):

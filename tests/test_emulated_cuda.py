@@ -537,6 +537,46 @@ def test_cross_entropy_stops_at_a_target_out_of_range(row, shape, bad):
             run_cross_entropy(row, given, t, None, 0.0, None, None, divisor_out=out)
 
 
+@every_dtype
+@each_row("cross_entropy")
+@every_shape
+@pytest.mark.parametrize(
+    "smoothing, weighted", [(0.0, False), (0.0, True), (0.2, False), (0.2, True)]
+)
+def test_cross_entropy_against_probabilities(row, dtype, shape, smoothing, weighted):
+    n, scale, function = shape[1], 0.5, reference(row.name)
+    x = random(shape, dtype, 1, 3)
+    target = random(shape, torch.float64, 2).softmax(1).to(dtype)
+    weight = (torch.arange(n) % 5 + 1) / 4 if weighted else None  # exact in every dtype
+
+    def by_torch(kind):
+        vx = x.to(kind, copy=True).requires_grad_()
+        w = None if weight is None else weight.to(kind)
+        loss = function(vx, target.to(kind), w, reduction="none", label_smoothing=smoothing)
+        if shape[0] == 0:
+            return loss.detach(), torch.zeros_like(vx)
+        return loss.detach(), torch.autograd.grad(loss.sum() * scale, vx)[0]
+
+    true = by_torch(torch.float64)
+    torchs = by_torch(torch.float32)[0], by_torch(judged(dtype))[1]
+
+    def run(device):
+        vx, q = device.copy(x), device.copy(target)
+        w = None if weight is None else device.copy(weight.to(real(dtype)))
+        rows = (shape[0], shape[2])
+        loss, alone = device.empty(rows, real(dtype)), device.empty(rows, real(dtype))
+        grad = device.empty(shape, dtype)
+        extents = [I64(extent) for extent in shape]
+        for out, gradient in ((alone, None), (loss, grad), (loss, vx)):
+            call("run_cross_entropy_probability", row.index, DTYPES[dtype], *extents, address(vx), address(q), address(w), F64(smoothing), address(out), address(gradient), F64(scale))  # fmt: skip
+        return loss, grad, alone, vx
+
+    for loss, grad, alone, in_place in everywhere(run):
+        check(loss, torchs[0], true[0], real(dtype))
+        check(grad, torchs[1], true[1], dtype)
+        assert torch.equal(loss, alone) and torch.equal(bits(grad), bits(in_place))
+
+
 # ------------------------------------------------------------------------------------------------ random
 
 

@@ -78,9 +78,18 @@ struct Visit {
   real known[kMaxBlocks];
 };
 
+// Sees every group of a visit: block(base) before those of a block, group(i, count, x), done() after them.
+struct Unseen {
+  template <class real>
+  FASTOPS_FN void block(real) {}
+  template <class Count, class X>
+  FASTOPS_FN void group(int64_t, Count, const X&) {}
+  FASTOPS_FN void done() {}
+};
+
 // Where `exponential` is given, exp(x - known[block]) is left there.
-template <class L, class scalar_t, class real>
-FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Visit<real>& v) {
+template <class L, class scalar_t, class real, class Also = Unseen>
+FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Visit<real>& v, Also&& also = {}) {
   using V = typename L::V;
   v.block = block_of(n);
   v.peak = -std::numeric_limits<real>::infinity();
@@ -92,9 +101,11 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Vis
     v.peak = v.known[b] = peak;
     const V shift(base);
     V sum[2] = {V(real(0)), V(real(0))};
+    also.block(base);
     const auto add = [&](int64_t i, auto count, auto slot) {
       V x[L::count];
       L::load(row + i, count, x);
+      also.group(i, count, x);
       for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - shift);
       if constexpr (!L::reduced) {
         if (exponential) L::store(exponential + i, count, x);
@@ -110,6 +121,7 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Vis
     }
     groups<L::size>(i, end, [&](int64_t at, auto count) { add(at, count, std::integral_constant<int, 0>{}); });
     v.sum += add_lanes(sum[0] + sum[1]);
+    also.done();
   }
 }
 
@@ -469,14 +481,150 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
   }
 }
 
+// The distributions that rows are compared with: w (keep q + soft), for q of scalar_t.
+template <class L, class scalar_t>
+struct Distribution {
+  using real = typename L::real;
+  using V = typename L::V;
+  const scalar_t* q;
+  const real* weight;
+  real keep, soft;
+
+  FASTOPS_FN Distribution(const CrossEntropyArgs& a)
+      : q(static_cast<const scalar_t*>(a.probability)),
+        weight(static_cast<const real*>(a.weight)),
+        keep(static_cast<real>(1 - a.label_smoothing)),
+        soft(static_cast<real>(a.label_smoothing / static_cast<double>(a.n))) {}
+
+  // Elements i and on of a row whose probabilities are at `row`; 0 behind the row's end.
+  template <class N>
+  FASTOPS_FN void load(const scalar_t* row, int64_t i, N count, V (&v)[L::count]) const {
+    L::load(row + i, count, v);
+    for (int k = 0; k < L::count; ++k) {
+      v[k] = v[k] * V(keep) + V(soft);
+      const int64_t from = k * V::size(), left = count - from;
+      if (weight && left > 0) {
+        typename Lanes<real>::V w[1];
+        Lanes<real>::load(weight + i + from, left < V::size() ? left : V::size(), w);
+        v[k] = v[k] * w[0];
+      }
+    }
+    if (count < L::size) L::keep(count, 0, v);
+  }
+};
+
+// Takes a row's Expectation in its visit.
+template <class L, class scalar_t>
+struct Expect {
+  using real = typename L::real;
+  using V = typename L::V;
+  const Distribution<L, scalar_t>& distribution;
+  const scalar_t* q;
+  Expectation<double> row{};
+  Expectation<V> lanes{};
+
+  FASTOPS_FN void block(real base) {
+    row.move(static_cast<double>(base));
+    lanes = {V(real(0)), V(real(0)), V(base)};
+  }
+  template <class Count>
+  FASTOPS_FN void group(int64_t i, Count count, const V (&x)[L::count]) {
+    V w[L::count];
+    distribution.load(q, i, count, w);
+    for (int k = 0; k < L::count; ++k) lanes.add(w[k], x[k]);
+  }
+  FASTOPS_FN void done() {
+    row.mass += add_lanes(lanes.mass);
+    row.depth += add_lanes(lanes.depth);
+  }
+};
+
+template <class L, class scalar_t, class real>
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, scalar_t* grad, scalar_t* buffer, real* loss,
+                                  int64_t n, real scale, const Distribution<L, scalar_t>& distribution) {
+  using V = typename L::V;
+  scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
+  Visit<real> v;
+  Expect<L, scalar_t> expect{distribution, q};
+  visit<L>(x, n, exponential, v, expect);
+  const real log_sum = static_cast<real>(log(v.sum));
+  *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass),
+                                    real(1));
+  if (!grad) return;
+  const V inverse(static_cast<real>(1 / v.sum)), total(static_cast<real>(expect.row.mass) * scale), by(scale);
+  each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
+    V w[L::count];
+    distribution.load(q, i, count, w);
+    for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * inverse, total, w[k] * by);
+    if (buffer && count == L::size) {
+      L::stream(grad + i, e);
+    } else {
+      L::store(grad + i, count, e);
+    }
+  });
+}
+
+template <class L, class scalar_t, class real, class N>
+FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scalar_t* grad, real* loss, int64_t n,
+                                      int64_t inner, N count, real scale,
+                                      const Distribution<L, scalar_t>& distribution) {
+  using V = typename L::V;
+  const V keep(distribution.keep), soft(distribution.soft), by(scale);
+  const auto load = [&](int64_t j, V(&w)[L::count]) {
+    L::load(q + j * inner, count, w);
+    const V class_weight(distribution.weight ? distribution.weight[j] : real(1));
+    for (int k = 0; k < L::count; ++k) w[k] = (w[k] * keep + soft) * class_weight;
+  };
+  LogSumExp<V> row[L::count];
+  Expectation<V> of[L::count];
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count];
+    L::load(x + j * inner, count, u);
+    for (int k = 0; k < L::count; ++k) row[k].peak = max(row[k].peak, u[k]);
+  }
+  for (int k = 0; k < L::count; ++k) of[k].base = LogSumExp<V>::origin(row[k].peak);
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count], w[L::count];
+    L::load(x + j * inner, count, u);
+    load(j, w);
+    for (int k = 0; k < L::count; ++k) {
+      row[k].sum = row[k].sum + exp(u[k] - of[k].base);
+      of[k].add(w[k], u[k]);
+    }
+  }
+  V inverse[L::count];
+  real out[L::size];
+  for (int k = 0; k < L::count; ++k) {
+    CrossEntropy::smooth_loss(log(row[k].sum), of[k].depth, of[k].mass, V(real(1))).store(out + k * V::size());
+    inverse[k] = V(real(1)) / row[k].sum;
+  }
+  for (int64_t i = 0; i < count; ++i) loss[i] = out[i];
+  if (!grad) return;
+  for (int64_t j = 0; j < n; ++j) {
+    V u[L::count], w[L::count];
+    L::load(x + j * inner, count, u);
+    load(j, w);
+    for (int k = 0; k < L::count; ++k)
+      u[k] = CrossEntropy::gradient(exp(u[k] - of[k].base) * inverse[k], of[k].mass * by, w[k] * by);
+    L::store(grad + j * inner, count, u);
+  }
+}
+
 template <class Op>
 struct MakeCrossEntropy {
   static Error forward(const CrossEntropyArgs& a) {
+    return over<false>(a);
+  }
+  static Error forward_probability(const CrossEntropyArgs& a) { return over<true>(a); }
+
+  template <bool probability>
+  static Error over(const CrossEntropyArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
       using L = Lanes<scalar_t>;
       using real = typename L::real;
-      const Target<real> q(a);
+      const Target<real> target(a);
+      const Distribution<L, scalar_t> distribution(a);
       auto* x = static_cast<const scalar_t*>(a.x);
       auto* grad = static_cast<scalar_t*>(a.grad);
       auto* loss = static_cast<real*>(a.loss);
@@ -484,18 +632,31 @@ struct MakeCrossEntropy {
       const bool stream = !L::reduced && grad && inner == 1 && n % L::size == 0 && streams<L>(grad, a.outer * n, x);
       over_rows<L>(
           a.outer, n, inner,
-          [=](int64_t begin, int64_t end) {
+          [=, &target, &distribution](int64_t begin, int64_t end) {
             // The exponentials of a large problem are left in a buffer that stays in the caches, not in the gradient.
             scalar_t* const buffer =
                 stream ? static_cast<scalar_t*>(std::aligned_alloc(64, (n * sizeof(scalar_t) + 63) / 64 * 64)) : nullptr;
-            for (int64_t r = begin; r < end; ++r)
-              cross_entropy_row<L>(x + r * n, grad ? grad + r * n : nullptr, buffer, loss + r, n, q.index[r], q);
+            for (int64_t r = begin; r < end; ++r) {
+              scalar_t* const g = grad ? grad + r * n : nullptr;
+              if constexpr (probability) {
+                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, buffer, loss + r, n, target.scale,
+                                     distribution);
+              } else {
+                cross_entropy_row<L>(x + r * n, g, buffer, loss + r, n, target.index[r], target);
+              }
+            }
             if (buffer) fence();
             std::free(buffer);
           },
-          [=](int64_t o, int64_t i, auto count) {
+          [=, &target, &distribution](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i, r = o * inner + i;
-            cross_entropy_columns<L>(x + at, grad ? grad + at : nullptr, loss + r, q.index + r, n, inner, count, q);
+            scalar_t* const g = grad ? grad + at : nullptr;
+            if constexpr (probability) {
+              cross_entropy_columns<L>(x + at, distribution.q + at, g, loss + r, n, inner, count, target.scale,
+                                       distribution);
+            } else {
+              cross_entropy_columns<L>(x + at, g, loss + r, target.index + r, n, inner, count, target);
+            }
           });
       return nullptr;
     });
@@ -524,7 +685,7 @@ struct MakeCrossEntropy {
     }
     return nullptr;
   }
-  static constexpr CrossEntropyRow row{Op::name, &forward, &divisor};
+  static constexpr CrossEntropyRow row{Op::name, &forward, &forward_probability, &divisor};
 };
 
 using SoftmaxTable = Table<SoftmaxRow, MakeSoftmax, Softmaxes>;

@@ -117,17 +117,17 @@ struct Walk {
 };
 
 // The maximum of the row and the sum of exp(x - maximum). Each thread keeps its own maximum, and threads are joined
-// once at the end: joining pack by pack costs twice the instructions. also(i, x, base) sees every pack with the base
+// once at the end: joining pack by pack costs twice the instructions. also(i, values, base) sees every pack with the base
 // that the thread's exponentials have at that time. Where the row is held and `leave` is set, x becomes exp(x -
 // maximum).
-template <bool leave, int threads, class scalar_t, bool held, class Also>
-__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(Walk<scalar_t, threads, held, 1>& walk,
+template <bool leave, int threads, class scalar_t, bool held, int inputs, class Also>
+__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(Walk<scalar_t, threads, held, inputs>& walk,
                                                               const Team<threads>& team, Also also) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
   LogSumExp<real> mine;
   const auto add = [&](auto i, auto& v, real base) {
-    also(i, v[0], base);
+    also(i, v, base);
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       const real e = exp(v[0][k] - base);
@@ -347,10 +347,15 @@ struct Targets {
   real scale;            // of the gradient
   const real* divisor;
   real* loss;
+  const scalar_t* probability;
 
   __device__ __forceinline__ real weight_of(int64_t j) const { return weight ? load(weight + j) : real(1); }
   __device__ __forceinline__ real hard(int64_t t) const { return (real(1) - smoothing) * weight_of(t); }
   __device__ __forceinline__ real gradient_scale() const { return divisor ? scale / load(divisor) : scale; }
+  // What the distribution with q at class j has there.
+  __device__ __forceinline__ real mix(real q, int64_t j) const {
+    return (q * (real(1) - smoothing) + soft) * weight_of(j);
+  }
   // The target of row r, which is ignore_index or a class.
   __device__ __forceinline__ int64_t operator[](int64_t r) const {
     const int64_t t = load(index + r);
@@ -359,29 +364,16 @@ struct Targets {
   }
 };
 
-// What label smoothing needs of a row: sum(w) and sum(w (base - x)), the base being moved as the maximum is.
-template <class real>
-struct Smooth {
-  real mass = 0, depth = 0, base = 0;
-  __device__ __forceinline__ void move(real to) {
-    depth += mass * (to - base);
-    base = to;
-  }
-  __device__ __forceinline__ void add(real w, real x) {
-    mass += w;
-    depth += w * (base - x);
-  }
-  template <class Everyone>
-  __device__ __forceinline__ void join(const Everyone& everyone, real to) {
-    move(to);
-    mass = everyone.sum(mass);
-    depth = everyone.sum(depth);
-  }
-};
+template <class real, class Everyone>
+__device__ __forceinline__ void join(Expectation<real>& of, const Everyone& everyone, real base) {
+  of.move(base);
+  of.mass = everyone.sum(of.mass);
+  of.depth = everyone.sum(of.depth);
+}
 
 template <class Op, class real>
 __device__ __forceinline__ real loss_of(LogSumExp<real> total, real x_target, real hard, real soft,
-                                        const Smooth<real>& smooth) {
+                                        const Expectation<real>& smooth) {
   const real log_sum = log(total.sum), loss = Op::loss(log_sum, total.peak, x_target, hard);
   return soft == real(0) ? loss : loss + Op::smooth_loss(log_sum, smooth.depth, smooth.mass, soft);
 }
@@ -409,16 +401,16 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
     const real lowest = c<real>(-std::numeric_limits<double>::infinity());
     const real hard = targets.hard(t), x_target = static_cast<real>(load(x + r * n + t));
     Walk<scalar_t, threads, held, 1> walk(n, x + r * n, nullptr, true, lowest, team.rank);
-    Smooth<real> smooth;
+    Expectation<real> smooth;
     const LogSumExp<real> total = visit<true>(walk, team, [&](auto i, auto& v, real base) {
       if (!smoothing) return;
       smooth.move(base);
 #pragma unroll
       for (int k = 0; k < size; ++k)
-        if (walk.row.has(i + k)) smooth.add(targets.weight_of(i + k), v[k]);
+        if (walk.row.has(i + k)) smooth.add(targets.weight_of(i + k), v[0][k]);
     });
     const real base = LogSumExp<real>::origin(total.peak);
-    if (smoothing) smooth.join(team, base);
+    if (smoothing) join(smooth, team, base);
     if (team.rank == 0) store(targets.loss + r, loss_of<Op>(total, x_target, hard, targets.soft, smooth));
     if (!grad) return;
 
@@ -449,14 +441,14 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     const bool live = exists && t != targets.ignore_index;
     const real hard = live ? targets.hard(t) : real(0);
     const real x_target = live ? static_cast<real>(load(x + offset + t * tiles.inner)) : real(0);
-    Smooth<real> smooth;
+    Expectation<real> smooth;
     const LogSumExp<real> total = visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
       if (!smoothing) return;
       smooth.move(base);
       smooth.add(targets.weight_of(j), u);
     });
     const real base = LogSumExp<real>::origin(total.peak);
-    if (smoothing) smooth.join(tiles, base);
+    if (smoothing) join(smooth, tiles, base);
     if (exists && tiles.first() == 0)
       store(targets.loss + r, live ? loss_of<Op>(total, x_target, hard, targets.soft, smooth) : real(0));
     if (!grad) return;
@@ -471,6 +463,75 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
         if (j == t) dx -= hard * scale;
       }
       store(grad + at, static_cast<scalar_t>(dx));
+    }
+  });
+}
+
+// As cross_entropy_kernel, with a distribution per row. grad may be x.
+template <class Op, class scalar_t, int threads, bool held>
+__global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
+    probability_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide_q, bool wide_grad,
+                       Targets<scalar_t> targets) {
+  using real = real_of<scalar_t>;
+  const Team<threads> team;
+  each_row<threads>(rows, [&](int64_t r) {
+    const real lowest = c<real>(-std::numeric_limits<double>::infinity());
+    Walk<scalar_t, threads, held, 2> walk(n, x + r * n, targets.probability + r * n, wide_q, lowest, team.rank);
+    Expectation<real> of;
+    const LogSumExp<real> total = visit<true>(walk, team, [&](auto i, auto& v, real base) {
+      of.move(base);
+#pragma unroll
+      for (int k = 0; k < walk.size; ++k) {
+        if (!walk.row.has(i + k)) continue;
+        if constexpr (held) {
+          v[1][k] = targets.mix(v[1][k], i + k);
+          of.add(v[1][k], v[0][k]);
+        } else {
+          of.add(targets.mix(v[1][k], i + k), v[0][k]);
+        }
+      }
+    });
+    const real base = LogSumExp<real>::origin(total.peak);
+    join(of, team, base);
+    if (team.rank == 0) store(targets.loss + r, Op::smooth_loss(log(total.sum), of.depth, of.mass, real(1)));
+    if (!grad) return;
+
+    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum, all = of.mass * scale;
+    walk.each([&](auto i, auto& v) {
+#pragma unroll
+      for (int k = 0; k < walk.size; ++k) {
+        const real e = held ? v[0][k] : exp(v[0][k] - base);
+        const real w = held || !walk.row.has(i + k) ? v[1][k] : targets.mix(v[1][k], i + k);
+        v[0][k] = Op::gradient(e * inverse, all, w * scale);
+      }
+      walk.row.put(grad + r * n, wide_grad, i, v[0]);
+    });
+  });
+}
+
+template <class Op, class scalar_t>
+__global__ void __launch_bounds__(kColumnBlock, kResident)
+    probability_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad, Targets<scalar_t> targets) {
+  using real = real_of<scalar_t>;
+  tiles.each([&](int64_t r, int64_t offset, bool live) {
+    const auto mixed = [&](int64_t j) {
+      return targets.mix(static_cast<real>(load(targets.probability + offset + j * tiles.inner)), j);
+    };
+    Expectation<real> of;
+    const LogSumExp<real> total = visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
+      of.move(base);
+      of.add(mixed(j), u);
+    });
+    const real base = LogSumExp<real>::origin(total.peak);
+    join(of, tiles, base);
+    if (live && tiles.first() == 0)
+      store(targets.loss + r, Op::smooth_loss(log(total.sum), of.depth, of.mass, real(1)));
+    if (!grad) return;
+    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
+    for (int64_t j = tiles.first(); live && j < tiles.n; j += tiles.slices()) {
+      const int64_t at = offset + j * tiles.inner;
+      const real e = exp(static_cast<real>(load(x + at)) - base);
+      store(grad + at, static_cast<scalar_t>(Op::gradient(e * inverse, of.mass * scale, mixed(j) * scale)));
     }
   });
 }
@@ -560,6 +621,7 @@ Targets<scalar_t> targets_of(const CrossEntropyArgs& a) {
   t.scale = static_cast<real>(a.scale);
   t.divisor = static_cast<const real*>(a.divisor);
   t.loss = static_cast<real*>(a.loss);
+  t.probability = static_cast<const scalar_t*>(a.probability);
   return t;
 }
 
@@ -581,6 +643,24 @@ Error cross_entropy(const CrossEntropyArgs& a) {
   });
 }
 
+template <class Op>
+Error cross_entropy_probability(const CrossEntropyArgs& a) {
+  if (a.outer * a.inner == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    auto* x = static_cast<const scalar_t*>(a.x);
+    auto* grad = static_cast<scalar_t*>(a.grad);
+    const Targets<scalar_t> targets = targets_of<scalar_t>(a);
+    if (a.inner > 1)
+      return launch_columns(probability_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
+                            targets);
+    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+      return launch_rows<threads>(probability_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
+                                  together(x, targets.probability), together<scalar_t>(x, grad), targets);
+    });
+  });
+}
+
 Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
   *bad_row = -1;  // a target out of range stops the kernel
   return dispatch(a.dtype, [&](auto zero) -> Error {
@@ -598,7 +678,7 @@ struct MakeSoftmax {
 };
 template <class Op>
 struct MakeCrossEntropy {
-  static constexpr CrossEntropyRow row{Op::name, &cross_entropy<Op>, &divisor};
+  static constexpr CrossEntropyRow row{Op::name, &cross_entropy<Op>, &cross_entropy_probability<Op>, &divisor};
 };
 using SoftmaxTable = Table<SoftmaxRow, MakeSoftmax, Softmaxes>;
 using CrossEntropyTable = Table<CrossEntropyRow, MakeCrossEntropy, CrossEntropies>;

@@ -91,6 +91,21 @@ struct CrossEntropy {
     return p * total - soft_weight;
   }
 };
+// What a row's loss needs of its target distribution w[j] q[j], whatever that is: mass = sum(w q) and
+// depth = sum(w q (base - x)), where the base is moved as the running maximum is.
+template <class T>
+struct Expectation {
+  T mass = c<T>(0), depth = c<T>(0), base = c<T>(0);
+  FASTOPS_FN void move(T to) {
+    depth = depth + mass * (to - base);
+    base = to;
+  }
+  FASTOPS_FN void add(T q, T x) {
+    mass = mass + q;
+    depth = depth + q * (base - x);
+  }
+};
+
 using CrossEntropies = List<CrossEntropy>;
 
 }  // namespace fastops

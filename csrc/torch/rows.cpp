@@ -14,6 +14,7 @@
 #include <ATen/ops/eq.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -200,8 +201,11 @@ struct Problem {
   std::vector<int64_t> result_sizes;
 };
 
+// Whether targets are probabilities, one per class, rather than class indices.
+bool is_distribution(const Tensor& target) { return at::isFloatingType(target.scalar_type()); }
+
 Problem problem(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
-                double label_smoothing) {
+                int64_t ignore_index, double label_smoothing) {
   check_reduction("cross_entropy", reduction);
   check_dtype("cross_entropy", input);
   TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
@@ -211,13 +215,22 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
   const int64_t dim = input.dim() == 1 ? 0 : 1, n = input.size(dim);
   auto expected = input.sizes().vec();
   expected.erase(expected.begin() + dim);
-  if (input.dim() > 1 && target.dim() >= 1)
-    TORCH_CHECK_VALUE(input.size(0) == target.size(0), "Expected input batch_size (", input.size(0),
-                      ") to match target batch_size (", target.size(0), ").");
-  TORCH_CHECK(target.sizes() == c10::IntArrayRef(expected), "cross_entropy: expected a target of size ",
-              c10::IntArrayRef(expected), " for logits of size ", input.sizes(), ", got ", target.sizes());
-  TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
-              "cross_entropy: expected class indices of dtype int64 or uint8, got ", c10::toString(target.scalar_type()));
+  if (is_distribution(target)) {
+    TORCH_CHECK(target.sizes() == input.sizes(), "cross_entropy: expected class probabilities of size ", input.sizes(),
+                " like the logits, got ", target.sizes(), "; class indices are int64");
+    TORCH_CHECK(target.scalar_type() == input.scalar_type(), "cross_entropy: expected class probabilities of the logits' dtype ",
+                c10::toString(input.scalar_type()), ", got ", c10::toString(target.scalar_type()));
+    TORCH_CHECK(ignore_index < 0, "ignore_index is not supported for floating point target");
+  } else {
+    if (input.dim() > 1 && target.dim() >= 1)
+      TORCH_CHECK_VALUE(input.size(0) == target.size(0), "Expected input batch_size (", input.size(0),
+                        ") to match target batch_size (", target.size(0), ").");
+    TORCH_CHECK(target.sizes() == c10::IntArrayRef(expected), "cross_entropy: expected a target of size ",
+                c10::IntArrayRef(expected), " for logits of size ", input.sizes(), ", got ", target.sizes());
+    TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
+                "cross_entropy: expected class indices of dtype int64 or uint8, got ",
+                c10::toString(target.scalar_type()));
+  }
   TORCH_CHECK(target.device() == input.device(), "cross_entropy: expected logits and target on one device, got ",
               input.device(), " and ", target.device());
   Problem p;
@@ -242,7 +255,7 @@ struct Computed {
 Computed compute(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
                  int64_t ignore_index, double label_smoothing, bool upcast, bool with_grad) {
   const int64_t dim = input.dim() <= 1 ? 0 : 1;
-  Problem p = problem(input, target, weight, reduction, label_smoothing);
+  Problem p = problem(input, target, weight, reduction, ignore_index, label_smoothing);
   const auto options = p.x.options().dtype(real_of(p.x.scalar_type()));
   const auto dtype = upcast ? options.dtype().toScalarType() : p.x.scalar_type();
   const c10::DeviceGuard guard(p.x.device());
@@ -264,9 +277,15 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   auto strides = like.strides().vec();
   for (auto& s : strides)
     if (s >= p.rows.n * p.rows.inner) s /= p.rows.n;
-  Tensor index = target.to(at::kLong);
-  if (index.strides() != c10::IntArrayRef(strides))
-    index = at::empty_strided(like.sizes(), strides, index.options()).copy_(index);
+  const bool distribution = is_distribution(target);
+  Tensor index;
+  if (distribution) {
+    index = matching(target, p.x);
+  } else {
+    index = target.to(at::kLong);
+    if (index.strides() != c10::IntArrayRef(strides))
+      index = at::empty_strided(like.sizes(), strides, index.options()).copy_(index);
+  }
   const Tensor losses = at::empty({p.rows.outer * p.rows.inner}, options);
 
   CrossEntropyArgs a{};
@@ -275,7 +294,11 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   a.n = p.rows.n;
   a.inner = p.rows.inner;
   a.x = p.x.const_data_ptr();
-  a.target = index.const_data_ptr<int64_t>();
+  if (distribution) {
+    a.probability = index.const_data_ptr();
+  } else {
+    a.target = index.const_data_ptr<int64_t>();
+  }
   a.weight = p.weight.defined() ? p.weight.const_data_ptr() : nullptr;
   a.ignore_index = ignore_index;
   a.label_smoothing = label_smoothing;
@@ -283,24 +306,34 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   a.scale = 1;
   a.stream = stream_of(p.x);
 
-  const Tensor divisor = at::empty({}, options);
-  int64_t bad_row = -1;
-  check("cross_entropy", row.divisor(a, divisor.mutable_data_ptr(), &bad_row));
-  if (bad_row >= 0) {
-    const Tensor flat = index.as_strided({losses.numel()}, {1});
-    TORCH_CHECK_INDEX(false, "cross_entropy: target ", flat[bad_row].item<int64_t>(), " at row ", bad_row,
-                      " is out of range for ", a.n, " classes (ignore_index=", ignore_index, ")");
+  const bool mean = reduction == at::Reduction::Mean;
+  Tensor divisor;
+  double scale = 1;
+  if (distribution) {
+    if (mean) scale = 1 / static_cast<double>(losses.numel());
+  } else {
+    divisor = at::empty({}, options);
+    int64_t bad_row = -1;
+    check("cross_entropy", row.divisor(a, divisor.mutable_data_ptr(), &bad_row));
+    if (bad_row >= 0) {
+      const Tensor flat = index.as_strided({losses.numel()}, {1});
+      TORCH_CHECK_INDEX(false, "cross_entropy: target ", flat[bad_row].item<int64_t>(), " at row ", bad_row,
+                        " is out of range for ", a.n, " classes (ignore_index=", ignore_index, ")");
+    }
   }
   if (with_grad) {
     a.grad = result.grad.mutable_data_ptr();
     // float16 cannot hold gradients divided by a large batch: they are left as they are, see scale_of_saved().
-    if (reduction == at::Reduction::Mean && p.x.scalar_type() != at::kHalf) a.divisor = divisor.const_data_ptr();
+    if (mean && p.x.scalar_type() != at::kHalf) {
+      a.divisor = divisor.defined() ? divisor.const_data_ptr() : nullptr;
+      a.scale = scale;
+    }
   }
-  check("cross_entropy", row.forward(a));
+  check("cross_entropy", (distribution ? row.forward_probability : row.forward)(a));
   if (reduction == at::Reduction::None) {
     result.loss = losses.as_strided(p.result_sizes, strides).contiguous().to(dtype);
   } else {
-    result.loss = sum_of(losses, 1.0, reduction == at::Reduction::Mean ? divisor : Tensor()).to(dtype);
+    result.loss = sum_of(losses, scale, mean ? divisor : Tensor()).to(dtype);
   }
   return result;
 }
@@ -335,13 +368,18 @@ Tensor divisor_of(const Tensor& target, const Tensor& weight, const Attributes& 
   return (w * live.reshape(-1).to(options.dtype())).sum();
 }
 
+int64_t class_dim(const Tensor& grad) { return grad.dim() == 1 ? 0 : 1; }
+
+// 1 / number of rows, as the mean over distributions has it.
+double per_row(const Tensor& target) { return static_cast<double>(target.size(class_dim(target))) / target.numel(); }
+
 // What the saved gradient has still to be multiplied with; undefined for 1.
 Tensor scale_of_saved(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a) {
   if (a.reduction != at::Reduction::Mean || grad.scalar_type() != at::kHalf) return Tensor();
-  return divisor_of(target, weight, a, grad.options().dtype(at::kFloat)).reciprocal();
+  const auto options = grad.options().dtype(at::kFloat);
+  if (is_distribution(target)) return at::scalar_tensor(per_row(target), options);
+  return divisor_of(target, weight, a, options).reciprocal();
 }
-
-int64_t class_dim(const Tensor& grad) { return grad.dim() == 1 ? 0 : 1; }
 
 // saved gradient x upstream gradient of the loss
 Tensor scaled(const Tensor& grad, const Tensor& dloss, const Tensor& scale, const Attributes& a) {
@@ -350,26 +388,64 @@ Tensor scaled(const Tensor& grad, const Tensor& dloss, const Tensor& scale, cons
   return at::mul(grad, shaped).to(grad.scalar_type());
 }
 
+// The weights of the classes, or 1, in the shape that multiplies logits.
+Tensor class_weights(const Tensor& grad, const Tensor& weight, at::TensorOptions options) {
+  std::vector<int64_t> shape(grad.dim(), 1);
+  shape[class_dim(grad)] = grad.size(class_dim(grad));
+  return (weight.defined() ? weight.to(options.dtype()) : at::ones({grad.size(class_dim(grad))}, options))
+      .reshape(shape);
+}
+
+// What each row's distribution is multiplied with in G, the saved gradient: per row or 0-d, or undefined for 1.
+Tensor scale_in_saved(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
+                      at::TensorOptions options) {
+  if (a.reduction != at::Reduction::Mean || grad.scalar_type() == at::kHalf) return Tensor();
+  if (is_distribution(target)) return at::scalar_tensor(per_row(target), options);
+  return divisor_of(target, weight, a, options).reciprocal();
+}
+
 // The derivative of the gradient G, applied to v. With q the target distribution times the row's scale s, G = p S - q
 // where S = sum(q), so p = (G + q) / S, and d G / dx v = S p (v - sum(p v)).
 Tensor hessian_product(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
                        const Tensor& v) {
   const int64_t dim = class_dim(grad), n = grad.size(dim);
   const auto options = grad.options().dtype(real_of(grad.scalar_type()));
-  std::vector<int64_t> class_shape(grad.dim(), 1);
-  class_shape[dim] = n;
-  const Tensor classes = at::arange(n, target.options().dtype(at::kLong)).reshape(class_shape);
-  const Tensor w = (weight.defined() ? weight.to(options.dtype()) : at::ones({n}, options)).reshape(class_shape);
-  const Tensor live = live_rows(target, a.ignore_index).unsqueeze(dim).to(options.dtype());
-  const Tensor one_hot = classes.eq(target.unsqueeze(dim)).to(options.dtype());
-  Tensor q = (one_hot * w * (1 - a.label_smoothing) + w * (a.label_smoothing / static_cast<double>(n))) * live;
-  if (a.reduction == at::Reduction::Mean && grad.scalar_type() != at::kHalf)
-    q = q / divisor_of(target, weight, a, options);
+  const Tensor w = class_weights(grad, weight, options);
+  Tensor q;
+  if (is_distribution(target)) {
+    q = (target.to(options.dtype()) * (1 - a.label_smoothing) + a.label_smoothing / static_cast<double>(n)) * w;
+  } else {
+    const Tensor classes = at::arange(n, target.options().dtype(at::kLong)).reshape(w.sizes());
+    const Tensor live = live_rows(target, a.ignore_index).unsqueeze(dim).to(options.dtype());
+    const Tensor one_hot = classes.eq(target.unsqueeze(dim)).to(options.dtype());
+    q = (one_hot * w * (1 - a.label_smoothing) + w * (a.label_smoothing / static_cast<double>(n))) * live;
+  }
+  if (const Tensor scale = scale_in_saved(grad, target, weight, a, options); scale.defined()) q = q * scale;
   const Tensor mass = q.sum(dim, true), some = mass.ne(0);
   const Tensor p = at::where(some, (grad.to(options.dtype()) + q) / at::where(some, mass, 1), 0);
   const Tensor u = v.to(options.dtype());
   return (mass * p * (u - (p * u).sum(dim, true))).to(grad.scalar_type());
 }
+
+// Of a loss against distributions q, the derivatives to q: with k = (1 - label_smoothing) w, those of the loss are
+// -k log p, and those of G are s k[j] (p[i] - [i == j]).
+struct ToTarget {
+  Tensor k, log_p, scale;  // scale: s, undefined for 1
+  int64_t dim;
+
+  ToTarget(const Tensor& logits, const Tensor& target, const Tensor& weight, const Attributes& a)
+      : dim(class_dim(logits)) {
+    static const auto log_softmax = find_op<Tensor(const Tensor&, int64_t)>("log_softmax");
+    const auto options = logits.options().dtype(real_of(logits.scalar_type()));
+    k = class_weights(logits, weight, options) * (1 - a.label_smoothing);
+    log_p = log_softmax.call(logits.to(options.dtype()), dim);
+    scale = scale_in_saved(logits, target, weight, a, options);
+  }
+  Tensor scaled(const Tensor& t) const { return scale.defined() ? t * scale : t; }
+  Tensor of_loss() const { return -(k * log_p); }
+  Tensor vjp_of_gradient(const Tensor& u) const { return scaled(k * ((log_p.exp() * u).sum(dim, true) - u)); }
+  Tensor jvp_of_gradient(const Tensor& t) const { return scaled(log_p.exp() * (k * t).sum(dim, true) - k * t); }
+};
 
 Attributes attributes_of(const std::vector<c10::IValue>& v) {
   return {v[0].toInt(), v[1].toInt(), v[2].toDouble(), v[3].toBool()};
@@ -381,6 +457,21 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
   variable_list result(3);
   if (c.needed.size() > 2 && c.needed[2])
     TORCH_CHECK_NOT_IMPLEMENTED(false, "cross_entropy: the gradient to weight is not implemented; detach it");
+  if (c.needed.size() > 1 && c.needed[1]) {
+    const ToTarget to(c.saved[3], target, weight, a);
+    Tensor dq;
+    if (dloss.defined()) {
+      Tensor factor = dloss.to(to.log_p.scalar_type());
+      if (a.reduction == at::Reduction::None) factor = factor.unsqueeze(to.dim);
+      if (a.reduction == at::Reduction::Mean) factor = factor * per_row(target);
+      dq = to.of_loss() * factor;
+    }
+    if (grads.size() > 1 && grads[1].defined()) {
+      const Tensor h = to.vjp_of_gradient(grads[1].to(to.log_p.scalar_type()));
+      dq = dq.defined() ? at::add(dq, h) : h;
+    }
+    if (dq.defined()) result[1] = dq.to(target.scalar_type());
+  }
   if (!c.needed[0]) return result;
   Tensor dx;
   if (dloss.defined()) {
@@ -425,11 +516,23 @@ std::tuple<Tensor, Tensor> forward_and_record(DispatchKeySet ks, const Tensor& i
     dloss = total.to(loss.scalar_type());
     dgrad = hessian_product(grad, pt, pw, a, t);
   }
+  if (is_dual(target)) {
+    const ToTarget to(primal(input), primal(target), w.defined() ? primal(w) : w, a);
+    const Tensor t = tangent(target).to(to.log_p.scalar_type());
+    const Tensor rows = (to.of_loss() * t).sum(to.dim);
+    const Tensor total = reduction == at::Reduction::None   ? rows
+                         : reduction == at::Reduction::Mean ? rows.sum() * per_row(target)
+                                                            : rows.sum();
+    const Tensor part = total.to(loss.scalar_type()), of_grad = to.jvp_of_gradient(t).to(grad.scalar_type());
+    dloss = dloss.defined() ? at::add(dloss, part) : part;
+    dgrad = dgrad.defined() ? at::add(dgrad, of_grad) : of_grad;
+  }
   set_tangent(loss, dloss);
   set_tangent(grad, dgrad);
-  if (requires_grad(input) || (w.defined() && requires_grad(w)))
+  if (requires_grad(input, target) || (w.defined() && requires_grad(w)))
     record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
-           {{grad, true}, {target}, {w}}, {reduction, ignore_index, label_smoothing, exclusive});
+           {{grad, true}, {target}, {w}, {requires_grad(target) ? input : Tensor()}},
+           {reduction, ignore_index, label_smoothing, exclusive});
   return {loss, grad};
 }
 
@@ -442,7 +545,7 @@ std::tuple<Tensor, Tensor> forward_autograd(DispatchKeySet ks, const Tensor& inp
 Tensor whole_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                       int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast) {
   const Tensor w = weight.value_or(Tensor());
-  if (requires_grad(input) || is_dual(input) || (w.defined() && requires_grad(w)))
+  if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w)))
     return std::get<0>(
         forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, true));
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -455,6 +558,9 @@ template <DispatchKey key>
 Tensor whole_autocast(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                       int64_t reduction, int64_t ignore_index, double label_smoothing, bool) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
+  if (is_distribution(target) && target.scalar_type() != input.scalar_type())
+    return whole_op().call(input.to(at::kFloat), target.to(at::kFloat), weight, reduction, ignore_index,
+                           label_smoothing, true);
   return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true);
 }
 

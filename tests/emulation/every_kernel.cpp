@@ -121,6 +121,10 @@ void rows(const Dtype& d, int64_t outer, int64_t n, int64_t inner, Buffers b) {
     expect(row.name, "loss and gradient", row.forward(a));
     a.grad = const_cast<void*>(a.x);
     expect(row.name, "gradient in place", row.forward(a));
+    a.target = nullptr;
+    a.divisor = nullptr;
+    a.probability = b.values(count, d.type);
+    expect(row.name, "against probabilities", row.forward_probability(a));
   }
 }
 

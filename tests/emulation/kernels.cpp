@@ -170,6 +170,24 @@ const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n,
   return row.forward(a);
 }
 
+const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner,
+                                          const void* x, const void* probability, const void* weight,
+                                          double label_smoothing, void* loss, void* grad, double scale) {
+  CrossEntropyArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.outer = outer;
+  a.n = n;
+  a.inner = inner;
+  a.x = x;
+  a.probability = probability;
+  a.weight = weight;
+  a.label_smoothing = label_smoothing;
+  a.loss = loss;
+  a.grad = grad;
+  a.scale = scale;
+  return tables().cross_entropy.data[index].forward_probability(a);
+}
+
 const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in, const int64_t* seed,
                        uint32_t threshold, double scale, int dims, const int64_t* size, const int64_t* logical_stride) {
   RandomArgs a{};
