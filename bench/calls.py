@@ -66,7 +66,13 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
             inputs[name] = target.to(device)
         elif name in ("input", "target"):
             values = normal(shape, case, generator, device)
-            inputs[name] = values.sigmoid() if case.probabilities and case.kind == "reduce" else values
+            inputs[name] = (
+                values.sigmoid() if case.probabilities and case.kind == "reduce" else values
+            )
+        elif name in ("other", "residual"):
+            inputs[name] = normal(shape, case, generator, device)
+        elif name == "bias":
+            inputs[name] = normal(shape[-1:], case, generator, device)
         else:
             raise TypeError(f"bench/calls.py cannot make an argument {name!r}")
     return inputs

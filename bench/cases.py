@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
-PROBABILITIES = "probabilities"  # the variant of a loss whose target is a distribution, which is read as well
+PROBABILITIES = (
+    "probabilities"  # the variant of a loss whose target is a distribution, which is read as well
+)
 Shape = tuple[int, ...]
 
 
@@ -85,6 +87,13 @@ WORKLOADS: dict[str, Workload] = {
         compiled=(4096, 4096),
         variants={"": {"dim": -1}},
     ),
+    # Two inputs of one size.
+    "fused": Workload(
+        shapes=((128, 1024), (4096, 1024), (4096, 4096)),
+        passes={FORWARD: 3, BOTH: 6},
+        narrow=(4096, 1024),
+        compiled=(4096, 1024),
+    ),
     # The mask is made again, not read: backward is two passes.
     "random": Workload(
         shapes=((128, 1024), (4096, 1024), (4096, 4096)),
@@ -101,6 +110,13 @@ WORKLOADS |= {
         compiled=(MI,),
         variants={"": {}, "tanh": {"approximate": "tanh"}},
     ),
+    "bias_gelu": replace(
+        WORKLOADS["fused"],
+        passes={FORWARD: 2, BOTH: 5},
+        variants={"": {}, "tanh": {"approximate": "tanh"}},
+    ),
+    "relu_dropout": replace(WORKLOADS["random"], passes={FORWARD: 2, BOTH: 5}),
+    "bias_dropout_add": replace(WORKLOADS["random"], passes={FORWARD: 3, BOTH: 5}),
     "binary_cross_entropy": replace(WORKLOADS["reduce"], probabilities=True),
     "cross_entropy": Workload(
         shapes=((128, 1000), (4096, 1000), (512, 32000), (256, 128256)),

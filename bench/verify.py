@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastops._op import OPS
 
@@ -74,31 +75,44 @@ def verify_function(case: Case, device: str) -> None:
         compare(f"gradient of {name}", dx[name], dx_native[name], dx_exact[name])
 
 
+class Masked(TorchFunctionMode):
+    """Makes torch's dropout keep what `keep` says."""
+
+    def __init__(self, keep: Tensor):
+        super().__init__()
+        self.keep = keep
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.dropout:
+            x, p = args[0], kwargs["p"] if "p" in (kwargs or {}) else args[1]
+            return x * self.keep.to(x.dtype) / (1 - p)
+        return function(*args, **(kwargs or {}))
+
+
 def verify_random(case: Case, device: str) -> None:
-    """Dropout's share of kept elements, their scale, a new mask at each call, and the same mask in backward."""
-    function = OPS[case.op].function
-    p = case.arguments["p"]
+    """Dropout's share of kept elements and a new mask at each call; values and gradients against the reference under the
+    mask that the same seed gives to dropout alone."""
+    function, p = OPS[case.op].function, case.arguments["p"]
     inputs = make_inputs(case, device)
-    x = inputs["input"]
-    x[x == 0] = 1  # or a zero of the input would pass for a dropped element
     dy = make_upstream(case, inputs, device)
     with torch.random.fork_rng(enabled=True):
         torch.manual_seed(0)
         y, dx = compute(function, case, inputs, dy)
         again, _ = compute(function, case, inputs, dy)
-    kept = y != 0
-    share, n = kept.double().mean().item(), kept.numel()
+        torch.manual_seed(0)
+        keep = OPS["dropout"].function(torch.ones_like(inputs["input"]), p) != 0
+    share, n = keep.double().mean().item(), keep.numel()
     if not abs(share - (1 - p)) <= 5 * (p * (1 - p) / n) ** 0.5:
         raise Wrong(f"keeps {share:.4f} of the elements, not {1 - p:.4f}")
-    if torch.equal(kept, again != 0):
+    if torch.equal(y, again):
         raise Wrong("two calls drew the same mask")
-
-    def masked(t: Tensor) -> Tensor:
-        return t * kept / (1 - p)
-
-    compare("value", y, masked(x), masked(x.double()))
-    for name, ours in dx.items():
-        compare(f"gradient of {name}", ours, masked(dy), masked(dy.double()))
+    wide = {name: x.double() for name, x in inputs.items()}
+    with Masked(keep):
+        y_native, dx_native = compute(OPS[case.op].reference, case, inputs, dy)
+        y_exact, dx_exact = compute(OPS[case.op].reference, case, wide, dy.double())
+    compare("value", y, y_native, y_exact)
+    for name in dx_exact:
+        compare(f"gradient of {name}", dx[name], dx_native[name], dx_exact[name])
 
 
 def verify_optimizer(case: Case, device: str) -> None:

@@ -1,4 +1,4 @@
-// The seam. Above it: torch, schemas, shapes, gradients. Below it: loops over raw memory. A back end is five constant
+// The seam. Above it: torch, schemas, shapes, gradients. Below it: loops over raw memory. A back end is a few constant
 // tables of rows, one per kind; nothing above the seam knows a formula, nothing below it knows a tensor.
 #pragma once
 #include <c10/core/ScalarType.h>
@@ -39,6 +39,25 @@ struct MapRow {
   MapKernel forward;   // (x) -> y
   MapKernel backward;  // (s, dy) -> dx = dy f'
   MapKernel second;    // (s, dy, ddx) -> ddx d(backward)/ds
+};
+
+// ------------------------------------------------------------------------------------------------ fused
+// out[i] = f(in[0][i], in[1][i % period]), and backward with in[2][i] for the upstream gradient. `broadcast` rows have
+// periods of less than n. out may be in[0].
+struct FusedArgs {
+  c10::ScalarType dtype;
+  int64_t n, period;
+  void* out;
+  const void* in[3];
+  void* stream;
+};
+using FusedKernel = Error (*)(const FusedArgs&);
+struct FusedRow {
+  const char* name;        // "bias_gelu"
+  const char* activation;  // the map row that it is, of the sum of its inputs
+  bool broadcast;
+  FusedKernel forward;
+  FusedKernel backward;  // (x, t, dy) -> dx; null where the activation's own, of the output, will do
 };
 
 // ------------------------------------------------------------------------------------------------ reduce
@@ -125,6 +144,7 @@ struct RandomArgs {
   int64_t n;
   void* out;
   const void* in[3];
+  int64_t period;       // of in[1], where a row has three inputs: in[1][i % period]
   const int64_t* seed;  // in device memory
   uint32_t threshold;   // an element is dropped when its word is below
   double scale;
@@ -136,6 +156,7 @@ struct RandomRow {
   const char* name;
   int inputs;
   RandomKernel forward;
+  RandomKernel backward;  // (y, dy) -> dx without the mask, where the output tells it; else null
 };
 
 // ------------------------------------------------------------------------------------------------ step
@@ -174,6 +195,7 @@ struct StepRow {
 // ------------------------------------------------------------------------------------------------ back ends
 struct Tables {
   Rows<MapRow> map;
+  Rows<FusedRow> fused;
   Rows<ReduceRow> reduce;  // the last row is "sum": value(x) = x over reals
   Rows<SoftmaxRow> softmax;
   Rows<CrossEntropyRow> cross_entropy;
@@ -184,13 +206,14 @@ struct Tables {
 #define FASTOPS_TABLES(back_end)                   \
   namespace back_end {                             \
   extern const Rows<MapRow> map_rows;              \
+  extern const Rows<FusedRow> fused_rows;          \
   extern const Rows<ReduceRow> reduce_rows;        \
   extern const Rows<SoftmaxRow> softmax_rows;      \
   extern const Rows<CrossEntropyRow> cross_entropy_rows; \
   extern const Rows<RandomRow> random_rows;        \
   extern const Rows<StepRow> step_rows;            \
   inline Tables tables() {                         \
-    return {map_rows, reduce_rows, softmax_rows, cross_entropy_rows, random_rows, step_rows}; \
+    return {map_rows, fused_rows, reduce_rows, softmax_rows, cross_entropy_rows, random_rows, step_rows}; \
   }                                                \
   }
 FASTOPS_TABLES(DEFAULT)

@@ -73,6 +73,16 @@ def _fakes() -> None:
     fake("cross_entropy")(cross_entropy)
     fake("cross_entropy_forward")(lambda input, *rest: (cross_entropy(input, *rest), like(input)))
 
+    def contiguous(input, *rest):
+        return input.new_empty(input.shape)
+
+    for name in rows_of("fused"):
+        fake(name)(contiguous if ROWS[name][1] else lambda input, other: like(input))
+        fake(f"{name}_")(lambda self, other: None)
+
+    fake("relu_dropout")(lambda input, p, seed: like(input))
+    fake("relu_dropout_")(lambda self, p, seed: None)
+    fake("bias_dropout_add")(contiguous)
     fake("dropout")(lambda input, p, seed: like(input))
     fake("dropout_")(lambda self, p, seed: None)
 
@@ -229,6 +239,65 @@ def _vmaps() -> None:
 
     batched("dropout", dropout_rule)
 
+    def one_by_one(name):
+        """Every example by a call of its own: a row, or a mask, of its own."""
+        call = overload(name)
+
+        def rule(info, dims, *args):
+            each = [at_front(a, d, info.batch_size) for a, d in zip(args, dims, strict=True)]
+            return torch.stack(
+                [
+                    call(*(a[k] if isinstance(a, Tensor) else a for a in each))
+                    for k in range(info.batch_size)
+                ]
+            ), 0
+
+        batched(name, rule)
+
+    def by_row(name):
+        call, single = overload(name), overload(f"{name}_")
+
+        def rule(info, dims, input, bias):
+            if dims[1] is None and input.dim() > 1:
+                return call(input.movedim(dims[0], 0), bias), 0
+            x, b = (
+                at_front(a, d, info.batch_size) for a, d in zip((input, bias), dims, strict=True)
+            )
+            return torch.stack([call(*pair) for pair in zip(x, b, strict=True)]), 0
+
+        def in_place(info, dims, self, bias):
+            if dims[0] is None:
+                raise RuntimeError(
+                    f"fastops::{name}_: an unbatched tensor cannot be written to under vmap"
+                )
+            x, b = (
+                at_front(a, d, info.batch_size) for a, d in zip((self, bias), dims, strict=True)
+            )
+            for pair in zip(x, b, strict=True):
+                single(*pair)
+            return None, None
+
+        batched(name, rule)
+        batched(f"{name}_", in_place)
+
+    for name in rows_of("fused"):
+        if ROWS[name][1]:
+            by_row(name)
+        else:
+            batched(name, elementwise_rule(name))
+
+            def join(info, dims, self, other, call=overload(f"{name}_"), name=name):
+                if dims[0] is None:
+                    raise RuntimeError(
+                        f"fastops::{name}_: an unbatched tensor cannot be written to under vmap"
+                    )
+                call(self.movedim(dims[0], 0), at_front(other, dims[1], info.batch_size))
+                return None, None
+
+            batched(f"{name}_", join)
+    one_by_one("relu_dropout")
+    one_by_one("bias_dropout_add")
+
 
 # ---------------------------------------------------------------------------------------------- torch.compile
 
@@ -259,6 +328,10 @@ def _polyfills() -> None:
         inplace(name)
     for name in rows_of("softmax"):
         plain(name)
+    for name in (*rows_of("fused"), "relu_dropout"):
+        plain(name)
+        inplace(name)
+    plain("bias_dropout_add")
     plain("cross_entropy")
 
     def loss(name):

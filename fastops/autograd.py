@@ -80,34 +80,37 @@ def _softmax(row: str):
     return forward, backward
 
 
-def _cross_entropy(row: str):
+def _recorded(row: str, tensors: int):
+    """Of an op whose own graph, from leaves that stand for its first `tensors` inputs, is what is saved."""
     op = overload(row)
 
-    def forward(ctx, x, target, weight, reduction, ignore_index, label_smoothing):
-        # The op keeps what it needs itself: its graph, from leaves that stand for the inputs, is what is saved.
+    def forward(ctx, *args):
         leaves = [
             t.detach().requires_grad_(need)
-            for t, need in zip((x, target), ctx.needs_input_grad, strict=False)
+            for t, need in zip(args[:tensors], ctx.needs_input_grad, strict=False)
         ]
+        ctx.rest = args[tensors:]
         with torch.enable_grad():
-            loss = op(*leaves, weight, reduction, ignore_index, label_smoothing)
-        ctx.rest = (weight, reduction, ignore_index, label_smoothing)
-        ctx.save_for_backward(x, target)
-        ctx.graph = (leaves, loss)
-        return loss.detach()
+            y = op(*leaves, *ctx.rest)
+        ctx.save_for_backward(*args[:tensors])
+        ctx.graph = (leaves, y)
+        return y.detach()
 
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: it has to reach the inputs
-            loss = op(*inputs, *ctx.rest)
+        if (
+            torch.is_grad_enabled()
+        ):  # a gradient of the gradient is wanted: it has to reach the inputs
+            inputs = [t.view_as(t) for t in inputs]  # one may be made of another: each for itself
+            y = op(*inputs, *ctx.rest)
         else:
-            inputs, loss = ctx.graph
-        needed = [k for k in range(2) if ctx.needs_input_grad[k]]
+            inputs, y = ctx.graph
+        needed = [k for k in range(tensors) if ctx.needs_input_grad[k]]
         found = torch.autograd.grad(
-            loss, [inputs[k] for k in needed], grad, retain_graph=True,
+            y, [inputs[k] for k in needed], grad, retain_graph=True,
             create_graph=torch.is_grad_enabled(),
         )  # fmt: skip
-        result = [None] * 6
+        result = [None] * (tensors + len(ctx.rest))
         for k, dx in zip(needed, found, strict=True):
             result[k] = dx
         return tuple(result)
@@ -115,8 +118,19 @@ def _cross_entropy(row: str):
     return forward, backward
 
 
+def _cross_entropy(row: str):
+    return _recorded(row, 2)
+
+
+def _fused(row: str):
+    return _recorded(row, 2)
+
+
 def _random(row: str):
     op = overload(row)
+    tensors = len([a for a in op._schema.arguments if str(a.type) == "Tensor"]) - 1  # but the seed
+    if row != "dropout":  # which is linear, and its own derivative
+        return _recorded(row, tensors)
 
     def forward(ctx, x, p, seed):
         ctx.save_for_backward(seed)
@@ -131,6 +145,7 @@ def _random(row: str):
 
 _KINDS = {
     "map": _map,
+    "fused": _fused,
     "reduce": _reduce,
     "softmax": _softmax,
     "cross_entropy": _cross_entropy,

@@ -17,7 +17,10 @@ from . import _C
 from ._op import composed, op
 
 __all__ = [
+    "add_relu",
     "alpha_dropout",
+    "bias_dropout_add",
+    "bias_gelu",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
@@ -42,6 +45,7 @@ __all__ = [
     "nll_loss",
     "relu",
     "relu6",
+    "relu_dropout",
     "selu",
     "sigmoid",
     "silu",
@@ -1029,3 +1033,155 @@ def mixup_cross_entropy(
         for target in (target_a, target_b)
     )  # fmt: skip
     return lam * a + (1 - lam) * b
+
+
+# ---------------------------------------------------------------------------------------------- fused
+
+
+@op(kind="fused", reference=lambda input, other, inplace=False: F.relu(input + other))
+def add_relu(input: Tensor, other: Tensor, inplace: bool = False) -> Tensor:
+    """relu(input + other) in one pass: the join of a residual block (He et al., 2015).
+
+    Only the output is kept for backward, which is one pass too.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape and dense layout.
+        other: a tensor of the same shape and dtype; others are broadcast and promoted as by ``+``, in two passes.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: another dtype.
+        RuntimeError: shapes that do not broadcast; `inplace` on a leaf that requires grad, or where memory overlaps.
+
+    Same as ``torch.nn.functional.relu(input + other)``. Example: ``add_relu(torch.tensor([1.0, -3.0]), torch.ones(2))``
+    is ``[2., 0.]``.
+    """
+    if has_torch_function_variadic(input, other):
+        return handle_torch_function(add_relu, (input, other), input, other, inplace=inplace)
+    if input.shape != other.shape or input.dtype != other.dtype:
+        return relu(input.add_(other) if inplace else input + other, inplace=inplace)
+    return _C.add_relu_(input, other) if inplace else _C.add_relu(input, other)
+
+
+@op(
+    kind="fused",
+    reference=lambda input, bias, approximate="none": F.gelu(input + bias, approximate=approximate),
+    rows=("bias_gelu", "bias_gelu_tanh"),
+)
+def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(input + bias) in one pass, and in one pass backward: what follows a linear layer without its bias.
+
+    Args:
+        input: a contiguous float64, float32, bfloat16 or float16 tensor of shape (..., C); another layout is kept, in
+            two passes.
+        bias: a tensor of shape (C) and input's dtype (another is promoted as by ``+``, in two passes).
+        approximate: ``"none"`` or ``"tanh"``, as :func:`gelu` has it.
+
+    Raises:
+        NotImplementedError: another dtype.
+        RuntimeError: a `bias` of another shape or device, an unknown `approximate`.
+
+    Same as ``torch.nn.functional.gelu(input + bias)``, as Megatron-LM fuses it (Shoeybi et al., 2019).
+    Example: ``bias_gelu(torch.zeros(1, 2), torch.tensor([0.0, 1.0]))`` is ``[[0.0000, 0.8413]]``.
+    """
+    if has_torch_function_variadic(input, bias):
+        return handle_torch_function(bias_gelu, (input, bias), input, bias, approximate=approximate)
+    if input.dtype != bias.dtype or not input.is_contiguous():
+        return gelu(input + bias, approximate=approximate)
+    if approximate == "none":
+        return _C.bias_gelu(input, bias)
+    if approximate == "tanh":
+        return _C.bias_gelu_tanh(input, bias)
+    raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}")
+
+
+def _seed(input: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What a mask is made from: one number of torch's generator, as :func:`dropout` takes it."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=input.device, generator=generator)
+
+
+def _check_p(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
+@op(
+    kind="random",
+    reference=lambda input, p=0.5, training=True, inplace=False, generator=None: F.dropout(
+        F.relu(input), p, training
+    ),
+)
+def relu_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """dropout(relu(input), p) in one pass, and in one pass backward, for which only the output is kept.
+
+    Arguments, errors and mask as :func:`dropout`.
+
+    Same in distribution as ``torch.nn.functional.dropout(torch.relu(input), p)``. Example: ``relu_dropout(-torch.ones(4))``
+    is zeros.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            relu_dropout, (input,), input, p=p, training=training, inplace=inplace, generator=generator
+        )  # fmt: skip
+    _check_p(p)
+    if not training or p == 0:
+        return relu(input, inplace=inplace)
+    if p == 1 or input.numel() == 0:
+        return dropout(relu(input, inplace=inplace), p, training, inplace)
+    seed = _seed(input, generator)
+    return _C.relu_dropout_(input, p, seed) if inplace else _C.relu_dropout(input, p, seed)
+
+
+@op(
+    kind="random",
+    reference=lambda input, bias, residual, p=0.5, training=True, generator=None: (
+        residual + F.dropout(input + bias, p, training)
+    ),
+)
+def bias_dropout_add(
+    input: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """residual + dropout(input + bias, p) in one pass; nothing is kept for backward but the seed of the mask.
+
+    Args:
+        input: a contiguous float64, float32, bfloat16 or float16 tensor of shape (..., C).
+        bias: a tensor of shape (C), or None.
+        residual: a tensor of input's shape.
+        p, training, generator: as :func:`dropout`.
+
+    Raises:
+        ValueError: p outside [0, 1].
+        NotImplementedError: another dtype.
+        RuntimeError: shapes or devices that do not fit.
+
+    Dtypes that differ are promoted as by ``+`` and other layouts are kept, in several passes. Same in distribution as
+    ``residual + torch.nn.functional.dropout(input + bias, p)``, as Megatron-LM fuses it (Shoeybi et al., 2019).
+    Example: ``bias_dropout_add(torch.ones(1, 2), torch.ones(2), torch.ones(1, 2), training=False)`` is threes.
+    """
+    if has_torch_function_variadic(input, bias, residual):
+        return handle_torch_function(
+            bias_dropout_add, (input, bias, residual), input, bias, residual, p=p, training=training, generator=generator
+        )  # fmt: skip
+    _check_p(p)
+    if (
+        bias is None
+        or p == 1
+        or not input.dtype == bias.dtype == residual.dtype
+        or not input.is_contiguous()
+    ):
+        shifted = input if bias is None else input + bias
+        return residual + dropout(shifted, p, training, generator=generator)
+    if not training or p == 0 or input.numel() == 0:
+        return residual + (input + bias)
+    return _C.bias_dropout_add(input, bias, residual, p, _seed(input, generator))

@@ -18,6 +18,7 @@ FAST = torch.float32
 # Keyword arguments to try beside the defaults.
 ARGUMENTS: dict[str, list[dict]] = {
     "gelu": [{"approximate": "tanh"}],
+    "bias_gelu": [{"approximate": "tanh"}],
     "smooth_l1_loss": [{"beta": 0.3}, {"beta": 0.0}],
     "huber_loss": [{"delta": 0.3}],
 }
@@ -179,12 +180,28 @@ def cross_entropy_cases(op: Op) -> Iterator[Case]:
                     )
 
 
+def fused_cases(op: Op) -> Iterator[Case]:
+    bias = "bias" in op.signature.parameters
+    for kwargs in [{}, *ARGUMENTS.get(op.name, [])]:
+        label = "".join(f",{k}={v}" for k, v in kwargs.items())
+        for layout, make in LAYOUTS.items():
+            x = make()
+            if bias and x.dim() == 0:
+                continue
+            other = randn(x.shape[-1], seed=1) if bias else randn(*x.shape, seed=1)
+            yield Case(op, f"{op.name}-{layout}{label}", (x, other), kwargs)
+
+
 SAMPLES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "cross_entropy": cross_entropy_cases,
     "softmax": softmax_cases,
     "log_softmax": softmax_cases,
 }
-KINDS: dict[str, Callable[[Op], Iterator[Case]]] = {"map": map_cases, "reduce": reduce_cases}
+KINDS: dict[str, Callable[[Op], Iterator[Case]]] = {
+    "map": map_cases,
+    "fused": fused_cases,
+    "reduce": reduce_cases,
+}
 
 
 def cases(kind: str | None = None) -> list[Case]:

@@ -607,10 +607,20 @@ def kept(seed, n, threshold):
     return torch.from_numpy(words >= np.uint64(threshold))
 
 
-def run_random(row, out, x, seed, threshold, scale, sizes=None, strides=None):
+# What a row computes from a dropout whose mask is given, and its inputs.
+RANDOM = {
+    "dropout": lambda drop, x, bias, residual: drop(x),
+    "relu_dropout": lambda drop, x, bias, residual: drop(x.relu()),
+    "bias_dropout_add": lambda drop, x, bias, residual: residual + drop(x + bias),
+}
+
+
+def run_random(row, out, x, seed, threshold, scale, sizes=None, strides=None, others=None):
+    bias, residual = others or (None, None)
+    period = I64(bias.numel() if others else 1)
     sizes, strides = sizes or [x.numel()], strides or [1]
     order_of = [(I64 * len(values))(*values) for values in (sizes, strides)]
-    call("run_random", row.index, DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(seed), ctypes.c_uint32(threshold), F64(scale), len(sizes), *order_of)  # fmt: skip
+    call("run_random", row.index, DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(bias), address(residual), period, address(seed), ctypes.c_uint32(threshold), F64(scale), len(sizes), *order_of)  # fmt: skip
     return out
 
 
@@ -619,21 +629,47 @@ def run_random(row, out, x, seed, threshold, scale, sizes=None, strides=None):
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 def test_random(row, dtype, n, p):
-    assert row.name == "dropout", "say here what a new row computes from its mask"
     x, seed, threshold = random(n, dtype, 1), -(2**40) - 3, round(p * 2**32)
-    expected = torch.where(kept(seed, n, threshold), x.to(real(dtype)) * (1 / (1 - p)), 0).to(dtype)
+    bias, residual = random(11, dtype, 2), random(n, dtype, 3)
+    formula = RANDOM[row.name]
+    wide = formula(
+        lambda v: torch.where(kept(seed, n, threshold), v * (1 / (1 - p)), 0),
+        x.to(real(dtype)),
+        bias.to(real(dtype)).repeat(n // 11 + 1)[:n],
+        residual.to(real(dtype)),
+    )
+    expected = wide.to(dtype)
 
     def run(device):
         s = device.copy(torch.tensor([seed]), 0)
-        yield run_random(row, device.empty(n, dtype), device.copy(x), s, threshold, 1 / (1 - p))
+        others = (device.copy(bias), device.copy(residual)) if row.inputs == 3 else None
+        yield run_random(
+            row, device.empty(n, dtype), device.copy(x), s, threshold, 1 / (1 - p), others=others
+        )
 
     for (y,) in everywhere(run):
         assert torch.equal(y == 0, expected == 0)
-        check(y, expected, expected.double(), dtype)
+        check(y, expected, wide.double(), dtype)
 
 
 @every_dtype
-@each_row("random")
+@pytest.mark.parametrize("n", SIZES)
+def test_relu_dropout_backward(dtype, n):
+    (row,) = (r for r in rows("random") if r.name == "relu_dropout")
+    y, dy = random(n, dtype, 1).relu(), random(n, dtype, 2)
+    wide = torch.where(y > 0, dy.to(real(dtype)) * 1.25, 0)
+
+    def run(device):
+        out = device.empty(n, dtype)
+        call("run_random_backward", row.index, DTYPES[dtype], I64(n), address(out), address(device.copy(y)), address(device.copy(dy)), F64(1.25))  # fmt: skip
+        yield out
+
+    for (dx,) in everywhere(run):
+        check(dx, wide.to(dtype), wide.double(), dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("row", [r for r in rows("random") if r.inputs == 1], ids=lambda r: r.name)
 def test_random_in_any_layout(row, dtype):
     """The mask belongs to the logical index: here, that of (N, C, H, W) elements kept in channels_last order."""
     n, c, h, w = 3, 5, 7, 11
@@ -656,7 +692,49 @@ def test_random_in_any_layout(row, dtype):
         )
 
     for (y,) in everywhere(run):
-        assert torch.equal(y, torch.where(keep, memory * 2, 0))
+        formula = RANDOM[row.name]
+        assert torch.equal(y, formula(lambda v: torch.where(keep, v * 2, 0), memory, None, None))
+
+
+# ------------------------------------------------------------------------------------------------ fused
+
+
+def run_fused(row, backward, out, inputs, period):
+    pointers = (POINTER * 3)(*(address(x) for x in inputs))
+    call("run_fused", row.index, backward, DTYPES[out.dtype], I64(out.numel()), I64(period), address(out), pointers)  # fmt: skip
+    return out
+
+
+@every_dtype
+@each_row("fused")
+@pytest.mark.parametrize("lines, period", [(1, 7), (3, 1), (5, 16), (3, 1030), (2, 4096), (0, 3)])
+def test_fused(row, dtype, lines, period):
+    shape = (lines, period)
+    x, dy = random(shape, dtype, 1), random(shape, dtype, 3)
+    other = random(period if row.broadcast else shape, dtype, 2)
+    function = reference(row.name.removesuffix("_tanh"))
+    options = {"approximate": "tanh"} if row.name.endswith("_tanh") else {}
+
+    def by_torch(kind):
+        a = x.to(kind, copy=True).requires_grad_()
+        y = function(a, other.to(kind), **options)
+        return y.detach(), torch.autograd.grad(y, a, dy.to(kind))[0]
+
+    true, torchs = by_torch(torch.float64), by_torch(judged(dtype))
+
+    def run(device):
+        a, t, g = device.copy(x), device.copy(other), device.copy(dy)
+        step = period if row.broadcast else x.numel()
+        yield run_fused(row, False, device.empty(shape, dtype), [a, t], max(step, 1))
+        if row.broadcast:
+            yield run_fused(row, True, device.empty(shape, dtype), [a, t, g], max(step, 1))
+        yield run_fused(row, False, a, [a, t], max(step, 1))  # in place
+
+    for y, *dx, inplace in everywhere(run):
+        check(y, torchs[0], true[0], dtype)
+        assert torch.equal(bits(y), bits(inplace))
+        for mine in dx:
+            check(mine, torchs[1], true[1], dtype)
 
 
 # ------------------------------------------------------------------------------------------------ step
@@ -812,10 +890,25 @@ def test_aligned_memory_is_touched_once_in_packs_of_16_bytes(dtype):
                 )
                 assert seen.loaded_bytes == len(inputs) * n * size and seen.stored_bytes == n * size
                 assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
+        for row in rows("fused"):
+            period = 1024 if row.broadcast else n
+            for backward, inputs in ((False, [a, b]), (True, [a, b, c])):
+                if backward and not row.broadcast:
+                    continue
+                seen = traffic(
+                    lambda r=row, w=backward, i=inputs, p=period: run_fused(r, w, out, i, p)
+                )
+                assert seen.loaded_bytes == len(inputs) * n * size and seen.stored_bytes == n * size
+                assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
         for row in rows("random"):
-            seen = traffic(lambda row=row: run_random(row, out, a, seed, 2**31, 2.0))
+            others = (device.copy(random(1024, dtype, 5)), b) if row.inputs == 3 else None
+            seen = traffic(
+                lambda row=row, others=others: run_random(
+                    row, out, a, seed, 2**31, 2.0, others=others
+                )
+            )
             assert (
-                seen.wide_loads * 16 == n * size
+                seen.wide_loads * 16 == row.inputs * n * size
                 and seen.wide_stores * 16 == seen.stored_bytes == n * size
             )
         for row in rows("step"):
@@ -954,7 +1047,7 @@ def entries(ptx):
     return re.findall(r"\.entry (.+?)\(\n.*?\n\{\n(.*?)\n\}", ptx, re.DOTALL)
 
 
-@pytest.mark.parametrize("source", ["map", "random", "step", "rows", "reduce"])
+@pytest.mark.parametrize("source", ["map", "fused", "random", "step", "rows", "reduce"])
 def test_nvcc_uses_16_byte_accesses(compiled, source):
     narrow = (
         "columns_kernel",
@@ -974,7 +1067,7 @@ def test_nvcc_uses_16_byte_accesses(compiled, source):
             assert re.search(r"st\.global[.\w]*" + wide, body), name
 
 
-@pytest.mark.parametrize("source", ["map", "step", "random"])
+@pytest.mark.parametrize("source", ["map", "fused", "step", "random"])
 def test_nvcc_leaves_double_to_double(compiled, source):
     """No float64 instruction in a kernel of another dtype: a constant that was not rounded would cost 64 times."""
     for name, body in entries(compiled[source, "ptx"]):

@@ -175,9 +175,19 @@ FASTOPS_FN Vec<real> at_least(const uint32_t* word, uint32_t threshold) {
   return Vec<real>::loadu(above) > Vec<real>(real(0));
 }
 
+// Elements i and on of a row of `period` elements that is repeated for ever.
+template <class L, class scalar_t, class N>
+FASTOPS_FN void load_row(const scalar_t* row, int64_t period, int64_t i, N n, typename L::V (&v)[L::count]) {
+  int64_t j = i % period;
+  if (j + n <= period) return L::load(row + j, n, v);
+  scalar_t around[L::size];
+  for (int64_t k = 0; k < n; ++k, j = j + 1 < period ? j + 1 : 0) around[k] = row[j];
+  L::load(around, n, v);
+}
+
 template <class Op>
 struct MakeRandom {
-  static_assert(Op::inputs == 1);
+  static_assert(Op::inputs == 1 || Op::inputs == 3);
 
   static Error forward(const RandomArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
@@ -188,10 +198,12 @@ struct MakeRandom {
       const uint32_t threshold = a.threshold;
       const V scale(static_cast<typename L::real>(a.scale));
       auto* out = static_cast<scalar_t*>(a.out);
-      auto* in = static_cast<const scalar_t*>(a.in[0]);
+      const scalar_t* in[Op::inputs];
+      for (int k = 0; k < Op::inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
+      const int64_t period = a.period;
       const bool contiguous = a.order.dims == 1 && a.order.logical_stride[0] == 1;
       const int64_t total = a.n;
-      const bool stream = streams<L>(out, total, in);
+      const bool stream = streams<L>(out, total, in[0]);
       const LogicalOrder& order = a.order;
       cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan, [=, &order](int64_t begin, int64_t end) {
         uint32_t lane[U32::lanes];
@@ -207,16 +219,21 @@ struct MakeRandom {
             walked_words(key, walk, last - first, word);
           }
           groups<L::size>(first, last, [&](int64_t i, auto n) {
-            V x[L::count];
-            L::load(in + i, n, x);
+            V x[Op::inputs][L::count];
+            L::load(in[0] + i, n, x[0]);
+            if constexpr (Op::inputs == 3) {
+              load_row<L>(in[1], period, i, n, x[1]);
+              L::load(in[2] + i, n, x[2]);
+            }
             for (int k = 0; k < L::count; ++k) {
               const auto keep = at_least<typename L::real>(word + (i - first) + k * V::size(), threshold);
-              x[k] = Op::forward(x[k], keep, scale);
+              if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep, scale, x[0][k]);
+              if constexpr (Op::inputs == 3) x[0][k] = Op::forward(keep, scale, x[0][k], x[1][k], x[2][k]);
             }
             if (stream && n == L::size) {
-              L::stream(out + i, x);
+              L::stream(out + i, x[0]);
             } else {
-              L::store(out + i, n, x);
+              L::store(out + i, n, x[0]);
             }
           });
         }
@@ -225,7 +242,32 @@ struct MakeRandom {
       return nullptr;
     });
   }
-  static constexpr RandomRow row{Op::name, Op::inputs, &forward};
+  static Error backward(const RandomArgs& a) {
+    return dispatch(a.dtype, [&](auto zero) -> Error {
+      using scalar_t = decltype(zero);
+      using L = Lanes<scalar_t>;
+      using V = typename L::V;
+      const V scale(static_cast<typename L::real>(a.scale));
+      auto* dx = static_cast<scalar_t*>(a.out);
+      auto* y = static_cast<const scalar_t*>(a.in[0]);
+      auto* dy = static_cast<const scalar_t*>(a.in[1]);
+      cpu::parallel(a.n, 4 * kGrain, [=](int64_t begin, int64_t end) {
+        groups<L::size>(begin, end, [&](int64_t i, auto n) {
+          V s[L::count], g[L::count];
+          L::load(y + i, n, s);
+          L::load(dy + i, n, g);
+          for (int k = 0; k < L::count; ++k) g[k] = Op::backward(s[k], g[k], scale);
+          L::store(dx + i, n, g);
+        });
+      });
+      return nullptr;
+    });
+  }
+  static constexpr RandomKernel backward_or_null() {
+    if constexpr (Op::from_output) return &backward;
+    return nullptr;
+  }
+  static constexpr RandomRow row{Op::name, Op::inputs, &forward, backward_or_null()};
 };
 using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
 

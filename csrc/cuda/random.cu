@@ -14,6 +14,14 @@ constexpr int kWords = 4;  // of one counter
 template <class scalar_t>
 constexpr int group_size = pack_size<scalar_t> > kWords ? pack_size<scalar_t> : kWords;
 
+// The second of three inputs is a row of `period` elements that is repeated; `wide_row`: read in packs as well.
+template <class scalar_t, int inputs>
+struct Inputs {
+  const scalar_t* p[inputs];
+  int64_t period;
+  bool wide_row;
+};
+
 struct Mask {
   const int64_t* seed;
   uint32_t threshold;
@@ -42,29 +50,43 @@ __device__ __forceinline__ void groups(int64_t n, Body body) {
 }
 
 template <class Op, class scalar_t>
-__device__ __forceinline__ void keep_or_drop(const scalar_t* in, scalar_t* out, int64_t count, bool wide,
-                                             const bool (&keep)[group_size<scalar_t>], real_of<scalar_t> scale) {
+__device__ __forceinline__ void keep_or_drop(const Inputs<scalar_t, Op::inputs>& in, scalar_t* out, int64_t i,
+                                             int64_t count, bool wide, const bool (&keep)[group_size<scalar_t>],
+                                             real_of<scalar_t> scale) {
   constexpr int size = group_size<scalar_t>;
-  real_of<scalar_t> x[size];
+  real_of<scalar_t> x[Op::inputs][size];
   wide = wide && count == size;
-  if (wide) {
-    load_wide(in, x);
-  } else {
-    load_narrow(in, count, x);
+#pragma unroll
+  for (int j = 0; j < Op::inputs; ++j) {
+    if (j == 1 && wide && in.wide_row) {
+      load_wide(in.p[j] + i % in.period, x[j]);
+    } else if (j == 1) {
+#pragma unroll
+      for (int k = 0; k < size; ++k)
+        x[j][k] = k < count ? static_cast<real_of<scalar_t>>(load(in.p[j] + (i + k) % in.period)) : 0;
+    } else if (wide) {
+      load_wide(in.p[j] + i, x[j]);
+    } else {
+      load_narrow(in.p[j] + i, count, x[j]);
+    }
   }
 #pragma unroll
-  for (int k = 0; k < size; ++k) x[k] = Op::forward(x[k], keep[k], scale);
+  for (int k = 0; k < size; ++k) {
+    if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep[k], scale, x[0][k]);
+    if constexpr (Op::inputs == 3) x[0][k] = Op::forward(keep[k], scale, x[0][k], x[1][k], x[2][k]);
+  }
   if (wide) {
-    store_wide(out, x);
+    store_wide(out + i, x[0]);
   } else {
-    store_narrow(out, count, x);
+    store_narrow(out + i, count, x[0]);
   }
 }
 
 // Memory order is logical order: the elements of a group share their counters.
 template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
-    contiguous_kernel(int64_t n, scalar_t* out, const scalar_t* in, bool wide, Mask mask, real_of<scalar_t> scale) {
+    contiguous_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide, Mask mask,
+                      real_of<scalar_t> scale) {
   constexpr int size = group_size<scalar_t>;
   const Key key(mask.seed);
   groups<size>(n, [&](int64_t i, int64_t count) {
@@ -75,14 +97,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
       for (int k = 0; k < kWords; ++k) keep[j + k] = philox.word[k] >= mask.threshold;
     }
-    keep_or_drop<Op>(in + i, out + i, count, wide, keep, scale);
+    keep_or_drop<Op>(in, out, i, count, wide, keep, scale);
   });
 }
 
 // Any other order: every element has a counter of its own. Coordinates are divided out once a group, and then walked.
 template <class Op, class scalar_t, class index_t>
 __global__ void __launch_bounds__(kThreads, kResident)
-    strided_kernel(int64_t n, scalar_t* out, const scalar_t* in, bool wide, Mask mask, real_of<scalar_t> scale,
+    strided_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide, Mask mask,
+                   real_of<scalar_t> scale,
                    const LogicalOrder __grid_constant__ order) {
   constexpr int size = group_size<scalar_t>;
   const Key key(mask.seed);
@@ -118,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         }
       }
     }
-    keep_or_drop<Op>(in + i, out + i, count, wide, keep, scale);
+    keep_or_drop<Op>(in, out, i, count, wide, keep, scale);
   });
 }
 
@@ -126,16 +149,19 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 template <class Op>
 Error forward(const RandomArgs& a) {
-  static_assert(Op::inputs == 1);
+  static_assert(Op::inputs == 1 || Op::inputs == 3);
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     auto* out = static_cast<scalar_t*>(a.out);
-    auto* in = static_cast<const scalar_t*>(a.in[0]);
+    Inputs<scalar_t, Op::inputs> in;
+    for (int j = 0; j < Op::inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
+    in.period = a.period;
+    in.wide_row = Op::inputs == 3 && a.period % group_size<scalar_t> == 0 && aligned(in.p[Op::inputs / 2]);
     const Mask mask{a.seed, a.threshold};
     const auto scale = static_cast<real_of<scalar_t>>(a.scale);
     const int64_t blocks = grid_for((a.n + group_size<scalar_t> - 1) / group_size<scalar_t>, kThreads);
-    const bool wide = aligned(out, in);
+    const bool wide = aligned(out, in.p[0], in.p[Op::inputs - 1]);
     if (a.order.dims == 1 && a.order.logical_stride[0] == 1)
       return launch(contiguous_kernel<Op, scalar_t>, blocks, kThreads, a.stream, a.n, out, in, wide, mask, scale);
     auto* kernel =
@@ -144,11 +170,52 @@ Error forward(const RandomArgs& a) {
   });
 }
 
+template <class Op, class scalar_t>
+__global__ void __launch_bounds__(kThreads, kResident)
+    backward_kernel(Cut cut, scalar_t* dx, const scalar_t* y, const scalar_t* dy, real_of<scalar_t> scale) {
+  using real = real_of<scalar_t>;
+  constexpr int size = pack_size<scalar_t>;
+  walk<size>(
+      cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
+      [&](int64_t i) {
+        real s[size], g[size];
+        load_wide(y + i, s);
+        load_wide(dy + i, g);
+#pragma unroll
+        for (int k = 0; k < size; ++k) g[k] = Op::backward(s[k], g[k], scale);
+        store_wide(dx + i, g);
+      },
+      [&](int64_t i) {
+        const real s = static_cast<real>(load(y + i)), g = static_cast<real>(load(dy + i));
+        store(dx + i, static_cast<scalar_t>(Op::backward(s, g, scale)));
+      });
+}
+
+template <class Op>
+Error backward(const RandomArgs& a) {
+  if (a.n == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    constexpr int size = pack_size<scalar_t>;
+    auto* dx = static_cast<scalar_t*>(a.out);
+    auto* y = static_cast<const scalar_t*>(a.in[0]);
+    auto* dy = static_cast<const scalar_t*>(a.in[1]);
+    const Cut whole = cut(a.n, size, dx, y, dy);
+    const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
+    return launch(backward_kernel<Op, scalar_t>, grid_for(items, kThreads), kThreads, a.stream, whole, dx, y, dy,
+                  static_cast<real_of<scalar_t>>(a.scale));
+  });
+}
+
 // ------------------------------------------------------------------------------------------------ table
 
 template <class Op>
 struct MakeRandom {
-  static constexpr RandomRow row{Op::name, Op::inputs, &forward<Op>};
+  static constexpr RandomKernel backward_or_null() {
+    if constexpr (Op::from_output) return &backward<Op>;
+    return nullptr;
+  }
+  static constexpr RandomRow row{Op::name, Op::inputs, &forward<Op>, backward_or_null()};
 };
 using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
 

@@ -1,7 +1,7 @@
 // Dropout and its random numbers: Philox 4x32-10 keyed by (seed, logical element index), so that the mask is the same
 // on every back end, thread count, instruction set and memory layout. Written over U: uint32_t or a vector of them.
 #pragma once
-#include "../math.h"
+#include "activations.h"
 
 namespace fastops {
 
@@ -32,12 +32,37 @@ struct Philox {
 struct Dropout {
   static constexpr const char* name = "dropout";
   static constexpr int inputs = 1;
+  static constexpr bool from_output = false;
   template <class T, class Mask>
-  static FASTOPS_FN T forward(T x, Mask keep, T scale) {
+  static FASTOPS_FN T forward(Mask keep, T scale, T x) {
     return select(keep, x * scale, c<T>(0));
   }
 };
 
-using Dropouts = List<Dropout>;
+struct ReLUDropout {
+  static constexpr const char* name = "relu_dropout";
+  static constexpr int inputs = 1;
+  static constexpr bool from_output = true;  // what was dropped is 0, as what was not positive
+  template <class T, class Mask>
+  static FASTOPS_FN T forward(Mask keep, T scale, T x) {
+    return Dropout::forward(keep, scale, ReLU::forward(x));
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T y, T dy, T scale) {
+    return ReLU::backward(y, dy * scale);
+  }
+};
+
+struct BiasDropoutAdd {
+  static constexpr const char* name = "bias_dropout_add";
+  static constexpr int inputs = 3;  // x, a row that is repeated, and a residual
+  static constexpr bool from_output = false;
+  template <class T, class Mask>
+  static FASTOPS_FN T forward(Mask keep, T scale, T x, T bias, T residual) {
+    return residual + Dropout::forward(keep, scale, x + bias);
+  }
+};
+
+using Dropouts = List<Dropout, ReLUDropout, BiasDropoutAdd>;
 
 }  // namespace fastops

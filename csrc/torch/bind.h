@@ -4,6 +4,7 @@
 
 namespace fastops {
 void bind_map(pybind11::module_& m);
+void bind_fused(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);
 void bind_rows(pybind11::module_& m);
 void bind_random(pybind11::module_& m);

@@ -4,6 +4,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/sum.h>
 
 #include <algorithm>
 
@@ -77,6 +78,25 @@ LogicalOrder logical_order(const at::Tensor& x) {
     order.logical_stride[k] = merged[k].logical;
   }
   return order;
+}
+
+at::Tensor sum_to_row(const at::Tensor& t) {
+  if (t.dim() <= 1) return t;
+  std::vector<int64_t> leading(t.dim() - 1);
+  for (size_t d = 0; d < leading.size(); ++d) leading[d] = static_cast<int64_t>(d);
+  return t.sum(leading);
+}
+
+void check_row(const char* op, const char* what, const at::Tensor& row, const at::Tensor& input) {
+  TORCH_CHECK(input.dim() >= 1 && row.dim() == 1 && row.size(0) == input.size(-1), op, ": expected a ", what,
+              " of as many elements as the input's last dimension has, got ", row.sizes(), " for an input of ",
+              input.sizes());
+}
+
+void check_like(const char* op, const char* what, const at::Tensor& t, const at::Tensor& input) {
+  TORCH_CHECK(t.scalar_type() == input.scalar_type() && t.device() == input.device(), op, ": expected a ", what,
+              " of the input's dtype and device, ", input.scalar_type(), " on ", input.device(), ", got ",
+              t.scalar_type(), " on ", t.device());
 }
 
 }  // namespace fastops

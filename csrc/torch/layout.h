@@ -23,6 +23,14 @@ struct Rows3 {
 };
 Rows3 around(const at::Tensor& x, int64_t dim);
 
+// The sum over all dimensions but the last: what flows back to a row that was repeated.
+at::Tensor sum_to_row(const at::Tensor& t);
+
+// Throws unless `row`, which op calls `what`, is one row of the input's last dimension.
+void check_row(const char* op, const char* what, const at::Tensor& row, const at::Tensor& input);
+// Throws unless t is of the input's dtype and device.
+void check_like(const char* op, const char* what, const at::Tensor& t, const at::Tensor& input);
+
 // Where the elements of a dense tensor, walked in memory order, stand in logical order.
 LogicalOrder logical_order(const at::Tensor& x);
 

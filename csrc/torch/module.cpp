@@ -11,6 +11,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastops;
   m.doc() = "Kernels of fastops. Use fastops.functional, fastops.nn and fastops.optim.";
   bind_map(m);
+  bind_fused(m);
   bind_reduce(m);
   bind_rows(m);
   bind_random(m);
@@ -25,6 +26,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     std::vector<std::tuple<std::string, std::string, std::string>> rows;
     const Tables& t = tables(c10::DeviceType::CPU);
     for (const auto& r : t.map) rows.emplace_back("map", r.name, r.params);
+    for (const auto& r : t.fused) rows.emplace_back("fused", r.name, r.broadcast ? "bias" : "");
     for (const auto& r : t.reduce) rows.emplace_back("reduce", r.name, r.params);
     for (const auto& r : t.softmax) rows.emplace_back("softmax", r.name, "");
     for (const auto& r : t.cross_entropy) rows.emplace_back("cross_entropy", r.name, "");

@@ -1,7 +1,8 @@
-// Dropout as torch sees it. The op is a pure function of (input, p, seed) and linear in the input, so it is its own
-// derivative: nothing but the seed is saved, and the mask is made again. The seed is one torch.randint, which is where
+// Dropout, alone and fused with its neighbours, as torch sees it. Dropout is a pure function of (input, p, seed) and
+// linear in the input, so it is its own derivative: nothing but the seed is saved, and the mask is made again. The seed is one torch.randint, which is where
 // manual_seed, fork_rng, generators, graph capture and vmap's randomness come in.
 #include <ATen/MemoryOverlap.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/randint.h>
@@ -9,6 +10,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <string_view>
 
 #include "autograd.h"
 #include "backend.h"
@@ -31,23 +33,31 @@ auto dropout_inplace_op() {
   return op;
 }
 
-void check_arguments(const Tensor& input, double p, const Tensor& seed) {
-  check_dtype("dropout", input);
-  TORCH_CHECK_VALUE(p >= 0 && p < 1, "fastops::dropout: p must be in [0, 1), got ", p);
-  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.device() == input.device(),
-              "fastops::dropout: seed must be one int64 on ", input.device(), ", got ", seed.toString(), seed.sizes(),
-              " on ", seed.device());
+const RandomRow& row_of(const char* name, c10::DeviceType device) {
+  for (const RandomRow& row : tables(device).random)
+    if (std::string_view(name) == row.name) return row;
+  TORCH_INTERNAL_ASSERT(false, "no row ", name);
 }
 
-void run(const Tensor& out, const Tensor& in, double p, const Tensor& seed) {
+void check_arguments(const char* name, const Tensor& input, double p, const Tensor& seed) {
+  check_dtype(name, input);
+  TORCH_CHECK_VALUE(p >= 0 && p < 1, "fastops::", name, ": p must be in [0, 1), got ", p);
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.device() == input.device(), "fastops::",
+              name, ": seed must be one int64 on ", input.device(), ", got ", seed.toString(), seed.sizes(), " on ",
+              seed.device());
+}
+
+void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in, double p, const Tensor& seed) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
-  const RandomRow& row = tables(out.device().type()).random.data[0];
+  const RandomRow& row = row_of(name, out.device().type());
   RandomArgs a{};
   a.dtype = out.scalar_type();
   a.n = out.numel();
   a.out = out.mutable_data_ptr();
-  a.in[0] = in.const_data_ptr();
+  size_t k = 0;
+  for (const Tensor* t : in) a.in[k++] = t->const_data_ptr();
+  a.period = out.dim() ? out.size(-1) : 1;
   a.seed = seed.const_data_ptr<int64_t>();
   a.threshold = static_cast<uint32_t>(std::min(std::nearbyint(std::ldexp(p, 32)), 4294967295.0));
   a.scale = 1 / (1 - p);
@@ -57,19 +67,19 @@ void run(const Tensor& out, const Tensor& in, double p, const Tensor& seed) {
 }
 
 Tensor dropout(const Tensor& input, double p, const Tensor& seed) {
-  check_arguments(input, p, seed);
+  check_arguments("dropout", input, p, seed);
   const Tensor x = dense(input);
   Tensor y = x.is_same(input) ? output_like(x) : x;
-  run(y, x, p, seed);
+  run("dropout", y, {&x}, p, seed);
   return y;
 }
 
 void dropout_inplace(Tensor& self, double p, const Tensor& seed) {
-  check_arguments(self, p, seed);
-  if (self.is_non_overlapping_and_dense()) return run(self, self, p, seed);
+  check_arguments("dropout", self, p, seed);
+  if (self.is_non_overlapping_and_dense()) return run("dropout", self, {&self}, p, seed);
   at::assert_no_internal_overlap(self);
   const Tensor x = dense(self);
-  run(x, x, p, seed);
+  run("dropout", x, {&x}, p, seed);
   self.copy_(x);
 }
 
@@ -112,6 +122,151 @@ void dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, const Te
   torch::autograd::impl::bump_version(self);
 }
 
+// ------------------------------------------------------------------------------------------------ relu, then dropout
+
+// What is 0 in the output was dropped or not positive, so that the output is all that backward needs.
+
+auto relu_dropout_op() {
+  static const auto op = find_op<Tensor(const Tensor&, double, const Tensor&)>("relu_dropout");
+  return op;
+}
+auto relu_dropout_inplace_op() {
+  static const auto op = find_op<void(Tensor&, double, const Tensor&)>("relu_dropout_");
+  return op;
+}
+
+Tensor relu_dropout(const Tensor& input, double p, const Tensor& seed) {
+  check_arguments("relu_dropout", input, p, seed);
+  const Tensor x = dense(input);
+  Tensor y = x.is_same(input) ? output_like(x) : x;
+  run("relu_dropout", y, {&x}, p, seed);
+  return y;
+}
+
+void relu_dropout_inplace(Tensor& self, double p, const Tensor& seed) {
+  check_arguments("relu_dropout", self, p, seed);
+  at::assert_no_internal_overlap(self);
+  const Tensor x = dense(self);
+  run("relu_dropout", x, {&x}, p, seed);
+  if (!x.is_same(self)) self.copy_(x);
+}
+
+// In ops that can be differentiated again.
+Tensor relu_dropout_derivative(const Tensor& y, const Tensor& dy, double p) {
+  static const auto relu_backward = find_op<Tensor(const Tensor&, const Tensor&)>("relu_backward");
+  return at::mul(relu_backward.call(y, dy), 1 / (1 - p));
+}
+
+variable_list relu_dropout_vjp(const variable_list& grads, const BackwardContext& c) {
+  variable_list result(2);
+  if (!c.needed[0]) return result;
+  const Tensor &y = c.saved[0], &dy = grads[0];
+  const double p = c.attributes[0].toDouble();
+  if (at::GradMode::is_enabled() || at::isTensorSubclassLike(y) || at::isTensorSubclassLike(dy)) {
+    result[0] = relu_dropout_derivative(y, dy, p);
+    return result;
+  }
+  const Tensor s = dense(y), g = matching(dy, s), dx = output_like(s);
+  if (s.numel() > 0) {
+    const c10::DeviceGuard guard(s.device());
+    RandomArgs a{};
+    a.dtype = s.scalar_type();
+    a.n = s.numel();
+    a.out = dx.mutable_data_ptr();
+    a.in[0] = s.const_data_ptr();
+    a.in[1] = g.const_data_ptr();
+    a.scale = 1 / (1 - p);
+    a.stream = stream_of(s);
+    check("relu_dropout", row_of("relu_dropout", s.device().type()).backward(a));
+  }
+  result[0] = dx;
+  return result;
+}
+
+Tensor relu_dropout_autograd(DispatchKeySet ks, const Tensor& input, double p, const Tensor& seed) {
+  Tensor y;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    y = relu_dropout_op().redispatch(ks & c10::after_autograd_keyset, input, p, seed);
+  }
+  set_tangent(y, is_dual(input) ? relu_dropout_derivative(y, tangent(input), p) : Tensor());
+  if (requires_grad(input)) record("fastops::relu_dropout", &relu_dropout_vjp, {y}, {input, seed}, {{y, true}}, {p});
+  return y;
+}
+
+void relu_dropout_inplace_autograd(DispatchKeySet ks, Tensor& self, double p, const Tensor& seed) {
+  const bool wanted = requires_grad(self), dual = is_dual(self);
+  check_inplace(self, wanted);
+  const Tensor t = dual ? tangent(self) : Tensor();
+  {
+    at::AutoDispatchBelowAutograd guard;
+    relu_dropout_inplace_op().redispatch(ks & c10::after_autograd_keyset, self, p, seed);
+  }
+  if (dual) self._set_fw_grad(relu_dropout_derivative(primal(self), t, p), /*level=*/0, /*is_inplace_op=*/true);
+  if (wanted) record_inplace("fastops::relu_dropout_", &relu_dropout_vjp, self, {self, seed}, {{self, true}}, {p});
+}
+
+void relu_dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, const Tensor& seed) {
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    relu_dropout_inplace_op().redispatch(ks & c10::after_ADInplaceOrView_keyset, self, p, seed);
+  }
+  torch::autograd::impl::bump_version(self);
+}
+
+// ------------------------------------------------------------------------------------------------ residual + dropout(x + bias)
+
+using BiasDropoutAdd = Tensor(const Tensor&, const Tensor&, const Tensor&, double, const Tensor&);
+auto bias_dropout_add_op() {
+  static const auto op = find_op<BiasDropoutAdd>("bias_dropout_add");
+  return op;
+}
+
+Tensor bias_dropout_add(const Tensor& input, const Tensor& bias, const Tensor& residual, double p, const Tensor& seed) {
+  check_arguments("bias_dropout_add", input, p, seed);
+  check_like("bias_dropout_add", "bias", bias, input);
+  check_row("bias_dropout_add", "bias", bias, input);
+  check_like("bias_dropout_add", "residual", residual, input);
+  TORCH_CHECK(residual.sizes() == input.sizes(), "bias_dropout_add: expected a residual of the input's shape ",
+              input.sizes(), ", got ", residual.sizes());
+  const Tensor x = input.contiguous(), b = bias.contiguous(), r = residual.contiguous();
+  Tensor y = output_like(x);
+  run("bias_dropout_add", y, {&x, &b, &r}, p, seed);
+  return y;
+}
+
+variable_list bias_dropout_add_vjp(const variable_list& grads, const BackwardContext& c) {
+  variable_list result(4);
+  const Tensor& dy = grads[0];
+  if (c.needed[0] || c.needed[1]) {
+    const Tensor dx = dropout_op().call(dy, c.attributes[0].toDouble(), c.saved[0]);
+    if (c.needed[0]) result[0] = dx;
+    if (c.needed[1]) result[1] = sum_to_row(dx);
+  }
+  if (c.needed[2]) result[2] = dy;
+  return result;
+}
+
+Tensor bias_dropout_add_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& bias, const Tensor& residual,
+                                 double p, const Tensor& seed) {
+  Tensor y;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    y = bias_dropout_add_op().redispatch(ks & c10::after_autograd_keyset, input, bias, residual, p, seed);
+  }
+  Tensor t;
+  if (is_dual(input)) t = tangent(input);
+  if (is_dual(bias)) t = t.defined() ? at::add(t, tangent(bias)) : tangent(bias).expand(y.sizes()).contiguous();
+  if (t.defined()) t = dropout_op().call(t, p, seed);
+  if (is_dual(residual)) t = t.defined() ? at::add(t, tangent(residual)) : tangent(residual);
+  set_tangent(y, t);
+  if (requires_grad(input, bias, residual))
+    record("fastops::bias_dropout_add", &bias_dropout_add_vjp, {y}, {input, bias, residual, seed}, {{seed}}, {p});
+  return y;
+}
+
+// ------------------------------------------------------------------------------------------------ registration
+
 // torch.nn.functional.dropout's own cases around the op: nothing to do, and nothing left.
 Tensor user_dropout(Tensor input, double p, bool training, bool inplace, std::optional<at::Generator> generator) {
   TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
@@ -130,14 +285,25 @@ Tensor user_dropout(Tensor input, double p, bool training, bool inplace, std::op
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
   m.def("dropout(Tensor input, float p, Tensor seed) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("dropout_(Tensor(a!) self, float p, Tensor seed) -> ()", {at::Tag::pt2_compliant_tag});
+  m.def("relu_dropout(Tensor input, float p, Tensor seed) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("relu_dropout_(Tensor(a!) self, float p, Tensor seed) -> ()", {at::Tag::pt2_compliant_tag});
+  m.def("bias_dropout_add(Tensor input, Tensor bias, Tensor residual, float p, Tensor seed) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
   for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
     if (key == DispatchKey::CUDA && !cuda_built()) continue;
     m.impl("dropout", torch::dispatch(key, &dropout));
     m.impl("dropout_", torch::dispatch(key, &dropout_inplace));
+    m.impl("relu_dropout", torch::dispatch(key, &relu_dropout));
+    m.impl("relu_dropout_", torch::dispatch(key, &relu_dropout_inplace));
+    m.impl("bias_dropout_add", torch::dispatch(key, &bias_dropout_add));
   }
   m.impl("dropout", torch::dispatch(DispatchKey::Autograd, &dropout_autograd));
   m.impl("dropout_", torch::dispatch(DispatchKey::Autograd, &dropout_inplace_autograd));
   m.impl("dropout_", torch::dispatch(DispatchKey::ADInplaceOrView, &dropout_inplace_version));
+  m.impl("relu_dropout", torch::dispatch(DispatchKey::Autograd, &relu_dropout_autograd));
+  m.impl("relu_dropout_", torch::dispatch(DispatchKey::Autograd, &relu_dropout_inplace_autograd));
+  m.impl("relu_dropout_", torch::dispatch(DispatchKey::ADInplaceOrView, &relu_dropout_inplace_version));
+  m.impl("bias_dropout_add", torch::dispatch(DispatchKey::Autograd, &bias_dropout_add_autograd));
 }
 
 }  // namespace
@@ -145,6 +311,17 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 void bind_random(pybind11::module_& m) {
   m.def("dropout", &user_dropout, pybind11::arg("input"), pybind11::arg("p"), pybind11::arg("training"),
         pybind11::arg("inplace") = false, pybind11::arg("generator") = pybind11::none());
+  m.def("relu_dropout", [](const Tensor& input, double p, const Tensor& seed) {
+    return relu_dropout_op().call(input, p, seed);
+  });
+  m.def("relu_dropout_", [](Tensor self, double p, const Tensor& seed) {
+    relu_dropout_inplace_op().call(self, p, seed);
+    return self;
+  });
+  m.def("bias_dropout_add", [](const Tensor& input, const Tensor& bias, const Tensor& residual, double p,
+                               const Tensor& seed) {
+    return bias_dropout_add_op().call(input, bias, residual, p, seed);
+  });
 }
 
 }  // namespace fastops

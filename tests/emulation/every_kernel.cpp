@@ -70,6 +70,16 @@ void map(const Dtype& d, int64_t n, Buffers b) {
   }
 }
 
+void fused(const Dtype& d, int64_t n, Buffers b) {
+  for (const FusedRow& row : cuda::fused_rows) {
+    const int64_t period = row.broadcast ? (n % 2 ? n : n / 2) : n;
+    FusedArgs a{d.type, n, period, b.values(n, d.type), {}, nullptr};
+    for (auto& in : a.in) in = b.values(n, d.type);
+    expect(row.name, "forward", row.forward(a));
+    if (row.backward) expect(row.name, "backward", row.backward(a));
+  }
+}
+
 void reduce(const Dtype& d, int64_t n, Buffers b) {
   for (const ReduceRow& row : cuda::reduce_rows) {
     ReduceArgs a{};
@@ -141,6 +151,8 @@ void random(const Dtype& d, Buffers b) {
     a.seed = seed;
     a.threshold = 1u << 31;
     a.scale = 2;
+    a.period = 11;
+    if (row.backward) expect(row.name, "backward", row.backward(a));
     a.order = {1, {kN}, {1}};
     expect(row.name, "contiguous", row.forward(a));
     a.order = {4, {3, 7, 11, 5}, {5 * 7 * 11, 11, 1, 7 * 11}};
@@ -175,6 +187,8 @@ int main(int count, char** arguments) {
     for (const size_t offset : {size_t{0}, size_t{1}}) {
       const Buffers fresh{offset, {}};
       map(d, 1003, fresh);
+      fused(d, 1003, fresh);
+      fused(d, 2048, fresh);
       reduce(d, 1003, fresh);
       reduce(d, 16'390, fresh);
       for (const auto& [outer, n, inner] : {std::array<int64_t, 3>{5, 10, 1}, {2, 2100, 1}, {1, 16'500, 1}, {2, 9, 35}})

@@ -69,6 +69,10 @@ const char* reduce_name(size_t index) {
   return index < tables().reduce.size ? tables().reduce.data[index].name : nullptr;
 }
 const char* reduce_params(size_t index) { return tables().reduce.data[index].params; }
+const char* fused_name(size_t index) {
+  return index < tables().fused.size ? tables().fused.data[index].name : nullptr;
+}
+bool fused_broadcast(size_t index) { return tables().fused.data[index].broadcast; }
 const char* softmax_name(size_t index) {
   return index < tables().softmax.size ? tables().softmax.data[index].name : nullptr;
 }
@@ -129,6 +133,13 @@ const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, vo
 }
 int64_t workspace_bytes(int64_t n) { return reduce_workspace(n); }
 
+const char* run_fused(size_t index, bool backward, int dtype, int64_t n, int64_t period, void* out,
+                      const void* const* in) {
+  const FusedRow& row = tables().fused.data[index];
+  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr};
+  return (backward ? row.backward : row.forward)(a);
+}
+
 const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n, int64_t inner, void* out,
                         const void* first, const void* second) {
   const SoftmaxRow& row = tables().softmax.data[index];
@@ -188,9 +199,25 @@ const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer
   return tables().cross_entropy.data[index].forward_probability(a);
 }
 
-const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in, const int64_t* seed,
-                       uint32_t threshold, double scale, int dims, const int64_t* size, const int64_t* logical_stride) {
+const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, const void* y, const void* dy,
+                                double scale) {
   RandomArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.n = n;
+  a.out = out;
+  a.in[0] = y;
+  a.in[1] = dy;
+  a.scale = scale;
+  return tables().random.data[index].backward(a);
+}
+
+const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in, const void* row,
+                       const void* residual, int64_t period, const int64_t* seed, uint32_t threshold, double scale,
+                       int dims, const int64_t* size, const int64_t* logical_stride) {
+  RandomArgs a{};
+  a.in[1] = row;
+  a.in[2] = residual;
+  a.period = period;
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
   a.out = out;

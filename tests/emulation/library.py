@@ -17,7 +17,7 @@ DTYPES = {
 }  # c10::ScalarType
 ORDERS = [(0, 0), (1, 0), (2, 7)]  # forward, reverse, shuffled by a seed
 COUNTERS = "launches blocks threads loads loaded_bytes wide_loads stores stored_bytes wide_stores"
-KINDS = ["map", "reduce", "softmax", "cross_entropy", "random", "step"]
+KINDS = ["map", "fused", "reduce", "softmax", "cross_entropy", "random", "step"]
 
 POINTER, I64, F64, BOOL, TEXT = (
     ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_char_p,
@@ -34,11 +34,12 @@ def sources():
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build("kernels", sources(), shared=True)))
+    lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
     for kind in KINDS:
         getattr(lib, f"{kind}_name").restype = TEXT
         getattr(lib, f"run_{kind}").restype = TEXT
     lib.map_params.restype = lib.reduce_params.restype = TEXT
-    lib.map_from_output.restype = lib.emulation_release.restype = BOOL
+    lib.map_from_output.restype = lib.fused_broadcast.restype = lib.emulation_release.restype = BOOL
     lib.step_in_double.restype = lib.step_in_float.restype = lib.second_in_float.restype = BOOL
     lib.workspace_bytes.restype = I64
     lib.emulation_allocate.restype = POINTER
@@ -64,6 +65,8 @@ def rows(kind: str) -> list[SimpleNamespace]:
             row.params = defaults(getattr(lib, f"{kind}_params")(index).decode())
         if kind == "map":
             row.from_output = lib.map_from_output(index)
+        if kind == "fused":
+            row.broadcast = lib.fused_broadcast(index)
         if kind == "random":
             row.inputs = lib.random_inputs(index)
         if kind == "step":

@@ -1,0 +1,104 @@
+// The elementwise loop of two inputs, of which the second may be one row, repeated.
+#include "../formulas/fused.h"
+#include "launch.cuh"
+#include "pack.cuh"
+
+namespace fastops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class scalar_t, int inputs>
+struct Inputs {
+  const scalar_t* p[inputs];
+};
+
+// out[i] = F(in[0][i], in[1][i % period], in[2][i]). Where rows are whole packs, `wide_row` says that in[1] is read in
+// packs too. out may be in[0]: no __restrict__.
+template <class F, class scalar_t, int inputs>
+__global__ void __launch_bounds__(kThreads, kResident)
+    fused_kernel(Cut cut, int64_t period, bool wide_row, scalar_t* out, Inputs<scalar_t, inputs> in) {
+  using real = real_of<scalar_t>;
+  constexpr int size = pack_size<scalar_t>;
+  const auto f = [&](const real(&x)[inputs]) {
+    if constexpr (inputs == 2) return F::apply(x[0], x[1]);
+    if constexpr (inputs == 3) return F::apply(x[0], x[1], x[2]);
+  };
+  walk<size>(
+      cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
+      [&](int64_t i) {
+        real x[inputs][size], y[size];
+        load_wide(in.p[0] + i, x[0]);
+        if constexpr (inputs == 3) load_wide(in.p[2] + i, x[2]);
+        const int64_t j = i % period;
+        if (wide_row) {
+          load_wide(in.p[1] + j, x[1]);
+        } else {
+#pragma unroll
+          for (int k = 0; k < size; ++k) x[1][k] = static_cast<real>(load(in.p[1] + (i + k) % period));
+        }
+#pragma unroll
+        for (int k = 0; k < size; ++k) {
+          real each[inputs];
+#pragma unroll
+          for (int m = 0; m < inputs; ++m) each[m] = x[m][k];
+          y[k] = f(each);
+        }
+        store_wide(out + i, y);
+      },
+      [&](int64_t i) {
+        real x[inputs];
+#pragma unroll
+        for (int m = 0; m < inputs; ++m) x[m] = static_cast<real>(load(in.p[m] + (m == 1 ? i % period : i)));
+        store(out + i, static_cast<scalar_t>(f(x)));
+      });
+}
+
+template <class F, int inputs>
+Error fused(const FusedArgs& a) {
+  if (a.n == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    constexpr int size = pack_size<scalar_t>;
+    auto* out = static_cast<scalar_t*>(a.out);
+    Inputs<scalar_t, inputs> in;
+    for (int j = 0; j < inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
+    const Cut whole = cut(a.n, size, out, in.p[0], in.p[inputs == 3 ? 2 : 0]);
+    const bool wide_row = whole.packs > 0 && (a.period == a.n || a.period % size == 0) && aligned(in.p[1] + whole.head) &&
+                          (a.period == a.n || whole.head == 0);
+    const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
+    return launch(fused_kernel<F, scalar_t, inputs>, grid_for(items, kThreads), kThreads, a.stream, whole, a.period,
+                  wide_row, out, in);
+  });
+}
+
+template <class Op>
+struct Forward {
+  template <class T>
+  static FASTOPS_FN T apply(T x, T t) {
+    return Op::forward(x, t);
+  }
+};
+template <class Op>
+struct Backward {
+  template <class T>
+  static FASTOPS_FN T apply(T x, T t, T dy) {
+    return Op::backward(x, t, dy);
+  }
+};
+
+template <class Op>
+struct MakeFused {
+  static constexpr FusedKernel backward_or_null() {
+    if constexpr (Op::broadcast) return &fused<Backward<Op>, 3>;
+    return nullptr;
+  }
+  static constexpr FusedRow row{Op::name, Op::activation, Op::broadcast, &fused<Forward<Op>, 2>, backward_or_null()};
+};
+using FusedTable = Table<FusedRow, MakeFused, Fused>;
+
+}  // namespace
+
+extern constinit const Rows<FusedRow> fused_rows{FusedTable::rows, std::size(FusedTable::rows)};
+
+}  // namespace fastops::cuda

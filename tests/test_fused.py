@@ -1,0 +1,246 @@
+"""Ops that are fused with their neighbours: relu_dropout and bias_dropout_add against what they are fused of (same seed,
+same mask), and what the fused forms do where torch's + broadcasts or promotes."""
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from cases import DTYPES, LAYOUTS, assert_as_accurate, randn
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastops
+from fastops._op import overload
+
+F = fastops.functional
+SEED = torch.tensor(0x1234_5678_9ABC_DEF)
+dropout, relu_dropout, bias_dropout_add = map(
+    overload, ("dropout", "relu_dropout", "bias_dropout_add")
+)
+
+
+def leaf(x, dtype=torch.float64):
+    return x.to(dtype).detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+# ---------------------------------------------------------------------------------------------- relu_dropout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu_dropout_is_dropout_of_relu(layout, dtype):
+    x = LAYOUTS[layout]().to(dtype)
+    y = relu_dropout(x, 0.3, SEED)
+    assert torch.equal(y, dropout(TF.relu(x), 0.3, SEED)) and y.dtype == dtype
+    a, b = leaf(x, dtype), leaf(x, dtype)
+    dy = randn(*x.shape, seed=3).to(dtype)
+    (da,) = torch.autograd.grad(relu_dropout(a, 0.3, SEED), a, dy)
+    (db,) = torch.autograd.grad(dropout(TF.relu(b), 0.3, SEED), b, dy)
+    assert torch.equal(da, db)
+    inplace = x.clone(memory_format=torch.preserve_format)
+    overload("relu_dropout_")(inplace, 0.3, SEED)
+    assert torch.equal(inplace, y)
+
+
+def test_relu_dropout_inplace_has_a_gradient_and_moves_the_version():
+    x = leaf(randn(7, 13))
+    h = x * 1
+    before = h._version
+    torch.manual_seed(5)
+    y = F.relu_dropout(h, 0.4, inplace=True)
+    assert y is h and h._version == before + 1
+    torch.manual_seed(5)
+    z = F.dropout(TF.relu(x), 0.4)
+    dy = randn(7, 13, seed=2)
+    assert torch.equal(y, z)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(z, x, dy)[0])
+
+
+def test_relu_dropout_keeps_its_output_alone():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = F.relu_dropout(leaf(randn(64, 64)), 0.5)
+    assert [t.data_ptr() for t in saved] == [y.data_ptr()]
+
+
+@pytest.mark.parametrize(
+    "training, p", [(False, 0.5), (True, 0.0), (True, 1.0)], ids=["eval", "p=0", "p=1"]
+)
+def test_nothing_to_draw(training, p):
+    x, bias, residual = randn(5, 6), randn(6, seed=1), randn(5, 6, seed=2)
+    state = torch.get_rng_state()
+    dropped = p == 1 and training
+    expected = torch.zeros(5, 6).double() if dropped else TF.relu(x)
+    torch.testing.assert_close(F.relu_dropout(x, p, training), expected)
+    joined = residual if dropped else residual + (x + bias)
+    torch.testing.assert_close(F.bias_dropout_add(x, bias, residual, p, training), joined)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------------------------------- bias_dropout_add
+
+
+@pytest.mark.parametrize(
+    "shape", [(1,), (3, 1), (7, 13), (4, 5, 33), (2, 64), (0, 3), (40, 130)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_dropout_add_is_what_it_says(shape, dtype):
+    tensors = randn(*shape), randn(shape[-1], seed=1), randn(*shape, seed=2)
+    tensors = tuple(t.to(dtype) for t in tensors)
+    dy = randn(*shape, seed=3).to(dtype)
+
+    def run(function, kind):
+        leaves = [leaf(t, kind) for t in tensors]
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y, leaves, dy.to(kind))
+
+    plain = lambda x, b, r: r + dropout(x + b, 0.3, SEED)  # noqa: E731
+    exact = run(plain, torch.float64)
+    theirs = run(plain, dtype)
+    ours = run(lambda x, b, r: bias_dropout_add(x, b, r, 0.3, SEED), dtype)
+    for mine, other, true in zip(ours, theirs, exact, strict=True):
+        assert mine.dtype == dtype and mine.shape == other.shape
+        assert_as_accurate(mine, other, true, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_a_bit(threads):
+    x, bias, residual = (
+        randn(301, 257).float(),
+        randn(257, seed=1).float(),
+        randn(301, 257, seed=2).float(),
+    )
+    first = bias_dropout_add(x, bias, residual, 0.5, SEED), relu_dropout(x, 0.5, SEED)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        again = bias_dropout_add(x, bias, residual, 0.5, SEED), relu_dropout(x, 0.5, SEED)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_bias_dropout_add_without_a_bias_or_of_several_dtypes():
+    x, bias, residual = randn(5, 6), randn(6, seed=1), randn(5, 6, seed=2)
+    torch.manual_seed(3)
+    y = F.bias_dropout_add(x, None, residual, 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(y, residual + F.dropout(x, 0.5))
+    y = F.bias_dropout_add(x.bfloat16(), bias.float(), residual.float(), 0.5)
+    assert y.dtype == torch.float32 and y.shape == x.shape
+
+
+def test_bias_dropout_add_keeps_a_seed_alone():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        F.bias_dropout_add(leaf(randn(64, 64)), leaf(randn(64)), leaf(randn(64, 64)), 0.5)
+    assert [(t.numel(), t.dtype) for t in saved] == [(1, torch.int64)]
+
+
+# ---------------------------------------------------------------------------------------------- both
+
+
+RANDOM = {
+    "relu_dropout": (lambda x: relu_dropout(x, 0.4, SEED), lambda: [leaf(randn(4, 5))]),
+    "bias_dropout_add": (
+        lambda x, b, r: bias_dropout_add(x, b, r, 0.4, SEED),
+        lambda: [leaf(randn(4, 5)), leaf(randn(5, seed=1)), leaf(randn(4, 5, seed=2))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_derivatives(name):
+    function, make = RANDOM[name]
+    assert gradcheck(function, make(), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(lambda *xs: function(*(x * x for x in xs)), make())
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_opcheck(name):
+    _, make = RANDOM[name]
+    torch.library.opcheck(overload(name), (*make(), 0.4, SEED))
+    if name == "relu_dropout":
+        torch.library.opcheck(overload("relu_dropout_"), (make()[0].detach(), 0.4, SEED))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(backend):
+    torch._dynamo.reset()
+
+    def block(x, bias, residual):
+        h = F.bias_dropout_add(F.bias_gelu(x, bias), bias, residual, 0.5)
+        return F.relu_dropout(F.add_relu(h, residual), 0.5)
+
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    leaves = [leaf(randn(64, 32)), leaf(randn(32, seed=1)), leaf(randn(64, 32, seed=2))]
+    y = compiled(*leaves)
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert y.shape == (64, 32) and all(g.isfinite().all() for g in grads)
+    assert 0.6 < y.eq(0).double().mean() < 0.95
+
+
+def test_vmap():
+    x, bias, residual = randn(3, 4, 5), randn(3, 5, seed=1), randn(3, 4, 5, seed=2)
+    f = lambda x, b, r: bias_dropout_add(x, b, r, 0.4, SEED)  # noqa: E731
+    torch.testing.assert_close(
+        torch.vmap(f)(x, bias, residual),
+        torch.stack([f(*each) for each in zip(x, bias, residual, strict=True)]),
+    )
+    torch.testing.assert_close(torch.vmap(F.bias_gelu)(x, bias), TF.gelu(x + bias[:, None]))
+    torch.testing.assert_close(
+        torch.vmap(F.add_relu, in_dims=(0, None))(x, residual[0]), TF.relu(x + residual[0])
+    )
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_add_relu_broadcasts_and_promotes(inplace):
+    x, row = randn(5, 6).float(), randn(6, seed=1)
+    expected = TF.relu(x + row.to(x.dtype))
+    torch.testing.assert_close(F.add_relu(x.clone(), row.float(), inplace=inplace), expected)
+    if not inplace:
+        assert F.add_relu(x, row).dtype == torch.float64
+
+
+def test_add_relu_in_place():
+    x, t = leaf(randn(5, 6)), leaf(randn(5, 6, seed=1))
+    h = x * 1
+    version = h._version
+    y = F.add_relu(h, t, inplace=True)
+    assert y is h and h._version == version + 1
+    dy = randn(5, 6, seed=2)
+    ours = torch.autograd.grad(y, [x, t], dy)
+    theirs = torch.autograd.grad(TF.relu(x + t), [x, t], dy)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    same = randn(5, 6)
+    expected = TF.relu(same + same)
+    assert torch.equal(F.add_relu(same, same, inplace=True), expected)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        F.add_relu(leaf(randn(3)), randn(3), inplace=True)
+    buffer = randn(10)
+    with pytest.raises(RuntimeError, match="overlap|single memory location"):
+        F.add_relu(buffer[:8], buffer[2:], inplace=True)
+    with pytest.raises(RuntimeError, match="overlap|single memory location"):
+        F.add_relu(randn(1).expand(4), randn(4), inplace=True)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: F.bias_gelu(randn(4, 5), randn(4)), RuntimeError, r"as many elements .* got \[4\]"),
+        (lambda: F.bias_gelu(randn(4, 5), randn(1, 5)), RuntimeError, "as many elements"),
+        (lambda: F.bias_gelu(randn(), randn(1)), RuntimeError, "as many elements"),
+        (lambda: F.bias_gelu(randn(2, 2), randn(2), "sigmoid"), RuntimeError, "approximate"),
+        (lambda: F.add_relu(randn(3), randn(4)), RuntimeError, "must match"),
+        (lambda: F.add_relu(torch.ones(3).int(), torch.ones(3).int()), NotImplementedError, "float64"),
+        (lambda: F.relu_dropout(randn(3), 1.5), ValueError, "between 0 and 1, but got 1.5"),
+        (lambda: F.relu_dropout(randn(3), -0.1), ValueError, "between 0 and 1"),
+        (lambda: F.bias_dropout_add(randn(2, 3), randn(3), randn(2, 3), 2.0), ValueError, "between 0 and 1"),
+        (lambda: F.bias_dropout_add(randn(2, 3), randn(2), randn(2, 3)), RuntimeError, "as many elements"),
+        (lambda: F.bias_dropout_add(randn(2, 3), randn(3), randn(3, 2)), RuntimeError, "residual"),
+        (lambda: bias_dropout_add(randn(2, 3), randn(3).float(), randn(2, 3), 0.5, SEED), RuntimeError, "dtype"),
+        (lambda: relu_dropout(randn(3), 1.0, SEED), ValueError, r"\[0, 1\)"),
+        (lambda: relu_dropout(randn(3), 0.5, torch.tensor(1.0)), RuntimeError, "seed"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
