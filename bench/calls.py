@@ -162,6 +162,26 @@ def our_optimizer(name: str) -> type[torch.optim.Optimizer]:
         raise Skipped(f"fastops.optim has no {name}") from None
 
 
+def native_step(case: Case, optimizer: torch.optim.Optimizer) -> tuple[Call, list[Tensor]]:
+    """The step of one of torch's optimizers, with what the case has beyond it as torch has it; and the averages that it
+    keeps, from the first step on."""
+    if not case.beyond:
+        return optimizer.step, []
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    averages: list[Tensor] = []
+
+    @torch.no_grad()
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, case.beyond["max_grad_norm"])
+        optimizer.step()
+        if averages:
+            torch._foreach_lerp_(averages, parameters, 1 - case.beyond["ema_decay"])
+        else:
+            averages.extend(p.detach().clone() for p in parameters)
+
+    return step, averages
+
+
 def optimizer_contenders(case: Case, device: str) -> Contenders:
     """Our optimizer's step beside torch's three. All have parameters and states of their own and share gradients."""
     ours = our_optimizer(case.op)
@@ -173,10 +193,12 @@ def optimizer_contenders(case: Case, device: str) -> Contenders:
     def stepper(cls, **options) -> Call:
         parameters = [p.clone().requires_grad_() for p in start]
         for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g
+            p.grad = g.clone() if case.beyond else g  # clip_grad_norm_ writes it
+        if cls is theirs:
+            return native_step(case, cls(parameters, **case.arguments, **options))[0]
         return cls(parameters, **case.arguments, **options).step
 
-    made = Contenders(stepper(ours), {})
+    made = Contenders(stepper(ours, **case.beyond), {})
     for name, options in STEPPERS.items():
         try:
             made.theirs[name] = stepper(theirs, **options)

@@ -33,6 +33,9 @@ class Case:
     floor: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     variant: str = ""
+    beyond: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # options of our optimizer that torch has apart from its own
     compiled: bool = False
     probabilities: bool = False  # whether targets (and the inputs of a reduction) are probabilities
 
@@ -161,15 +164,18 @@ PARAMETERS: dict[str, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class OptimizerWorkload:
-    """Arguments of an optimizer, and how many states of a parameter's size it keeps."""
+    """Arguments of an optimizer, and how many states of a parameter's size it keeps. `beyond`: clipping and averages,
+    which are steps of their own in torch."""
 
     arguments: Mapping[str, Any]
     states: int
+    beyond: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
-        """Reading the gradient, reading and writing the parameter and each state."""
-        return 3 + 2 * self.states
+        """Reading the gradient, reading and writing the parameter and each state; reading the gradient for its norm."""
+        clips, averages = "max_grad_norm" in self.beyond, "ema_decay" in self.beyond
+        return 3 + 2 * (self.states + averages) + clips
 
 
 OPTIMIZERS: dict[str, OptimizerWorkload] = {
@@ -177,6 +183,11 @@ OPTIMIZERS: dict[str, OptimizerWorkload] = {
     "AdamW": OptimizerWorkload({"lr": 1e-3, "weight_decay": 1e-2}, states=2),
     "SGD": OptimizerWorkload({"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}, states=1),
     "RMSprop": OptimizerWorkload({"lr": 1e-3, "weight_decay": 1e-4}, states=1),
+    "AdamW clip+EMA": OptimizerWorkload(
+        {"lr": 1e-3, "weight_decay": 1e-2},
+        states=2,
+        beyond={"max_grad_norm": 1.0, "ema_decay": 0.999},
+    ),
 }
 
 QUICK_BYTES = 64 * MI  # --quick leaves out the cases that move more
@@ -210,7 +221,9 @@ def optimizer_cases(name: str) -> Iterator[Case]:
     work = OPTIMIZERS[name]
     for size, shapes in PARAMETERS.items():
         yield Case(
-            op=name,
+            op=name.split()[0],
+            variant=" ".join(name.split()[1:]),
+            beyond=work.beyond,
             kind=STEP,
             size=size,
             shapes=shapes,

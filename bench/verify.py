@@ -14,7 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 from fastops._op import OPS
 
-from .calls import function_call, make_inputs, make_upstream, normal, our_optimizer, seeded
+from .calls import (
+    function_call,
+    make_inputs,
+    make_upstream,
+    native_step,
+    normal,
+    our_optimizer,
+    seeded,
+)
 from .cases import BOTH, STEP, Case
 
 STEPS = 3
@@ -129,18 +137,21 @@ def verify_optimizer(case: Case, device: str) -> None:
             for shape in case.shapes
         ]
         optimizer = cls(parameters, **case.arguments, **options)
+        step, averages = native_step(case, optimizer) if cls is theirs else (optimizer.step, [])
         for _ in range(STEPS):
             for p in parameters:
                 p.grad = normal(p.shape, case, generator, device).to(dtype)
-            optimizer.step()
+            step()
         found = {"parameters": parameters}
+        if averages:
+            found["ema"] = averages
         for p in parameters:
             for name, state in optimizer.state[p].items():
                 if torch.is_tensor(state) and state.shape == p.shape:
                     found.setdefault(name, []).append(state)
         return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in found.items()}
 
-    mine, native = walk(ours, case.dtype), walk(theirs, case.dtype, **loop)
+    mine, native = walk(ours, case.dtype, **case.beyond), walk(theirs, case.dtype, **loop)
     if mine.keys() != native.keys():
         raise Wrong(f"states {sorted(mine)} where torch has {sorted(native)}")
     exact = walk(theirs, torch.float64, **loop)

@@ -170,6 +170,8 @@ struct StepTensor {
   const void* g;
   void* s[kMaxStates];
   const double* numbers;
+  void* average;  // n reals, the running average of p, or null
+  double weight;  // average = lerp(average, new p, weight)
 };
 struct StepArgs {
   c10::ScalarType dtype;        // of p and g

@@ -280,21 +280,25 @@ def _vmaps() -> None:
         batched(name, rule)
         batched(f"{name}_", in_place)
 
+    def joined(name):
+        call = overload(f"{name}_")
+
+        def rule(info, dims, self, other):
+            if dims[0] is None:
+                raise RuntimeError(
+                    f"fastops::{name}_: an unbatched tensor cannot be written to under vmap"
+                )
+            call(self.movedim(dims[0], 0), at_front(other, dims[1], info.batch_size))
+            return None, None
+
+        return rule
+
     for name in rows_of("fused"):
         if ROWS[name][1]:
             by_row(name)
         else:
             batched(name, elementwise_rule(name))
-
-            def join(info, dims, self, other, call=overload(f"{name}_"), name=name):
-                if dims[0] is None:
-                    raise RuntimeError(
-                        f"fastops::{name}_: an unbatched tensor cannot be written to under vmap"
-                    )
-                call(self.movedim(dims[0], 0), at_front(other, dims[1], info.batch_size))
-                return None, None
-
-            batched(f"{name}_", join)
+            batched(f"{name}_", joined(name))
     one_by_one("relu_dropout")
     one_by_one("bias_dropout_add")
 

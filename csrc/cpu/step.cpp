@@ -26,6 +26,8 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, type
   auto* g = static_cast<const scalar_t*>(t.g);
   state_t* s[state_slots<Op>];
   for (int k = 0; k < Op::states; ++k) s[k] = static_cast<state_t*>(t.s[k]);
+  auto* average = static_cast<real*>(t.average);
+  const real weight = static_cast<real>(t.weight);
   const V scale(inverse_scale);
   const bool scaled = inverse_scale != real(1);
   groups<L::size>(begin, end, [&](int64_t i, auto n) {
@@ -52,6 +54,17 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, type
       for (int k = 0; k < Op::states; ++k) vs[k][j] = state[k];
     }
     L::store(p + i, n, vp);
+    if (average) {
+      for (int j = 0; j < L::count; ++j) {
+        const int64_t from = j * V::size(), left = n - from;
+        if (left <= 0) continue;
+        const int64_t m = left < V::size() ? left : V::size();
+        V one[1];
+        Lanes<real>::load(average + i + from, m, one);
+        one[0] = lerp(one[0], vp[j], weight);
+        Lanes<real>::store(average + i + from, m, one);
+      }
+    }
     for (int k = 0; k < Op::states; ++k) {
       if constexpr (std::is_same_v<state_t, scalar_t>) {
         L::store(s[k] + i, n, vs[k]);

@@ -24,14 +24,18 @@ constexpr size_t kParameterBytes = 4096;
 // As many tensors as fit among the parameters. Block b works on the tensor t with first[t] <= b < first[t + 1].
 template <class Op, class real, class scalar_t, class state_t>
 struct Batch {
-  using Numbers = typename Op::template Numbers<real>;
-  static constexpr size_t per_tensor = (2 + state_slots<Op>) * sizeof(void*) + sizeof(int64_t) + sizeof(int) + 1;
+  struct Numbers {
+    typename Op::template Numbers<real> of_op;
+    real weight;  // of the new value in the average
+  };
+  static constexpr size_t per_tensor = (3 + state_slots<Op>) * sizeof(void*) + sizeof(int64_t) + sizeof(int) + 1;
   static constexpr size_t rest = kGroups * sizeof(Numbers) + 3 * sizeof(void*) + 64;
   static constexpr int capacity = static_cast<int>((kParameterBytes - rest) / per_tensor);
 
   scalar_t* p[capacity];
   const scalar_t* g[capacity];
   state_t* s[state_slots<Op>][capacity];
+  real* average[capacity];
   int64_t n[capacity];
   const float *grad_scale, *found_inf;
   Numbers numbers[kGroups];
@@ -64,7 +68,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
   for (int j = 0; j < states; ++j) s[j] = batch.s[j][tensor] + begin;
 
+  real* const average = batch.average[tensor] ? batch.average[tensor] + begin : nullptr;
+
   Cut whole = cut(left < kChunk ? left : kChunk, size, p, g);
+  if (average && !aligned(average + whole.head)) whole = {whole.n, whole.n, 0};
 #pragma unroll
   for (int j = 0; j < states; ++j)
     if (!aligned(s[j] + whole.head)) whole = {whole.n, whole.n, 0};
@@ -82,22 +89,29 @@ __global__ void __launch_bounds__(kThreads, kResident)
           real state[slots];
 #pragma unroll
           for (int j = 0; j < states; ++j) state[j] = vs[j][k];
-          Op::step(numbers, vp[k], vg[k] * scale, state);
+          Op::step(numbers.of_op, vp[k], vg[k] * scale, state);
 #pragma unroll
           for (int j = 0; j < states; ++j) vs[j][k] = state[j];
         }
         store_wide(p + i, vp);
 #pragma unroll
         for (int j = 0; j < states; ++j) store_wide(s[j] + i, vs[j]);
+        if (average) {
+          load_wide(average + i, vg);
+#pragma unroll
+          for (int k = 0; k < size; ++k) vg[k] = lerp(vg[k], vp[k], numbers.weight);
+          store_wide(average + i, vg);
+        }
       },
       [&](int64_t i) {
         real vp = static_cast<real>(load(p + i)), state[slots];
 #pragma unroll
         for (int j = 0; j < states; ++j) state[j] = static_cast<real>(load(s[j] + i));
-        Op::step(numbers, vp, static_cast<real>(load(g + i)) * scale, state);
+        Op::step(numbers.of_op, vp, static_cast<real>(load(g + i)) * scale, state);
         store(p + i, static_cast<scalar_t>(vp));
 #pragma unroll
         for (int j = 0; j < states; ++j) store(s[j] + i, static_cast<state_t>(state[j]));
+        if (average) store(average + i, lerp(load(average + i), vp, numbers.weight));
       });
 }
 
@@ -105,10 +119,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // The group that holds these numbers, added if there is room; else kGroups.
 template <class Numbers, class real, int numbers>
-int group_of(Numbers (&groups)[kGroups], int& used, const double* values) {
-  real as_real[numbers];
+int group_of(Numbers (&groups)[kGroups], int& used, const double* values, double weight) {
+  real as_real[numbers + 1];
   static_assert(sizeof as_real == sizeof(Numbers));
   for (int k = 0; k < numbers; ++k) as_real[k] = static_cast<real>(values[k]);
+  as_real[numbers] = static_cast<real>(weight);
   int group = 0;
   while (group < used && memcmp(&groups[group], as_real, sizeof as_real) != 0) ++group;
   if (group == used && used < kGroups) memcpy(&groups[used++], as_real, sizeof as_real);
@@ -132,12 +147,13 @@ Error step_all(const StepArgs& a) {
       if (t.n == 0) continue;
       const int64_t chunks = (t.n + kChunk - 1) / kChunk;
       if (batch.count > 0 && blocks + chunks > INT32_MAX) break;
-      const int group = group_of<typename B::Numbers, real, Op::numbers>(batch.numbers, used, t.numbers);
+      const int group = group_of<typename B::Numbers, real, Op::numbers>(batch.numbers, used, t.numbers, t.weight);
       if (group == kGroups) break;
       const int k = batch.count++;
       batch.p[k] = static_cast<scalar_t*>(t.p);
       batch.g[k] = static_cast<const scalar_t*>(t.g);
       for (int j = 0; j < Op::states; ++j) batch.s[j][k] = static_cast<state_t*>(t.s[j]);
+      batch.average[k] = static_cast<real*>(t.average);
       batch.n[k] = t.n;
       batch.group[k] = static_cast<unsigned char>(group);
       batch.first[k] = static_cast<int>(blocks);

@@ -85,6 +85,7 @@ bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
 struct Entry {
   TensorImpl *p, *g, *counter;
   TensorImpl* s[kMaxStates];
+  TensorImpl* average;  // or null
   size_t row;
   const double* options;
   int64_t n;
@@ -98,11 +99,25 @@ struct Entry {
   void* p_data;
   const void* g_data;
   void* s_data[kMaxStates];
+  void* average_data;
+  double weight;  // of the parameter in its average
 
   void find_memory() {
     p_data = p->mutable_data();
     g_data = g->data();
     for (int k = 0; k < kMaxStates && s[k]; ++k) s_data[k] = s[k]->mutable_data();
+    if (average) average_data = average->mutable_data();
+  }
+  // What is written besides the parameter.
+  template <class F>
+  void each_state(F f) {
+    for (int k = 0; k < kMaxStates && s[k]; ++k) f(s[k], s_data[k]);
+    if (average) f(average, average_data);
+  }
+  template <class F>
+  void each_state(F f) const {
+    for (int k = 0; k < kMaxStates && s[k]; ++k) f(s[k], s_data[k]);
+    if (average) f(average, average_data);
   }
 };
 
@@ -125,10 +140,10 @@ class Sweep {
   size_t size() const { return entries_.size(); }
 
   void add(size_t row, const double* options, bool first, TensorImpl* p, TensorImpl* g, TensorImpl* counter,
-           TensorImpl* const* s) {
+           TensorImpl* const* s, TensorImpl* average = nullptr, double weight = 0) {
     const StepRow& r = rows_.data[row];
     Entry& e = entries_.emplace_back(
-        Entry{p, g, counter, {}, row, options, p->numel(), dtype_of(p), dtype_of(p), p->device(), first});
+        Entry{p, g, counter, {}, nullptr, row, options, p->numel(), dtype_of(p), dtype_of(p), p->device(), first});
     // A complex number is a pair of real ones to every formula, as in torch.
     if (c10::isComplexType(e.dtype)) {
       e.n *= 2;
@@ -156,6 +171,19 @@ class Sweep {
       if (!dense || !same_memory_order(p, s[k]) || lazy(s[k])) {
         e.flat = false;
         if (!s[k]->is_non_overlapping_and_dense()) at::assert_no_internal_overlap(s[k]);
+      }
+    }
+    if (average) {
+      const auto wanted = reduced ? c10::kFloat : dtype_of(p);
+      e.average = average;
+      e.weight = weight;
+      writable(r, "average", average);
+      matches(r, "its average", average, p);
+      TORCH_CHECK(dtype_of(average) == wanted, r.name, ": the average of parameter ", entries_.size() - 1, " is ",
+                  dtype_of(average), "; of ", dtype_of(p), " parameters it must be ", wanted);
+      if (!dense || !same_memory_order(p, average) || lazy(average)) {
+        e.flat = false;
+        if (!average->is_non_overlapping_and_dense()) at::assert_no_internal_overlap(average);
       }
     }
     if (r.states > 0 && s[0]->dtype() != p->dtype()) {
@@ -212,7 +240,7 @@ class Sweep {
     prefetch(e.p);
     prefetch(e.g);
     if (e.counter) prefetch(e.counter);
-    for (int j = 0; j < kMaxStates && e.s[j]; ++j) prefetch(e.s[j]);
+    e.each_state([](TensorImpl* t, void*) { prefetch(t); });
   }
 
  private:
@@ -258,7 +286,7 @@ class Sweep {
     };
     for (const Entry& e : entries_) {
       see(e, e.p, e.p_data);
-      for (int j = 0; j < kMaxStates && e.s[j]; ++j) see(e, e.s[j], e.s_data[j]);
+      e.each_state([&](TensorImpl* t, void* data) { see(e, t, data); });
     }
     if (k != written_.size()) {
       written_.resize(k);
@@ -326,8 +354,9 @@ class Sweep {
         copy(e.p, true);
       }
       if (!same_memory_order(e.p, e.g) || lazy(e.g)) copy(e.g, false);
-      for (int k = 0; k < kMaxStates && e.s[k]; ++k)
-        if (!same_memory_order(e.p, e.s[k]) || lazy(e.s[k])) copy(e.s[k], true);
+      e.each_state([&](TensorImpl*& t, void*) {
+        if (!same_memory_order(e.p, t) || lazy(t)) copy(t, true);
+      });
       e.find_memory();
     }
   }
@@ -372,8 +401,12 @@ class Sweep {
           if (fits(b)) bucket = &b;
         if (!bucket) bucket = &buckets_.emplace_back(Bucket{e.p, e.row, e.device, e.dtype, e.state_dtype, {}});
       }
-      StepTensor& t = bucket->tensors.emplace_back(StepTensor{e.n, e.p_data, e.g_data, {}, current});
+      StepTensor& t = bucket->tensors.emplace_back(StepTensor{e.n, e.p_data, e.g_data, {}, current, nullptr, 0});
       for (int k = 0; k < kMaxStates && e.s[k]; ++k) t.s[k] = e.s_data[k];
+      if (e.average) {
+        t.average = e.average_data;
+        t.weight = e.weight;
+      }
       bucket->any = e.p;
     }
   }
@@ -383,7 +416,7 @@ class Sweep {
       const Entry& e = entries_[i];
       e.p->bump_version();
       if (e.counter) e.counter->bump_version();
-      for (int k = 0; k < kMaxStates && e.s[k]; ++k) e.s[k]->bump_version();
+      e.each_state([](TensorImpl* t, void*) { t->bump_version(); });
     }
   }
 
@@ -394,7 +427,7 @@ class Sweep {
       for (const Entry& e : entries_) {
         kept_.push_back(e.p->storage());
         kept_.push_back(e.g->storage());
-        for (int k = 0; k < kMaxStates && e.s[k]; ++k) kept_.push_back(e.s[k]->storage());
+        e.each_state([&](TensorImpl* t, void*) { kept_.push_back(t->storage()); });
       }
       released.emplace();
     }
@@ -559,6 +592,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 class StepPlan {
  public:
   StepPlan() {
+    average_key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("ema"));
     counter_key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("step"));
     for (const StepRow& r : tables(c10::DeviceType::CPU).step) {
       auto& keys = state_keys_.emplace_back();
@@ -575,9 +609,12 @@ class StepPlan {
   // One step of groups = [(row, params, options), ...], of the parameters that have a gradient. Returns None, or, with
   // nothing changed, a pair of lists of (number of the group, parameter): those without state, and those that are not
   // ordinary tensors. `fresh`: the parameters whose state has just been made. `partial`: leave the second kind out.
-  // `check_only`: change nothing at all.
+  // `check_only`: change nothing at all. `ema_weight`: what of the new parameters goes into the averages that are kept
+  // under "ema"; everything, the first time.
   py::object step(const py::dict& state, const py::list& groups, const std::optional<Tensor>& grad_scale,
-                  const std::optional<Tensor>& found_inf, const py::object& fresh, bool partial, bool check_only) {
+                  const std::optional<Tensor>& found_inf, const py::object& fresh, bool partial, bool check_only,
+                  std::optional<double> ema_weight) {
+    ema_weight_ = ema_weight;
     sweep_.clear();
     options_.clear();
     fresh_.clear();
@@ -652,7 +689,9 @@ class StepPlan {
 
     const StepRow& r = rows_.data[row];
     TensorImpl *s[kMaxStates] = {}, *counter = nullptr;
-    if (r.states > 0 || r.counts) {
+    TensorImpl* average = nullptr;
+    const bool first = !fresh_.empty() && fresh_.count(param);
+    if (r.states > 0 || r.counts || ema_weight_) {
       PyObject* own = state_of(state, param, hint);
       if (!own || !PyDict_Check(own) || PyDict_GET_SIZE(own) == 0) return Found::kMissing;
       Py_ssize_t at = 0;
@@ -670,8 +709,16 @@ class StepPlan {
         s[k] = THPVariable_Unpack(t).unsafeGetTensorImpl();
         if (!plain(s[k])) return Found::kOther;
       }
+      if (ema_weight_) {
+        PyObject* t = PyDict_GetItemWithError(own, average_key_.ptr());
+        if (!t && PyErr_Occurred()) throw py::error_already_set();
+        if (!t || t == Py_None) return Found::kMissing;
+        if (!THPVariable_CheckExact(t)) return Found::kOther;
+        average = THPVariable_Unpack(t).unsafeGetTensorImpl();
+        if (!plain(average)) return Found::kOther;
+      }
     }
-    sweep_.add(row, options, !fresh_.empty() && fresh_.count(param), p, g, counter, s);
+    sweep_.add(row, options, first, p, g, counter, s, average, first ? 1.0 : ema_weight_.value_or(0));
     return Found::kReady;
   }
 
@@ -716,7 +763,8 @@ class StepPlan {
   std::unordered_map<PyObject*, Py_ssize_t> positions_;
   std::unordered_set<PyObject*> fresh_;
   bool looked_ = false;
-  py::object counter_key_;
+  py::object counter_key_, average_key_;
+  std::optional<double> ema_weight_;
   std::vector<std::vector<py::object>> state_keys_;
 };
 
@@ -726,7 +774,8 @@ void bind_step(pybind11::module_& m) {
   py::class_<StepPlan>(m, "StepPlan", "Steps the parameters of an optimizer as they stand in its dictionaries.")
       .def(py::init<>())
       .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"), py::arg("grad_scale") = std::nullopt,
-           py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::none(), py::arg("partial") = false, py::arg("check_only") = false);
+           py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::none(), py::arg("partial") = false, py::arg("check_only") = false,
+           py::arg("ema_weight") = std::nullopt);
   // name, names of the states, whether steps are counted, options as a schema writes them
   m.def("step_rows", [] {
     std::vector<std::tuple<std::string, std::string, bool, std::string>> rows;

@@ -42,6 +42,11 @@ class Adam(_AdamRows, torch.optim.Adam):
         max_grad_norm: the gradients are scaled so that their norm over all groups is at most this, as
             :func:`torch.nn.utils.clip_grad_norm_` would, within the step: ``.grad`` is left as it is. The norm before
             that is in ``grad_norm`` after the step.
+        ema_decay: keep an exponential moving average of every parameter in ``state[p]["ema"]`` (float32 for reduced
+            dtypes), moved in the same sweep: after the first step it is the parameter, after each other one
+            ema_decay of itself and 1 - ema_decay of the parameter, as
+            :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` has it. A parameter that is not stepped keeps its average.
+            :meth:`swap_ema` puts the averages in the parameters' place. They are part of the state_dict.
 
     ``foreach`` and ``fused`` are accepted and change nothing but what torch
     documents beside speed; ``capturable`` and ``differentiable`` groups are stepped by torch.

@@ -39,6 +39,25 @@ def _is_dtensor(t):
     return DTensor is not None and isinstance(t, DTensor)
 
 
+def _real(dtype):
+    """What averages of parameters of this dtype are kept in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class _Exchanged:
+    """What swap_ema() returns: a block at whose end the parameters are put back."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+    def __enter__(self):
+        return self._optimizer
+
+    def __exit__(self, *_):
+        if self._optimizer._put_aside is not None:
+            self._optimizer.swap_ema()
+
+
 def _check_penalty(group):
     l1, mode = group.get("l1", 0.0), group.get("l1_mode", "subgradient")
     if not l1 >= 0:
@@ -60,6 +79,8 @@ class FusedStep(Optimizer):
         None  # what torch says to a sparse gradient, or None where it takes one
     )
     max_grad_norm: float | None = None
+    ema_decay: float | None = None
+    _put_aside: list | None = None  # the parameters' own values, while their averages stand in
     grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is given
 
     def __init_subclass__(cls):
@@ -84,8 +105,12 @@ class FusedStep(Optimizer):
         l1: float = 0.0,
         l1_mode: str = "subgradient",
         max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
         **kwargs,
     ):
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"Invalid ema_decay: {ema_decay}; it must be in [0, 1)")
+        self.ema_decay = ema_decay
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0")
         _check_penalty({"l1": l1, "l1_mode": l1_mode})
@@ -100,6 +125,8 @@ class FusedStep(Optimizer):
         return {
             **state,
             "max_grad_norm": self.max_grad_norm,
+            "ema_decay": self.ema_decay,
+            "_put_aside": self._put_aside,
             "_penalty_defaults": self._penalty_defaults,
         }
 
@@ -140,6 +167,50 @@ class FusedStep(Optimizer):
         excess = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
         return excess if scale is None else excess * scale.to(norm.device)
 
+    @torch.no_grad()
+    def swap_ema(self):
+        """Exchanges the parameters for their averages (``ema_decay``), or back: at once, and back again at the end of a
+        ``with`` block.
+
+            with optimizer.swap_ema():
+                evaluate(model)
+
+        Parameters without an average (they have had no gradient yet) stay as they are. In between, step() raises.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages.
+        """
+        if self.ema_decay is None:
+            raise RuntimeError(
+                f"{type(self).__name__} keeps no averages: construct it with ema_decay=0.999 or the like"
+            )
+        params = [p for g in self.param_groups for p in g["params"]]
+        if self._put_aside is not None:
+            for p, own in zip(params, self._put_aside, strict=True):
+                if own is not None:
+                    p.copy_(own)
+            self._put_aside = None
+            return _Exchanged(self)
+        averages = [self.state[p].get("ema") if p in self.state else None for p in params]
+        self._put_aside = [
+            None if a is None else p.detach().clone() for p, a in zip(params, averages, strict=True)
+        ]
+        for p, a in zip(params, averages, strict=True):
+            if a is not None:
+                p.copy_(a)
+        return _Exchanged(self)
+
+    def load_state_dict(self, state_dict):
+        """As :meth:`torch.optim.Optimizer.load_state_dict`; averages keep their precision."""
+        super().load_state_dict(state_dict)
+        saved = [i for g in state_dict["param_groups"] for i in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        for i, p in zip(saved, params, strict=True):
+            average = state_dict["state"].get(i, {}).get("ema")
+            if average is not None and average.dtype != self.state[p]["ema"].dtype:
+                kept = torch.empty_like(self.state[p]["ema"], dtype=_real(p.dtype))
+                self.state[p]["ema"] = kept.copy_(average)
+
     def _row(self, group):
         """(row, parameters, options): the number of the row, and its options as floats in the row's order."""
         raise NotImplementedError
@@ -172,6 +243,10 @@ class FusedStep(Optimizer):
 
         Raises before anything is changed; no parameter, state or step count is left half done.
         """
+        if self._put_aside is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the averages stand in for the parameters; call swap_ema() before step()"
+            )
         if torch.compiler.is_compiling():
             self._only_torchs(self.param_groups)
             return _torch_step(self)(self, closure)
@@ -195,18 +270,28 @@ class FusedStep(Optimizer):
             scale = self._clip(scale)
         if for_torch:
             self._step_apart(sources, groups, for_torch, scale)
-        elif (left := self._plan.step(self.state, groups, scale)) is not None:
+        elif (
+            left := self._plan.step(self.state, groups, scale, ema_weight=self._ema_weight)
+        ) is not None:
             self._step_apart(sources, groups, for_torch, scale, *left)
         return loss
 
+    @property
+    def _ema_weight(self):
+        """What of a new parameter goes into its average."""
+        return None if self.ema_decay is None else 1 - self.ema_decay
+
     def _step_apart(self, sources, groups, for_torch, scale, missing=None, others=None):
         """The step of an optimizer some of whose parameters lack states or are not for the kernels."""
-        made = []
+        made, averaged = [], []
+        weight = self._ema_weight
         try:
             if missing is None:
-                missing, others = self._plan.step(self.state, groups, check_only=True) or ((), ())
+                missing, others = self._plan.step(
+                    self.state, groups, check_only=True, ema_weight=weight
+                ) or ((), ())
             for k, p in missing:
-                self._make_state(groups[k][0], p, made)
+                self._make_state(groups[k][0], p, made, averaged)
             unwrapped, wrapped = {}, {}
             for k, p in others:
                 if p.grad is None:
@@ -217,23 +302,56 @@ class FusedStep(Optimizer):
                     wrapped.setdefault(k, []).append(p)
                 else:
                     unwrapped.setdefault(k, []).append((p, *tensors))
-            self._plan.step(self.state, groups, partial=True, check_only=True)
+            self._plan.step(self.state, groups, partial=True, check_only=True, ema_weight=weight)
             for_torch = for_torch + [{**sources[k], "params": ps} for k, ps in wrapped.items()]
             if for_torch:
                 self._only_torchs(for_torch)
                 self._step_by_torch(for_torch)
             for k, lists in unwrapped.items():
                 self._step_lists(*groups[k], lists, scale)
-            self._plan.step(self.state, groups, scale, fresh=made, partial=True)
+                if weight is not None:
+                    self._average([p for p, *_ in lists], made, averaged)
+            self._plan.step(self.state, groups, scale, fresh=made, partial=True, ema_weight=weight)
         except BaseException:
             for p in made:
                 self.state.pop(p, None)
+            for p in averaged:
+                if p in self.state:
+                    self.state[p].pop("ema", None)
             raise
 
-    def _make_state(self, row, p, made):
-        """Makes the states that a parameter has before its first step, as torch does."""
-        made.append(p)
+    @torch.no_grad()
+    def _average(self, params, made, averaged):
+        """Moves the averages of parameters that the kernels saw through other tensors (the shards of a DTensor)."""
+        for p in params:
+            if "ema" not in self.state[p]:
+                self._make_average(p, averaged)
+            value, average = p.detach(), self.state[p]["ema"]
+            if _is_dtensor(p):
+                value, average = value.to_local(), average.to_local()
+            weight = 1.0 if p in made else self._ema_weight
+            average.lerp_(value.to(average.dtype), weight)
+
+    def _make_average(self, p, averaged):
+        """Starts the average of a parameter that has been stepped before from what it is now."""
+        averaged.append(p)
+        self.state[p]["ema"] = p.detach().clone().to(_real(p.dtype))
+
+    def _make_state(self, row, p, made, averaged):
+        """Makes the states that a parameter has before its first step, as torch does, or what a state_dict without
+        averages lacks."""
         state = self.state[p]
+        if (
+            self.ema_decay is not None
+            and state
+            and all(state.get(n) is not None for n in STATES[row])
+        ):
+            return self._make_average(p, averaged)
+        made.append(p)
+        if self.ema_decay is not None:
+            state["ema"] = torch.zeros_like(
+                p, memory_format=torch.preserve_format, dtype=_real(p.dtype)
+            )
         if COUNTS[row]:
             double = torch.get_default_dtype() == torch.float64
             state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
@@ -242,9 +360,13 @@ class FusedStep(Optimizer):
 
     def _only_torchs(self, groups):
         """Raises where a group that torch is to step asks for what torch has not."""
-        if self.max_grad_norm is not None or any(g.get("l1") for g in groups):
+        if (
+            self.max_grad_norm is not None
+            or self.ema_decay is not None
+            or any(g.get("l1") for g in groups)
+        ):
             raise RuntimeError(
-                f"{type(self).__name__}: l1 and max_grad_norm are not available for what torch steps: differentiable=True, "
+                f"{type(self).__name__}: l1, max_grad_norm and ema_decay are not available for what torch steps: differentiable=True, "
                 "capturable=True, sparse gradients, tensor subclasses, and optimizers under torch.compile"
             )
 
@@ -273,7 +395,7 @@ class FusedStep(Optimizer):
         if (STATES[row] or COUNTS[row]) and not self.state.get(p):
             if not self._takes_first_step(row, options):
                 return None
-            self._make_state(row, p, made)
+            self._make_state(row, p, made, [])
         state = self.state[p] if p in self.state else {}
         tensors = [p, grad, *(state[name] for name in STATES[row])]
         tensors = [t.to_local() if _is_dtensor(t) else t for t in tensors]

@@ -252,6 +252,24 @@ const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, co
   a.found_inf = found_inf;
   return row.step(a);
 }
+
+// The same, with a running average of every p.
+const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
+                              void* const* pointers, const double* numbers, void* const* averages, double weight) {
+  const StepRow& row = tables().step.data[index];
+  std::vector<StepTensor> tensors(count);
+  for (int64_t k = 0; k < count; ++k) {
+    void* const* each = pointers + k * (2 + row.states);
+    tensors[k] = {n[k], each[0], each[1], {}, numbers, averages[k], weight};
+    for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
+  }
+  StepArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.state_dtype = static_cast<c10::ScalarType>(state_dtype);
+  a.count = count;
+  a.tensors = tensors.data();
+  return row.step(a);
+}
 bool step_in_double(const char* name, const double* numbers, int64_t n, double* p, const double* g, double* const* s) {
   return step_formula(Optimizers{}, name, numbers, n, p, g, s);
 }

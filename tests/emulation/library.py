@@ -34,6 +34,7 @@ def sources():
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build("kernels", sources(), shared=True)))
+    lib.run_step_averaged.restype = TEXT
     lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
     for kind in KINDS:
         getattr(lib, f"{kind}_name").restype = TEXT

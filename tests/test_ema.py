@@ -1,0 +1,280 @@
+"""ema_decay: the averages that the optimizers keep within their step."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from test_optim_extras import CONFIGURATIONS, gradients, parameters, rand
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fastops.optim
+
+DECAY = 0.9
+
+
+@pytest.fixture(params=CONFIGURATIONS)
+def configured(request):
+    name = request.param.split()[0]
+    return getattr(torch.optim, name), getattr(fastops.optim, name), CONFIGURATIONS[request.param]
+
+
+def averages(optimizer, params):
+    return [optimizer.state[p]["ema"] for p in params]
+
+
+def assert_close(a, b, tolerance=1e-12):
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+def test_equals_torchs_averaged_model(configured):
+    theirs, ours, options = configured
+    a, b = nn.ParameterList(parameters()), parameters()
+    x, y = theirs(a, **options), ours(b, ema_decay=DECAY, **options)
+    averaged = AveragedModel(a, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    for step in range(20):
+        gradients(list(a), step)
+        gradients(b, step)
+        x.step()
+        averaged.update_parameters(a)
+        y.step()
+        assert_close(list(a), b)
+        assert_close(list(averaged.module), averages(y, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_reduced_parameters_in_float32(configured, dtype):
+    _, ours, options = configured
+    params = [nn.Parameter(rand(37, 29).to(dtype))]
+    optimizer = ours(params, ema_decay=0.999, **options)
+    for step in range(5):
+        params[0].grad = rand(37, 29, seed=step).to(dtype)
+        before = optimizer.state[params[0]].get("ema")
+        before = None if before is None else before.clone()
+        optimizer.step()
+        (average,) = averages(optimizer, params)
+        assert average.dtype == torch.float32
+        value = params[0].detach().float()
+        expected = value if before is None else before.lerp(value, 0.001)
+        torch.testing.assert_close(
+            average, expected, rtol=1e-2 if before is None else 1e-4, atol=1e-4
+        )
+
+
+LAYOUTS = {
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, configured):
+    _, ours, options = configured
+    a, b = nn.Parameter(rand(4, 3, 5, 7)), nn.Parameter(LAYOUTS[layout](rand(4, 3, 5, 7)))
+    x, y = ours([a], ema_decay=DECAY, **options), ours([b], ema_decay=DECAY, **options)
+    for step in range(4):
+        a.grad = rand(4, 3, 5, 7, seed=step)
+        b.grad = rand(4, 3, 5, 7, seed=step)
+        x.step()
+        y.step()
+    assert torch.equal(a, b)
+    assert torch.equal(x.state[a]["ema"], y.state[b]["ema"])
+
+
+def stepped(ours=fastops.optim.AdamW, steps=3, **options):
+    params = parameters()
+    optimizer = ours(params, ema_decay=DECAY, **options)
+    for step in range(steps):
+        gradients(params, step)
+        optimizer.step()
+    return params, optimizer
+
+
+def test_swap(configured):
+    _, ours, options = configured
+    params, optimizer = stepped(ours, **options)
+    own, kept = (
+        [p.detach().clone() for p in params],
+        [t.clone() for t in averages(optimizer, params)],
+    )
+    with optimizer.swap_ema() as given:
+        assert given is optimizer
+        assert all(torch.equal(p, t) for p, t in zip(params, kept, strict=True))
+        with pytest.raises(RuntimeError, match=r"swap_ema\(\) before step"):
+            optimizer.step()
+    assert all(torch.equal(p, t) for p, t in zip(params, own, strict=True))
+    assert all(torch.equal(p, t) for p, t in zip(averages(optimizer, params), kept, strict=True))
+    optimizer.swap_ema()
+    assert torch.equal(params[2], kept[2])
+    optimizer.swap_ema()
+    assert torch.equal(params[2], own[2])
+    gradients(params, 9)
+    optimizer.step()
+    with pytest.raises(ZeroDivisionError), optimizer.swap_ema():
+        1 / 0  # noqa: B018
+    assert not torch.equal(params[2], averages(optimizer, params)[2])
+    with optimizer.swap_ema():
+        optimizer.swap_ema()  # back before the end of the block
+        current = params[2].detach().clone()
+    assert torch.equal(params[2], current)
+
+
+def test_swap_of_reduced_parameters_loses_nothing():
+    p = nn.Parameter(rand(64).bfloat16())
+    optimizer = fastops.optim.SGD([p], lr=0.1, ema_decay=0.99)
+    for step in range(3):
+        p.grad = rand(64, seed=step).bfloat16()
+        optimizer.step()
+    own, average = p.detach().clone(), optimizer.state[p]["ema"].clone()
+    with optimizer.swap_ema():
+        assert torch.equal(p, average.bfloat16())
+    assert torch.equal(p, own) and torch.equal(optimizer.state[p]["ema"], average)
+
+
+def test_parameters_without_gradients_keep_theirs():
+    params = parameters()
+    optimizer = fastops.optim.Adam(params, ema_decay=DECAY)
+    params[0].grad = rand(5)
+    optimizer.step()
+    assert "ema" not in optimizer.state.get(params[1], {})
+    before = params[1].detach().clone()
+    with optimizer.swap_ema():
+        assert torch.equal(params[1], before)
+
+
+def test_together_with_clipping_and_l1():
+    params = parameters()
+    plain = parameters()
+    x = fastops.optim.SGD(
+        params, lr=0.1, l1=0.05, l1_mode="proximal", max_grad_norm=0.5, ema_decay=DECAY
+    )
+    y = fastops.optim.SGD(plain, lr=0.1, l1=0.05, l1_mode="proximal", max_grad_norm=0.5)
+    expected = None
+    for step in range(6):
+        gradients(params, step)
+        gradients(plain, step)
+        x.step()
+        y.step()
+        now = [p.detach().clone() for p in plain]
+        expected = (
+            now
+            if expected is None
+            else [e.lerp(p, 1 - DECAY) for e, p in zip(expected, now, strict=True)]
+        )
+    assert_close(params, plain)
+    assert_close(averages(x, params), expected)
+
+
+def test_a_skipped_step_leaves_the_average():
+    params, optimizer = stepped()
+    before = [t.clone() for t in averages(optimizer, params)]
+    optimizer.found_inf = torch.tensor(1.0)
+    gradients(params, 9)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(averages(optimizer, params), before, strict=True))
+
+
+def round_trip(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_dict(configured):
+    theirs, ours, options = configured
+    params, optimizer = stepped(ours, **options)
+    again = [nn.Parameter(p.detach().clone()) for p in params]
+    other = ours(again, ema_decay=DECAY, **options)
+    other.load_state_dict(round_trip(optimizer))
+    for step in range(5, 8):
+        for ps, o in ((params, optimizer), (again, other)):
+            gradients(ps, step)
+            o.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True))
+    assert all(map(torch.equal, averages(optimizer, params), averages(other, again)))
+    theirs([p.detach().clone().requires_grad_() for p in params], **options).load_state_dict(
+        round_trip(optimizer)
+    )
+
+
+def test_state_dict_of_reduced_parameters_keeps_precision():
+    p = nn.Parameter(rand(64).bfloat16())
+    optimizer = fastops.optim.AdamW([p], ema_decay=0.999)
+    for step in range(3):
+        p.grad = rand(64, seed=step).bfloat16()
+        optimizer.step()
+    q = nn.Parameter(p.detach().clone())
+    other = fastops.optim.AdamW([q], ema_decay=0.999)
+    other.load_state_dict(round_trip(optimizer))
+    assert torch.equal(other.state[q]["ema"], optimizer.state[p]["ema"])
+    q.grad = rand(64).bfloat16()
+    other.step()
+
+
+def test_a_checkpoint_without_averages_starts_them_from_the_parameters(configured):
+    theirs, ours, options = configured
+    params = parameters()
+    native = theirs(params, **options)
+    gradients(params, 0)
+    native.step()
+    mine = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = ours(mine, ema_decay=DECAY, **options)
+    optimizer.load_state_dict(round_trip(native))
+    before = [p.detach().clone() for p in mine]
+    for ps, o in ((params, native), (mine, optimizer)):
+        gradients(ps, 1)
+        o.step()
+    assert_close(params, mine)
+    stateful = bool(
+        native.state_dict()["state"]
+    )  # plain SGD's checkpoint has nothing: this is its first step
+    for p, old, average in zip(mine, before, averages(optimizer, mine), strict=True):
+        expected = old.lerp(p.detach(), 1 - DECAY) if stateful else p.detach()
+        torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_copies():
+    params, optimizer = stepped()
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other.ema_decay == DECAY
+        copied = other.param_groups[0]["params"]
+        assert all(map(torch.equal, averages(other, copied), averages(optimizer, params)))
+        gradients(copied, 5)
+        other.step()
+
+
+def test_an_error_leaves_everything_as_it_was(configured):
+    _, ours, options = configured
+    params, optimizer = stepped(ours, **options)
+    before = copy.deepcopy([optimizer.state_dict()["state"], [p.detach() for p in params]])
+    gradients(params, 7)
+    optimizer.state[params[1]]["ema"] = optimizer.state[params[1]]["ema"].float()
+    with pytest.raises(RuntimeError, match="average of parameter .* is Float"):
+        optimizer.step()
+    optimizer.state[params[1]]["ema"] = optimizer.state[params[1]]["ema"].double()
+    after = [optimizer.state_dict()["state"], [p.detach() for p in params]]
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1, 1.5, float("nan")])
+def test_invalid_decay(value):
+    with pytest.raises(ValueError, match="Invalid ema_decay"):
+        fastops.optim.SGD(parameters(), lr=0.1, ema_decay=value)
+
+
+def test_swap_without_averages():
+    with pytest.raises(RuntimeError, match="keeps no averages"):
+        fastops.optim.SGD(parameters(), lr=0.1).swap_ema()
+
+
+def test_refused_for_what_torch_steps():
+    params = parameters()
+    optimizer = fastops.optim.Adam(params, capturable=True, ema_decay=DECAY)
+    gradients(params, 0)
+    with pytest.raises(RuntimeError, match="not available for what torch steps"):
+        optimizer.step()
