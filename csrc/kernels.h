@@ -194,6 +194,9 @@ struct StepRow {
   void (*derive)(const double* options, double step, bool first, double* numbers) = nullptr;
 };
 
+// Adds up g^2 over all of the tensors, in an order that is fixed by their sizes alone. On CPU only.
+using SumOfSquares = Error (*)(const StepArgs&, double* sum);
+
 // ------------------------------------------------------------------------------------------------ back ends
 struct Tables {
   Rows<MapRow> map;
@@ -203,6 +206,7 @@ struct Tables {
   Rows<CrossEntropyRow> cross_entropy;
   Rows<RandomRow> random;
   Rows<StepRow> step;
+  SumOfSquares sum_of_squares;  // or null
 };
 
 #define FASTOPS_TABLES(back_end)                   \
@@ -214,8 +218,9 @@ struct Tables {
   extern const Rows<CrossEntropyRow> cross_entropy_rows; \
   extern const Rows<RandomRow> random_rows;        \
   extern const Rows<StepRow> step_rows;            \
+  extern const SumOfSquares sum_of_squares;        \
   inline Tables tables() {                         \
-    return {map_rows, fused_rows, reduce_rows, softmax_rows, cross_entropy_rows, random_rows, step_rows}; \
+    return {map_rows, fused_rows, reduce_rows, softmax_rows, cross_entropy_rows, random_rows, step_rows, sum_of_squares}; \
   }                                                \
   }
 FASTOPS_TABLES(DEFAULT)

@@ -352,3 +352,62 @@ def test_sgd_takes_a_checkpoint_whose_buffers_are_none():
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full_like(p, 0.8))
     torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], p.grad)
+
+
+NORM_LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", NORM_LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_grad_norm_is_torchs(dtype, layout):
+    grads = [
+        NORM_LAYOUTS[layout](rand(*s, seed=k)).to(dtype)
+        for k, s in enumerate([(5, 3, 2, 7), (2, 1, 1, 1)])
+    ]
+    grads += [rand(n, seed=n).to(dtype) for n in (0, 1, 2049, 16384, 40_001)]
+    params = [nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    optimizer = fastops.optim.SGD(params, lr=0.1, max_grad_norm=1e6)
+    optimizer.step()
+    exact = torch.cat([g.double().flatten() for g in grads]).norm()
+    theirs = torch.nn.utils.get_total_norm(grads)
+    eps = torch.finfo(torch.float32).eps  # what grad_norm is kept in
+    error = abs(optimizer.grad_norm.double() - exact) / exact
+    assert error <= 2 * abs(theirs.double() - exact) / exact + 4 * eps
+
+
+def test_grad_norm_does_not_depend_on_threads():
+    params = [nn.Parameter(torch.zeros(n)) for n in [64] * 1000 + [100_000, 3]]
+    for k, p in enumerate(params):
+        p.grad = rand(p.numel(), seed=k).float()
+    optimizer = fastops.optim.SGD(params, lr=0.1, max_grad_norm=1.0)
+    before, norms = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            optimizer.step()
+            norms.append(optimizer.grad_norm.item())
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(norms)) == 1
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_norm_that_is_not_finite_is_torchs(bad):
+    a, b = parameters(), parameters()
+    for params in (a, b):
+        gradients(params, 0)
+        params[1].grad[0, 0] = bad
+    torch.nn.utils.clip_grad_norm_(a, 1.0)
+    torch.optim.SGD(a, lr=1.0).step()
+    fastops.optim.SGD(b, lr=1.0, max_grad_norm=1.0).step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, equal_nan=True, rtol=1e-6, atol=1e-6)

@@ -14,6 +14,24 @@ constexpr int64_t kGrain = 16384;     // elements a thread takes at least
 constexpr int64_t kMaxBlocks = 256;   // of one row
 constexpr int64_t kMinBlock = 2048;   // elements
 
+// Terms that are added up before their sum is added to others: one long sum would drift.
+constexpr int kFew = 16;
+
+// Calls body(begin, end) for the runs of kFew in [0, n).
+template <class Body>
+FASTOPS_FN void in_runs(int64_t n, Body body) {
+  for (int64_t begin = 0; begin < n; begin += kFew) body(begin, begin + kFew < n ? begin + kFew : n);
+}
+
+// Adds v to sum and keeps what was rounded away (Kahan, 1965), unless the sum is not finite.
+template <class V>
+FASTOPS_FN void add_compensated(V& sum, V& lost, V v) {
+  const V y = v - lost, t = sum + y, error = (t - sum) - y, none(typename V::value_type(0));
+  lost = select(error <= V(typename V::value_type(0)), error,
+                select(error > V(typename V::value_type(0)), error, none));
+  sum = t;
+}
+
 FASTOPS_FN int64_t block_of(int64_t n) {
   const int64_t least = (n + kMaxBlocks - 1) / kMaxBlocks;
   return least <= kMinBlock ? kMinBlock : (least + 63) / 64 * 64;
@@ -212,11 +230,16 @@ FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64
     L::load(x + j * inner, count, u);
     for (int g = 0; g < L::count; ++g) row[g].peak = max(row[g].peak, u[g]);
   }
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count];
-    L::load(x + j * inner, count, u);
-    for (int g = 0; g < L::count; ++g) row[g].sum = row[g].sum + exp(u[g] - row[g].peak);
-  }
+  in_runs(n, [&](int64_t begin, int64_t end) {
+    V sum[L::count];
+    for (auto& s : sum) s = V(typename L::real(0));
+    for (int64_t j = begin; j < end; ++j) {
+      V u[L::count];
+      L::load(x + j * inner, count, u);
+      for (int g = 0; g < L::count; ++g) sum[g] = sum[g] + exp(u[g] - row[g].peak);
+    }
+    for (int g = 0; g < L::count; ++g) row[g].sum = row[g].sum + sum[g];
+  });
   for (int g = 0; g < L::count; ++g) k[g] = Op::constant(row[g].sum);
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
@@ -235,12 +258,17 @@ FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, 
   using V = typename L::V;
   V total[L::count];
   for (auto& t : total) t = V(typename L::real(0));
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count], g[L::count];
-    L::load(y + j * inner, count, u);
-    L::load(dy + j * inner, count, g);
-    for (int k = 0; k < L::count; ++k) total[k] = total[k] + Op::summand(u[k], g[k]);
-  }
+  in_runs(n, [&](int64_t begin, int64_t end) {
+    V sum[L::count];
+    for (auto& s : sum) s = V(typename L::real(0));
+    for (int64_t j = begin; j < end; ++j) {
+      V u[L::count], g[L::count];
+      L::load(y + j * inner, count, u);
+      L::load(dy + j * inner, count, g);
+      for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + Op::summand(u[k], g[k]);
+    }
+    for (int k = 0; k < L::count; ++k) total[k] = total[k] + sum[k];
+  });
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count], g[L::count];
     L::load(y + j * inner, count, u);
@@ -440,15 +468,23 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     L::load(x + j * inner, count, u);
     for (int k = 0; k < L::count; ++k) row[k].peak = max(row[k].peak, u[k]);
   }
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count];
-    L::load(x + j * inner, count, u);
-    const V w(q.weight ? q.weight[j] : real(1));
-    for (int k = 0; k < L::count; ++k) {
-      row[k].sum = row[k].sum + exp(u[k] - row[k].peak);
-      if (q.soft != real(0)) depth[k] = depth[k] + w * (row[k].peak - u[k]);
+  in_runs(n, [&](int64_t begin, int64_t end) {
+    V sum[L::count], deep[L::count];
+    for (int k = 0; k < L::count; ++k) sum[k] = deep[k] = V(real(0));
+    for (int64_t j = begin; j < end; ++j) {
+      V u[L::count];
+      L::load(x + j * inner, count, u);
+      const V w(q.weight ? q.weight[j] : real(1));
+      for (int k = 0; k < L::count; ++k) {
+        sum[k] = sum[k] + exp(u[k] - row[k].peak);
+        if (q.soft != real(0)) deep[k] = deep[k] + w * (row[k].peak - u[k]);
+      }
     }
-  }
+    for (int k = 0; k < L::count; ++k) {
+      row[k].sum = row[k].sum + sum[k];
+      depth[k] = depth[k] + deep[k];
+    }
+  });
   V inverse[L::count], total[L::count];
   real lane[size], out[size];
   for (int k = 0; k < L::count; ++k) {
@@ -521,21 +557,32 @@ struct Expect {
   const Distribution<L, scalar_t>& distribution;
   const scalar_t* q;
   Expectation<double> row{};
-  Expectation<V> lanes{};
+  Expectation<V> lanes{};  // of the last kFew groups: equal terms, added up one by one, would drift
+  V mass{real(0)}, depth{real(0)};
+  int pending = 0;
 
   FASTOPS_FN void block(real base) {
     row.move(static_cast<double>(base));
     lanes = {V(real(0)), V(real(0)), V(base)};
+    mass = depth = V(real(0));
+  }
+  FASTOPS_FN void flush() {
+    mass = mass + lanes.mass;
+    depth = depth + lanes.depth;
+    lanes.mass = lanes.depth = V(real(0));
+    pending = 0;
   }
   template <class Count>
   FASTOPS_FN void group(int64_t i, Count count, const V (&x)[L::count]) {
     V w[L::count];
     distribution.load(q, i, count, w);
     for (int k = 0; k < L::count; ++k) lanes.add(w[k], x[k]);
+    if (++pending == kFew) flush();
   }
   FASTOPS_FN void done() {
-    row.mass += add_lanes(lanes.mass);
-    row.depth += add_lanes(lanes.depth);
+    flush();
+    row.mass += add_lanes(mass);
+    row.depth += add_lanes(depth);
   }
 };
 
@@ -576,22 +623,35 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
     for (int k = 0; k < L::count; ++k) w[k] = (w[k] * keep + soft) * class_weight;
   };
   LogSumExp<V> row[L::count];
-  Expectation<V> of[L::count];
+  Expectation<V> of[L::count], lost[L::count];
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
     L::load(x + j * inner, count, u);
     for (int k = 0; k < L::count; ++k) row[k].peak = max(row[k].peak, u[k]);
   }
   for (int k = 0; k < L::count; ++k) of[k].base = LogSumExp<V>::origin(row[k].peak);
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count], w[L::count];
-    L::load(x + j * inner, count, u);
-    load(j, w);
+  in_runs(n, [&](int64_t begin, int64_t end) {
+    Expectation<V> part[L::count];
+    V sum[L::count];
     for (int k = 0; k < L::count; ++k) {
-      row[k].sum = row[k].sum + exp(u[k] - of[k].base);
-      of[k].add(w[k], u[k]);
+      part[k] = {V(real(0)), V(real(0)), of[k].base};
+      sum[k] = V(real(0));
     }
-  }
+    for (int64_t j = begin; j < end; ++j) {
+      V u[L::count], w[L::count];
+      L::load(x + j * inner, count, u);
+      load(j, w);
+      for (int k = 0; k < L::count; ++k) {
+        sum[k] = sum[k] + exp(u[k] - of[k].base);
+        part[k].add(w[k], u[k]);
+      }
+    }
+    for (int k = 0; k < L::count; ++k) {
+      row[k].sum = row[k].sum + sum[k];
+      add_compensated(of[k].mass, lost[k].mass, part[k].mass);
+      add_compensated(of[k].depth, lost[k].depth, part[k].depth);
+    }
+  });
   V inverse[L::count];
   real out[L::size];
   for (int k = 0; k < L::count; ++k) {

@@ -1,5 +1,6 @@
 // The optimizer step over a list of tensors: all of them are cut into chunks, and one parallel region runs over the
 // chunks, so that a thousand small tensors cost as much as one large one.
+#include <cstdlib>
 #include <cstring>
 
 #include "../formulas/optimizers.h"
@@ -101,6 +102,57 @@ void step_all(const StepArgs& a) {
   });
 }
 
+template <class scalar_t>
+double squares(const scalar_t* g, int64_t n) {
+  using L = Lanes<scalar_t>;
+  using V = typename L::V;
+  constexpr int64_t kRun = 2048;  // elements that are added up in lanes
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    V sum[2] = {V(0), V(0)};
+    int next = 0;
+    groups<L::size>(begin, begin + kRun < n ? begin + kRun : n, [&](int64_t i, auto count) {
+      V v[L::count];
+      L::load(g + i, count, v);
+      if (count < L::size) L::keep(count, 0, v);
+      for (int k = 0; k < L::count; ++k, next ^= 1) sum[next] = sum[next] + v[k] * v[k];
+    });
+    typename L::real lane[V::size()];
+    (sum[0] + sum[1]).store(lane);
+    for (int k = 0; k < V::size(); ++k) total += static_cast<double>(lane[k]);
+  }
+  return total;
+}
+
+Error sum_squares(const StepArgs& a, double* sum) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    struct Piece {
+      const scalar_t* g;
+      int64_t n;
+      double sum;
+    };
+    int64_t count = 0, total = 0;
+    for (int64_t k = 0; k < a.count; ++k) count += (a.tensors[k].n + kChunk - 1) / kChunk, total += a.tensors[k].n;
+    if (count == 0) return nullptr;
+    // Of at most kChunk elements; where it is cut depends on the sizes alone.
+    auto* const pieces = static_cast<Piece*>(std::malloc(static_cast<size_t>(count) * sizeof(Piece)));
+    if (!pieces) return "not enough memory";
+    Piece* piece = pieces;
+    for (int64_t k = 0; k < a.count; ++k)
+      for (int64_t at = 0; at < a.tensors[k].n; at += kChunk)
+        *piece++ = {static_cast<const scalar_t*>(a.tensors[k].g) + at,
+                    a.tensors[k].n - at < kChunk ? a.tensors[k].n - at : kChunk, 0};
+    const int64_t mean = total / count < 1 ? 1 : total / count;
+    cpu::parallel(count, kGrain / mean < 1 ? 1 : kGrain / mean, [all = pieces](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) all[k].sum = squares(all[k].g, all[k].n);
+    });
+    for (int64_t k = 0; k < count; ++k) *sum += pieces[k].sum;
+    std::free(pieces);
+    return nullptr;
+  });
+}
+
 template <class Op>
 struct MakeStep {
   static Error step(const StepArgs& a) {
@@ -133,6 +185,7 @@ using StepTable = Table<StepRow, MakeStep, Optimizers>;
 
 }  // namespace
 
+extern constinit const SumOfSquares sum_of_squares = &sum_squares;
 extern constinit const Rows<StepRow> step_rows{StepTable::rows, std::size(StepTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -196,6 +196,7 @@ using StepTable = Table<StepRow, MakeStep, Optimizers>;
 
 }  // namespace
 
+extern constinit const SumOfSquares sum_of_squares = nullptr;
 extern constinit const Rows<StepRow> step_rows{StepTable::rows, std::size(StepTable::rows)};
 
 }  // namespace fastops::cuda

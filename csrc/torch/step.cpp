@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/jit_type.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -15,6 +16,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -231,6 +233,35 @@ class Sweep {
     }
     if (moves_versions) bump_versions();
     grad_scale_.reset();
+  }
+
+  // The norm of all gradients together, in float32; nothing where not all of them are dense and on the CPU.
+  std::optional<float> grad_norm(bool holds_interpreter) {
+    for (Bucket& b : grads_) b.tensors.clear();
+    for (const Entry& e : entries_) {
+      if (!e.device.is_cpu() || lazy(e.g) || !e.g->is_non_overlapping_and_dense()) return std::nullopt;
+      Bucket* bucket = nullptr;
+      for (Bucket& b : grads_)
+        if (b.dtype == e.dtype) bucket = &b;
+      if (!bucket) bucket = &grads_.emplace_back(Bucket{e.g, 0, e.device, e.dtype, e.dtype, {}});
+      bucket->tensors.push_back({e.n, nullptr, e.g_data, {}, nullptr, nullptr, 0});
+    }
+    std::optional<py::gil_scoped_release> released;
+    if (holds_interpreter && elements_ > kReleaseInterpreter) {
+      for (const Entry& e : entries_) kept_.push_back(e.g->storage());
+      released.emplace();
+    }
+    double sum = 0;
+    for (const Bucket& b : grads_) {
+      StepArgs a{};
+      a.dtype = b.dtype;
+      a.count = static_cast<int64_t>(b.tensors.size());
+      a.tensors = b.tensors.data();
+      check("grad_norm", tables(c10::DeviceType::CPU).sum_of_squares(a, &sum));
+    }
+    released.reset();
+    kept_.clear();
+    return static_cast<float>(std::sqrt(sum));
   }
 
   // Asks for what add() will look at when it is called for the k-th time, if this step is like the last.
@@ -456,7 +487,7 @@ class Sweep {
   int64_t elements_ = 0;
   bool all_flat_ = true;
   std::optional<Tensor> grad_scale_;
-  std::vector<Bucket> buckets_;
+  std::vector<Bucket> buckets_, grads_;
   std::vector<double> numbers_;
   std::vector<Copy> copies_;
   std::vector<int64_t> order_;
@@ -610,10 +641,11 @@ class StepPlan {
   // nothing changed, a pair of lists of (number of the group, parameter): those without state, and those that are not
   // ordinary tensors. `fresh`: the parameters whose state has just been made. `partial`: leave the second kind out.
   // `check_only`: change nothing at all. `ema_weight`: what of the new parameters goes into the averages that are kept
-  // under "ema"; everything, the first time.
+  // under "ema"; everything, the first time. `max_grad_norm`: scale the gradients so that their norm is no more, and leave
+  // the norm in `grad_norm`; returns False, with nothing changed, where the norm is not for the kernels to take.
   py::object step(const py::dict& state, const py::list& groups, const std::optional<Tensor>& grad_scale,
                   const std::optional<Tensor>& found_inf, const py::object& fresh, bool partial, bool check_only,
-                  std::optional<double> ema_weight) {
+                  std::optional<double> ema_weight, std::optional<double> max_grad_norm) {
     ema_weight_ = ema_weight;
     sweep_.clear();
     options_.clear();
@@ -663,9 +695,21 @@ class StepPlan {
       };
       return py::make_tuple(list(missing), list(others));
     }
-    if (!check_only) sweep_.run(grad_scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
+    if (check_only) return py::none();
+    std::optional<Tensor> scale = grad_scale;
+    if (max_grad_norm && sweep_.size() > 0) {
+      if (grad_scale && !grad_scale->is_cpu()) return py::bool_(false);
+      const auto norm = sweep_.grad_norm(/*holds_interpreter=*/true);
+      if (!norm) return py::bool_(false);
+      const float given = grad_scale ? grad_scale->item<float>() : 1.0f, own = *norm / given;
+      const float excess = (own + 1e-6f) / static_cast<float>(*max_grad_norm);
+      grad_norm = at::scalar_tensor(own, at::dtype(at::kFloat));
+      scale = at::scalar_tensor((excess < 1.0f ? 1.0f : excess) * given, at::dtype(at::kFloat));
+    }
+    sweep_.run(scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
     return py::none();
   }
+  Tensor grad_norm;  // of the last step with max_grad_norm
 
  private:
   enum class Found { kReady, kMissing, kOther };
@@ -775,7 +819,8 @@ void bind_step(pybind11::module_& m) {
       .def(py::init<>())
       .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"), py::arg("grad_scale") = std::nullopt,
            py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::none(), py::arg("partial") = false, py::arg("check_only") = false,
-           py::arg("ema_weight") = std::nullopt);
+           py::arg("ema_weight") = std::nullopt, py::arg("max_grad_norm") = std::nullopt)
+      .def_readonly("grad_norm", &StepPlan::grad_norm);
   // name, names of the states, whether steps are counted, options as a schema writes them
   m.def("step_rows", [] {
     std::vector<std::tuple<std::string, std::string, bool, std::string>> rows;

@@ -266,14 +266,18 @@ class FusedStep(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and groups and found_inf.item():
             groups = []
+        left = None
+        if not for_torch:
+            left = self._plan.step(
+                self.state, groups, scale, ema_weight=self._ema_weight, max_grad_norm=self.max_grad_norm
+            )  # fmt: skip
+            if left is None:
+                if self.max_grad_norm is not None and groups:
+                    self.grad_norm = self._plan.grad_norm
+                return loss
         if self.max_grad_norm is not None:
             scale = self._clip(scale)
-        if for_torch:
-            self._step_apart(sources, groups, for_torch, scale)
-        elif (
-            left := self._plan.step(self.state, groups, scale, ema_weight=self._ema_weight)
-        ) is not None:
-            self._step_apart(sources, groups, for_torch, scale, *left)
+        self._step_apart(sources, groups, for_torch, scale, *(left or ()))
         return loss
 
     @property
