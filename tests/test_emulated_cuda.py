@@ -1,26 +1,19 @@
 """Every kernel of csrc/cuda, executed: compiled for the emulator, run for every row of the tables, every dtype, awkward
 sizes and addresses, and three orders of threads that must agree to the bit. What is expected is the torch function of the
-row's name in float64; the error to it may be twice that of torch itself, and 4 eps. Where nvcc is present the kernels are
-also compiled for real architectures, and their spills and instructions read.
+row's name in float64; the error to it may be twice that of torch itself, and 4 eps.
 """
 
 import ctypes
-import hashlib
 import itertools
 import mmap
 import os
-import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from emulation.build import BUILD, ROOT, build, run
+from emulation.build import ROOT, build, run
 from emulation.library import (
     DTYPES,
     F64,
@@ -814,132 +807,6 @@ def test_a_row_that_fits_is_read_once(dtype, n):
             seen = traffic(lambda arguments=arguments: call("run_softmax", *arguments))
             assert seen.loaded_bytes == seen.stored_bytes == x.numel() * size
             assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
-
-
-# ------------------------------------------------------------------------------------------------ nvcc
-
-ARCHITECTURES = ["80", "90", "100", "120"]
-# As torch.utils.cpp_extension compiles them.
-NVCC_FLAGS = [
-    "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__", "-Werror", "all-warnings",
-    f"-I{Path(torch.__file__).parent / 'include'}",
-]  # fmt: skip
-
-
-def cuda_home():
-    """A toolkit with nvcc and its headers. The nvcc on PATH may be a wrapper script: it is asked where it works."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc := shutil.which("nvcc"):
-        dry = subprocess.run(
-            [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
-        )
-        homes += [
-            os.path.realpath(top) for top in re.findall(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
-        ]
-    for home in filter(None, homes):
-        if Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists():
-            return Path(home)
-    return None
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """Of every .cu: what ptxas says for every architecture, and the PTX, each by kernel. Kept by content in build/."""
-    home = cuda_home()
-    if home is None:
-        pytest.skip(
-            "no CUDA toolkit: bin/nvcc and include/cuda_runtime.h under CUDA_HOME, or nvcc on PATH"
-        )
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    digest = hashlib.sha256(f"{home} {torch.__version__} {NVCC_FLAGS} {ARCHITECTURES}".encode())
-    for path in sorted(
-        [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/formulas/*"), *ROOT.glob("csrc/cuda/*")]
-    ):
-        digest.update(path.read_bytes())
-    folder = BUILD / "nvcc" / digest.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def make(source, architecture):
-        made = folder / f"{source.stem}-{architecture}.txt"
-        if not made.exists():
-            to = (
-                ["-ptx", "-arch=sm_80"]
-                if architecture == "ptx"
-                else ["-cubin", "-Xptxas=-v", f"-arch=sm_{architecture}"]
-            )
-            part = folder / f"{source.stem}-{architecture}.part"
-            done = subprocess.run(
-                [home / "bin" / "nvcc", *NVCC_FLAGS, *to, source, "-o", part],
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr[-8000:]
-            text = part.read_text() if architecture == "ptx" else done.stderr
-            part.unlink()
-            made.write_text(
-                subprocess.run(
-                    ["c++filt"], input=text, capture_output=True, text=True, check=True
-                ).stdout
-            )
-        return made.read_text()
-
-    with ThreadPoolExecutor(2) as pool:
-        keys = list(itertools.product(sources, [*ARCHITECTURES, "ptx"]))
-        keys.sort(key=lambda key: key[0].stem != "rows")  # the longest first
-        texts = pool.map(lambda key: make(*key), keys)
-        return {
-            (source.stem, architecture): text
-            for (source, architecture), text in zip(keys, texts, strict=True)
-        }
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvcc_spills_nothing(compiled, architecture):
-    for (source, compiled_for), text in compiled.items():
-        if compiled_for != architecture:
-            continue
-        kernels = re.findall(r"Function properties for (.*)\n(.*bytes spill loads)", text)
-        assert any("kernel<" in name for name, _ in kernels), f"{source}: no kernel was reported"
-        spilled = [
-            f"{source}: {name}: {properties.strip()}"
-            for name, properties in kernels
-            if "0 bytes spill stores, 0 bytes spill loads" not in properties
-        ]
-        assert not spilled, "\n".join(spilled)
-
-
-def entries(ptx):
-    """(name, body) of every kernel."""
-    return re.findall(r"\.entry (.+?)\(\n.*?\n\{\n(.*?)\n\}", ptx, re.DOTALL)
-
-
-@pytest.mark.parametrize("source", ["map", "random", "step", "rows", "reduce"])
-def test_nvcc_uses_16_byte_accesses(compiled, source):
-    narrow = (
-        "columns_kernel",
-        "columns_backward_kernel",
-        "divisor_kernel",
-        "join_kernel",
-        "chunk_kernel",
-    )
-    found = entries(compiled[source, "ptx"])
-    assert found
-    wide = r"\.(v4\.[bfu]32|v2\.[bfu]64)"
-    for name, body in found:
-        if "join_kernel" in name or "divisor_kernel" in name or "columns" in name:
-            continue  # a few values, or single columns
-        assert re.search(r"ld\.global[.\w]*" + wide, body), name
-        if not any(kernel in name for kernel in narrow):
-            assert re.search(r"st\.global[.\w]*" + wide, body), name
-
-
-@pytest.mark.parametrize("source", ["map", "step", "random"])
-def test_nvcc_leaves_double_to_double(compiled, source):
-    """No float64 instruction in a kernel of another dtype: a constant that was not rounded would cost 64 times."""
-    for name, body in entries(compiled[source, "ptx"]):
-        if "double" not in name:
-            assert not re.search(r"\.f64", body), name
 
 
 # ------------------------------------------------------------------------------------------------ sanitizers
