@@ -8,6 +8,8 @@ import itertools
 import mmap
 import os
 from contextlib import contextmanager
+from functools import partial
+from math import prod
 
 import numpy as np
 import pytest
@@ -29,8 +31,10 @@ from emulation.library import (
     library,
     order,
     rows,
+    traffic,
 )  # fmt: skip
 
+from bench.cases import PARAMETERS
 from fastops._op import OPS, parameters_of
 
 PLACEMENTS = [
@@ -380,10 +384,15 @@ def test_reduce_total_of_nothing(row):
 # ------------------------------------------------------------------------------------------------ rows
 
 SHAPES = [
-    (0, 5, 1), (4, 1, 1), (5, 7, 1), (130, 10, 1), (3, 1001, 1), (3, 1100, 1), (2, 4000, 1), (1, 16_384, 1),
+    (0, 5, 1), (4, 1, 1), (5, 7, 1), (130, 10, 1), (3, 1001, 1), (3, 1024, 1), (3, 1100, 1), (2, 4000, 1), (1, 16_384, 1),
     (2, 20_001, 1), (3, 5, 2), (2, 10, 49), (1, 130, 7), (40, 3, 33),
 ]  # fmt: skip
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+
+
+def run_softmax(row, backward, out, first, second=None):
+    extents = [I64(extent) for extent in out.shape]
+    call("run_softmax", row.index, backward, DTYPES[out.dtype], *extents, address(out), address(first), address(second))  # fmt: skip
 
 
 @every_dtype
@@ -399,31 +408,12 @@ def test_softmax(row, dtype, shape):
         return y.detach(), *torch.autograd.grad(y, x, dy)
 
     torchs, true = (by_torch(x.to(kind), dy.to(kind)) for kind in (judged(dtype), torch.float64))
-    extents = [I64(extent) for extent in shape]
 
     def run(device):
         vx, vy, g = device.copy(x), device.copy(true[0].to(dtype)), device.copy(dy)
         y, dx = device.empty(shape, dtype), device.empty(shape, dtype)
-        call(
-            "run_softmax",
-            row.index,
-            False,
-            DTYPES[dtype],
-            *extents,
-            address(y),
-            address(vx),
-            address(None),
-        )
-        call(
-            "run_softmax",
-            row.index,
-            True,
-            DTYPES[dtype],
-            *extents,
-            address(dx),
-            address(vy),
-            address(g),
-        )
+        run_softmax(row, False, y, vx)
+        run_softmax(row, True, dx, vy, g)
         return y, dx
 
     for y, dx in everywhere(run):
@@ -439,17 +429,8 @@ def test_softmax_of_infinities(row, shape):
     if shape[0] == 4:
         x[2], x[3, 5] = -torch.inf, torch.inf
     with Device() as device:
-        y, extents = device.empty(shape, x.dtype), [I64(extent) for extent in shape]
-        call(
-            "run_softmax",
-            row.index,
-            False,
-            DTYPES[x.dtype],
-            *extents,
-            address(y),
-            address(device.copy(x)),
-            address(None),
-        )
+        y = device.empty(shape, x.dtype)
+        run_softmax(row, False, y, device.copy(x))
         check(y, reference(row.name)(x, dim=1), reference(row.name)(x.double(), dim=1), x.dtype)
 
 
@@ -744,69 +725,187 @@ def test_step_launches(row, count, sets, launches):
 
 # ------------------------------------------------------------------------------------------------ traffic
 
+SECTOR = 32
 
-def traffic(run):
-    counters()
-    run()
-    return counters()
+
+def size_of(dtype):
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+def assert_floor(seen, loaded, stored, side_by_side=1):
+    """One launch; no byte asked for twice, or beside those that are wanted, beyond 1 percent; all in 16-byte accesses.
+    Where a thread has packs side by side, an instruction of its warp asks for as many times the sectors that it needs,
+    and the cache has the others ready for the next."""
+    floor = loaded + stored
+    assert seen.launches == 1
+    assert loaded <= seen.wide_loads * 16 <= 1.01 * loaded
+    assert stored <= seen.stored_bytes <= 1.01 * stored
+    assert SECTOR * (seen.loaded_sectors + seen.stored_sectors) <= 1.01 * floor
+    assert SECTOR * (seen.load_requests + seen.store_requests) <= 1.01 * floor * side_by_side
+
+
+def assert_all_wide(seen):
+    assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
 
 
 @every_dtype
-def test_aligned_memory_is_touched_once_in_packs_of_16_bytes(dtype):
-    n = 40_960
-    size = torch.empty(0, dtype=dtype).element_size()
+@each_row("map")
+def test_map_touches_memory_once_in_packs(row, dtype):
+    nbytes = 4096 * size_of(dtype)
     with Device() as device:
-        a, b, c, out = (device.copy(random(n, dtype, seed)) for seed in range(4))
+        *inputs, out = (device.copy(random(4096, dtype, seed)) for seed in range(4))
+        for count, which in enumerate(["forward", "backward", "second"], 1):
+            seen = traffic(partial(run_map, row, which, out, inputs[:count]))
+            assert_floor(seen, count * nbytes, nbytes)
+            assert_all_wide(seen)
+
+
+@every_dtype
+@each_row("map")
+def test_map_touches_memory_once_where_it_is_not_aligned(row, dtype):
+    """All buffers begin one element after a boundary: a head of single elements, then packs."""
+    n, size = 70_000, size_of(dtype)
+    with Device(offset=1) as device:
+        x, out = device.copy(random(n, dtype, 1)), device.empty(n, dtype)
+        seen = traffic(partial(run_map, row, "forward", out, [x]))
+        assert seen.loaded_bytes == seen.stored_bytes == n * size
+        assert seen.wide_loads * 16 >= 0.99 * n * size and seen.wide_stores == seen.wide_loads
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "row", [r for r in rows("reduce") if r.name != "sum"], ids=lambda r: r.name
+)
+def test_losses_touch_memory_once_in_packs(row, dtype):
+    nbytes = 4096 * size_of(dtype)
+    with Device() as device:
+        x, t, grad, out = (device.copy(random(4096, dtype, seed).sigmoid()) for seed in range(4))
+        seen = traffic(partial(run_reduce, row, "values", out, x, t))
+        assert_floor(seen, 2 * nbytes, nbytes)
+        assert_all_wide(seen)
+        for which in DERIVATIVES[1:]:
+            seen = traffic(partial(run_reduce, row, which, out, x, t, grad))
+            assert_floor(seen, 3 * nbytes, nbytes)
+            assert_all_wide(seen)
+
+
+@every_dtype
+@each_row("reduce")
+@pytest.mark.parametrize("n, launches", [(16_384, 1), (131_072, 2)])
+def test_sums_read_memory_once_in_packs(row, dtype, n, launches):
+    dtype = real(dtype) if row.name == "sum" else dtype
+    inputs = 1 if row.name == "sum" else 2
+    with Device() as device:
+        x, t = (device.copy(random(n, dtype, seed).sigmoid()) for seed in range(2))
+        out, workspace = device.empty(1, real(dtype)), device.empty(n // 16_384, torch.float64)
+        seen = traffic(partial(run_reduce, row, "total", out, x, t, workspace=workspace))
+        nbytes = inputs * n * size_of(dtype)
+        assert seen.launches == launches and seen.wide_loads * 16 == nbytes
+        assert seen.loaded_bytes + seen.stored_bytes <= 1.01 * nbytes
+        assert SECTOR * (seen.load_requests + seen.store_requests) <= 1.01 * nbytes
+
+
+@every_dtype
+@each_row("random")
+def test_random_touches_memory_once_in_packs(row, dtype):
+    """Beside its elements a warp reads the seed, once."""
+    nbytes = 1 << 20
+    n = nbytes // size_of(dtype)
+    with Device() as device:
+        x, out = device.copy(random(n, dtype, 1)), device.empty(n, dtype)
         seed = device.copy(torch.tensor([1]))
-        for row in rows("map"):
-            for which, inputs in {"forward": [a], "backward": [a, b], "second": [a, b, c]}.items():
-                seen = traffic(
-                    lambda row=row, which=which, inputs=inputs: run_map(row, which, out, inputs)
-                )
-                assert seen.loaded_bytes == len(inputs) * n * size and seen.stored_bytes == n * size
-                assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
-        for row in rows("random"):
-            seen = traffic(lambda row=row: run_random(row, out, a, seed, 2**31, 2.0))
+        seen = traffic(partial(run_random, row, out, x, seed, 2**31, 2.0))
+        assert_floor(seen, nbytes, nbytes, side_by_side=2 if dtype is torch.float64 else 1)
+        assert seen.stores == seen.wide_stores
+        assert seen.loads - seen.wide_loads == seen.threads
+
+
+@pytest.mark.parametrize("dtype, state", COMBINATIONS, ids=lambda d: str(d)[6:])
+@each_row("step")
+def test_step_touches_memory_once_in_packs(row, dtype, state):
+    """ResNet-50's 161 tensors, each with a 64th of its elements, in one launch."""
+    sizes = [max(prod(shape) // 64, 1) // 8 * 8 for shape in PARAMETERS["resnet50"]]
+    total = sum(sizes)
+    loaded = total * (2 * size_of(dtype) + row.states * size_of(state))
+    with Device() as device:
+        *tensors, numbers = *step_tensors(row, sizes, dtype, state), step_numbers(row, 1)
+        given = [[device.copy(v) for v in each] for each in tensors]
+        seen = traffic(partial(run_step, row, given, numbers * len(sizes), dtype, state))
+        assert len(given) == 161
+        assert_floor(
+            seen, loaded, loaded - total * size_of(dtype), size_of(state) // size_of(dtype)
+        )
+        assert_all_wide(seen)
+
+
+# Rows of so many columns are read once; what they are read to decide is in registers meanwhile.
+HELD = [(torch.float32, 16_384), (torch.bfloat16, 16_384), (torch.float16, 16_384), (torch.float64, 4096)]  # fmt: skip
+ONCE = [(dtype, n) for dtype, most in HELD for n in sorted({8, 256, 1000, 1024, 4096, most})]
+
+
+@pytest.mark.parametrize("dtype, n", ONCE, ids=str)
+@each_row("softmax")
+def test_softmax_reads_rows_once_in_packs(row, dtype, n):
+    nbytes = 3 * n * size_of(dtype)
+    with Device() as device:
+        y, dy, out = (device.copy(random((3, n, 1), dtype, seed)) for seed in range(3))
+        for backward in (False, True):
+            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+            assert_all_wide(seen)
+            assert seen.launches == 1 and seen.stored_bytes == nbytes
+            assert seen.loaded_bytes == (2 if backward else 1) * nbytes
+            ends = 3 * 3 * 2  # of rows that begin or end within a sector
             assert (
-                seen.wide_loads * 16 == n * size
-                and seen.wide_stores * 16 == seen.stored_bytes == n * size
+                seen.loaded_sectors + seen.stored_sectors
+                <= (seen.loaded_bytes + nbytes) / SECTOR + ends
             )
-        for row in rows("step"):
-            states = [device.copy(random(n, dtype, 9).abs()) for _ in range(row.states)]
-            tensors, numbers = [[a, b, *states]], step_numbers(row, 1)
-            seen = traffic(lambda row=row, t=tensors, v=numbers: run_step(row, t, v, dtype, dtype))
-            assert (
-                seen.loaded_bytes == (2 + row.states) * n * size
-                and seen.stored_bytes == (1 + row.states) * n * size
-            )
-            assert (
-                seen.loads == seen.wide_loads
-                and seen.stores == seen.wide_stores
-                and seen.launches == 1
-            )
+
+
+@pytest.mark.parametrize("dtype, n", [(dtype, most + 8) for dtype, most in HELD], ids=str)
+@each_row("softmax")
+def test_softmax_reads_longer_rows_twice(row, dtype, n):
+    nbytes = 2 * n * size_of(dtype)
+    with Device() as device:
+        y, dy, out = (device.copy(random((2, n, 1), dtype, seed)) for seed in range(3))
+        for backward in (False, True):
+            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+            assert seen.loaded_bytes == 2 * (2 if backward else 1) * nbytes
+            assert seen.stored_bytes == nbytes
+            assert_all_wide(seen)
+
+
+@pytest.mark.parametrize("dtype, n", ONCE, ids=str)
+@each_row("cross_entropy")
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_cross_entropy_reads_rows_once_in_packs(row, dtype, n, with_gradient):
+    """Narrow are only the targets, what the rows have there, and the losses."""
+    with Device() as device:
+        x, grad = device.copy(random((3, n, 1), dtype, 1)), device.empty((3, n, 1), dtype)
+        target, loss = device.copy(torch.tensor([0, n // 2, n - 1])), device.empty(3, real(dtype))
+        seen = traffic(partial(run_cross_entropy, row, x, target, None, 0.0, loss, grad if with_gradient else None))  # fmt: skip
+    nbytes = x.numel() * size_of(dtype)
+    written = nbytes if with_gradient else 0
+    assert (
+        seen.launches == 1 and seen.wide_loads * 16 == nbytes and seen.wide_stores * 16 == written
+    )
+    team = 32 if n <= (256 if dtype is torch.float64 else 1024) else 512
+    assert seen.loads - seen.wide_loads == 2 * 3 * team
+    assert seen.stored_bytes == written + 3 * size_of(real(dtype))
+    ends = 3 * 2 * 2 + 3  # of rows, of targets and losses
+    assert seen.loaded_sectors + seen.stored_sectors <= (nbytes + written) / SECTOR + ends
 
 
 @every_dtype
-@pytest.mark.parametrize("n", [1000, 4000])
-def test_a_row_that_fits_is_read_once(dtype, n):
-    x = random((3, n, 1), dtype, 1)
-    size = torch.empty(0, dtype=dtype).element_size()
-    extents = [I64(extent) for extent in x.shape]
+@each_row("softmax")
+def test_columns_are_read_by_neighbours(row, dtype):
+    """Threads of a warp take neighbouring columns: each 32-byte sector that they ask for is used whole."""
+    shape = 2, 40, 64
     with Device() as device:
-        given, out = device.copy(x), device.empty(x.shape, dtype)
-        for row in rows("softmax"):
-            arguments = (
-                row.index,
-                False,
-                DTYPES[dtype],
-                *extents,
-                address(out),
-                address(given),
-                address(None),
-            )
-            seen = traffic(lambda arguments=arguments: call("run_softmax", *arguments))
-            assert seen.loaded_bytes == seen.stored_bytes == x.numel() * size
-            assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
+        y, dy, out = (device.copy(random(shape, dtype, seed)) for seed in range(3))
+        for backward in (False, True):
+            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+            assert SECTOR * seen.load_requests == seen.loaded_bytes
+            assert SECTOR * seen.store_requests == seen.stored_bytes == out.nbytes
 
 
 # ------------------------------------------------------------------------------------------------ sanitizers

@@ -2,6 +2,8 @@
 // makes through load() and store() of csrc/cuda/pack.cuh.
 #pragma once
 #include <csignal>
+#include <map>
+#include <tuple>
 
 #include "block.h"
 
@@ -77,6 +79,57 @@ inline void explain_faults() {
 #endif
 }
 
+// ------------------------------------------------------------------------------------------------ sectors
+
+constexpr uintptr_t kSector = 32;  // what a GPU's caches and memory move at the least
+
+// One sector that one instruction of one warp asks for. Lanes are in the same instruction where they are at the same
+// place in the program for the same time in this block.
+struct Request {
+  bool store;
+  uintptr_t sector;
+  uint64_t warp, time;
+  const void* place;
+  auto operator<=>(const Request&) const = default;
+};
+struct Recorder {
+  bool on = false;
+  std::vector<Request> requests;
+  std::map<std::pair<unsigned, const void*>, uint64_t> times;  // by thread and place, of this block
+  uint64_t block = 0;
+};
+inline Recorder recorder;
+
+inline void record(bool store, const void* address, size_t bytes, const void* place) {
+  Recorder& r = recorder;
+  const Thread* t = machine.current;
+  if (r.block != machine.block_number) r.times.clear();
+  r.block = machine.block_number;
+  const uint64_t time = r.times[{t->linear, place}]++, warp = r.block * (kMaxThreads / 32) + t->linear / 32;
+  const auto first = reinterpret_cast<uintptr_t>(address), last = first + bytes - 1;
+  for (uintptr_t sector = first / kSector; sector <= last / kSector; ++sector)
+    r.requests.push_back({store, sector, warp, time, place});
+}
+
+// Since the last call, of loads and of stores: the sectors that instructions asked for (those of one warp's
+// instruction together), and the different ones among all.
+struct Sectors {
+  uint64_t requested[2], distinct[2];
+};
+inline Sectors take_sectors() {
+  Sectors found{};
+  auto& requests = recorder.requests;
+  std::sort(requests.begin(), requests.end());
+  const Request* before = nullptr;
+  for (const Request& r : requests) {
+    found.requested[r.store] += !before || r != *before;
+    found.distinct[r.store] += !before || r.store != before->store || r.sector != before->sector;
+    before = &r;
+  }
+  requests.clear();
+  return found;
+}
+
 // ------------------------------------------------------------------------------------------------ access
 
 FASTOPS_UNSANITIZED inline void check(const void* address, size_t bytes, size_t alignment, const char* what) {
@@ -94,14 +147,16 @@ FASTOPS_UNSANITIZED inline void check(const void* address, size_t bytes, size_t 
     return;
   }
 }
-FASTOPS_UNSANITIZED inline void loads(const void* address, size_t bytes, size_t alignment) {
+FASTOPS_UNSANITIZED __attribute__((noinline)) inline void loads(const void* address, size_t bytes, size_t alignment) {
   check(address, bytes, alignment, "load");
+  if (recorder.on) record(false, address, bytes, __builtin_return_address(0));
   ++counters.loads;
   counters.loaded_bytes += bytes;
   counters.wide_loads += bytes == 16;
 }
-FASTOPS_UNSANITIZED inline void stores(const void* address, size_t bytes, size_t alignment) {
+FASTOPS_UNSANITIZED __attribute__((noinline)) inline void stores(const void* address, size_t bytes, size_t alignment) {
   check(address, bytes, alignment, "store");
+  if (recorder.on) record(true, address, bytes, __builtin_return_address(0));
   ++counters.stores;
   counters.stored_bytes += bytes;
   counters.wide_stores += bytes == 16;

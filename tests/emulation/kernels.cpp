@@ -228,6 +228,16 @@ void emulation_counters(uint64_t* out) {
   std::memcpy(out, &emulation::counters, sizeof emulation::counters);
   emulation::counters = {};
 }
+// From now on, whether the sectors of accesses are kept; and requested loads, stores, distinct loads, stores since then.
+void emulation_record(bool on) {
+  emulation::take_sectors();
+  emulation::recorder.on = on;
+}
+void emulation_sectors(uint64_t* out) {
+  const emulation::Sectors found = emulation::take_sectors();
+  static_assert(sizeof found == 4 * sizeof *out);
+  std::memcpy(out, &found, sizeof found);
+}
 void emulation_multiprocessors(int count) { emulation::multiprocessors = count; }
 
 }  // extern "C"

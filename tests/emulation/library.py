@@ -17,6 +17,7 @@ DTYPES = {
 }  # c10::ScalarType
 ORDERS = [(0, 0), (1, 0), (2, 7)]  # forward, reverse, shuffled by a seed
 COUNTERS = "launches blocks threads loads loaded_bytes wide_loads stores stored_bytes wide_stores"
+SECTORS = "load_requests store_requests loaded_sectors stored_sectors"
 KINDS = ["map", "reduce", "softmax", "cross_entropy", "random", "step"]
 
 POINTER, I64, F64, BOOL, TEXT = (
@@ -144,3 +145,16 @@ def counters() -> SimpleNamespace:
     values = (ctypes.c_uint64 * 9)()
     library().emulation_counters(values)
     return SimpleNamespace(**dict(zip(COUNTERS.split(), values, strict=True)))
+
+
+def traffic(run) -> SimpleNamespace:
+    """The counters of run(), and its 32-byte sectors: those that warps' instructions ask for, and the different ones."""
+    values = (ctypes.c_uint64 * 4)()
+    counters()
+    library().emulation_record(BOOL(True))
+    try:
+        run()
+        library().emulation_sectors(values)
+    finally:
+        library().emulation_record(BOOL(False))
+    return SimpleNamespace(**vars(counters()), **dict(zip(SECTORS.split(), values, strict=True)))
