@@ -172,7 +172,7 @@ def test_map(row, dtype, n):
     formula = second_by_formula(row, s, dy, ddx)
 
     def run(device):
-        inputs = [device.copy(t) for t in (x, s, dy, ddx)]
+        inputs = [device.constant(t) for t in (x, s, dy, ddx)]
         yield run_map(row, "forward", device.empty(n, dtype), inputs[:1])
         yield run_map(row, "backward", device.empty(n, dtype), inputs[1:3])
         yield run_map(row, "second", device.empty(n, dtype), inputs[1:])
@@ -326,7 +326,7 @@ def test_reduce_elementwise(row, dtype, n, grad_is_scalar):
     )
 
     def run(device):
-        vx, vt, g = (device.copy(v) for v in (x, t, grad))
+        vx, vt, g = (device.constant(v) for v in (x, t, grad))
         yield run_reduce(row, "values", device.empty(n, dtype), vx, vt)
         for which in DERIVATIVES[1:]:
             yield run_reduce(row, which, device.empty(n, dtype), vx, vt, g, grad_is_scalar, scale)
@@ -352,13 +352,13 @@ def test_reduce_total(row, dtype, n, divided):
 
     def run(device):
         out, workspace = device.empty(1, real(dtype)), device.empty(library().workspace_bytes(I64(n)) // 8, torch.float64, 0)  # fmt: skip
-        d = None if divisor is None else device.copy(divisor)
+        d = None if divisor is None else device.constant(divisor)
         yield run_reduce(
             row,
             "total",
             out,
-            device.copy(x),
-            device.copy(t),
+            device.constant(x),
+            device.constant(t),
             scale=scale,
             divisor=d,
             workspace=workspace,
@@ -410,7 +410,7 @@ def test_softmax(row, dtype, shape):
     torchs, true = (by_torch(x.to(kind), dy.to(kind)) for kind in (judged(dtype), torch.float64))
 
     def run(device):
-        vx, vy, g = device.copy(x), device.copy(true[0].to(dtype)), device.copy(dy)
+        vx, vy, g = (device.constant(v) for v in (x, true[0].to(dtype), dy))
         y, dx = device.empty(shape, dtype), device.empty(shape, dtype)
         run_softmax(row, False, y, vx)
         run_softmax(row, True, dx, vy, g)
@@ -471,8 +471,8 @@ def test_cross_entropy(row, dtype, shape, smoothing, weighted):
     torch_loss, torch_grad = by_torch(torch.float32)[0], by_torch(judged(dtype))[1]
 
     def run(device):
-        vx, t = device.copy(x), device.copy(target, 0)
-        w = None if weight is None else device.copy(weight.to(real(dtype)))
+        vx, t = device.copy(x), device.constant(target, 0)
+        w = None if weight is None else device.constant(weight.to(real(dtype)))
         loss, divisor = device.empty((outer, inner), real(dtype)), device.empty(1, real(dtype))
         alone = device.empty((outer, inner), real(dtype))
         grad = device.empty(shape, dtype)
@@ -558,8 +558,8 @@ def test_random(row, dtype, n, p):
     expected = torch.where(kept(seed, n, threshold), x.to(real(dtype)) * (1 / (1 - p)), 0).to(dtype)
 
     def run(device):
-        s = device.copy(torch.tensor([seed]), 0)
-        yield run_random(row, device.empty(n, dtype), device.copy(x), s, threshold, 1 / (1 - p))
+        s = device.constant(torch.tensor([seed]), 0)
+        yield run_random(row, device.empty(n, dtype), device.constant(x), s, threshold, 1 / (1 - p))
 
     for (y,) in everywhere(run):
         assert torch.equal(y == 0, expected == 0)
@@ -658,7 +658,7 @@ def test_step(row, dtype, state, grad_scale):
     floats = step_by_formula(row, tensors, numbers, real(dtype), grad_scale or 1)
 
     def run(device):
-        given = [[device.copy(v) for v in t] for t in tensors]
+        given = [[device.copy(p), device.constant(g), *map(device.copy, s)] for p, g, *s in tensors]
         scale, found = (
             (None, None)
             if grad_scale is None

@@ -15,12 +15,13 @@ namespace fastops::emulation {
 struct Fenced {
   char *begin, *end, *pages;
   size_t mapped;
+  bool constant;
 };
 inline Fenced fenced[2048];
 inline unsigned fenced_count = 0;
 constexpr unsigned char kCanary = 0xA5;
 
-// A buffer that starts `offset` bytes after a 16-byte boundary; or, with `flush`, one that ends at the last byte before
+// A buffer full of NaNs that starts `offset` bytes after a 16-byte boundary; or, with `flush`, one that ends at the last byte before
 // the guard page (its alignment is then what `bytes` makes it), so that even an access that goes around load() faults.
 inline void* allocate(size_t bytes, size_t offset, bool flush) {
   if (fenced_count == std::size(fenced)) return nullptr;
@@ -31,12 +32,24 @@ inline void* allocate(size_t bytes, size_t offset, bool flush) {
   if (room && mprotect(pages + kPage, room, PROT_READ | PROT_WRITE) != 0) return nullptr;
   char* begin = flush ? pages + kPage + room - bytes : pages + kPage + offset;
   std::memset(pages + kPage, kCanary, room);
+  std::memset(begin, 0xff, bytes);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(pages + kPage, room);
   __asan_unpoison_memory_region(begin, bytes);
 #endif
-  fenced[fenced_count++] = {begin, begin + bytes, pages, room + 2 * kPage};
+  fenced[fenced_count++] = {begin, begin + bytes, pages, room + 2 * kPage, false};
   return begin;
+}
+
+// From now on, nobody may write to the buffer.
+inline bool protect(void* buffer) {
+  for (unsigned i = 0; i < fenced_count; ++i) {
+    Fenced& f = fenced[i];
+    if (f.begin != buffer) continue;
+    f.constant = true;
+    return mprotect(f.pages + kPage, f.mapped - 2 * kPage, PROT_READ) == 0;
+  }
+  return false;
 }
 
 // False where something beside the buffer was overwritten.
@@ -132,8 +145,9 @@ inline Sectors take_sectors() {
 
 // ------------------------------------------------------------------------------------------------ access
 
-FASTOPS_UNSANITIZED inline void check(const void* address, size_t bytes, size_t alignment, const char* what) {
+FASTOPS_UNSANITIZED inline void check(const void* address, size_t bytes, size_t alignment, bool store) {
   if (!machine.current) return;
+  const char* what = store ? "store" : "load";
   if (reinterpret_cast<uintptr_t>(address) % alignment)
     fail("misaligned %s of %zu bytes at %p: %s", what, bytes, address, place(machine.current).text);
   const char* p = static_cast<const char*>(address);
@@ -144,18 +158,19 @@ FASTOPS_UNSANITIZED inline void check(const void* address, size_t bytes, size_t 
       fail("out-of-bounds %s of %zu bytes, %td bytes %s a buffer of %td: %s", what, bytes,
            p < f->begin ? f->begin - p : p + bytes - f->end, p < f->begin ? "before" : "after", f->end - f->begin,
            place(machine.current).text);
+    if (store && f->constant) fail("store of %zu bytes to a constant buffer: %s", bytes, place(machine.current).text);
     return;
   }
 }
 FASTOPS_UNSANITIZED __attribute__((noinline)) inline void loads(const void* address, size_t bytes, size_t alignment) {
-  check(address, bytes, alignment, "load");
+  check(address, bytes, alignment, false);
   if (recorder.on) record(false, address, bytes, __builtin_return_address(0));
   ++counters.loads;
   counters.loaded_bytes += bytes;
   counters.wide_loads += bytes == 16;
 }
 FASTOPS_UNSANITIZED __attribute__((noinline)) inline void stores(const void* address, size_t bytes, size_t alignment) {
-  check(address, bytes, alignment, "store");
+  check(address, bytes, alignment, true);
   if (recorder.on) record(true, address, bytes, __builtin_return_address(0));
   ++counters.stores;
   counters.stored_bytes += bytes;

@@ -30,7 +30,7 @@ VARIANTS = {
 }
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",  # frames live on stacks of ours
-    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1:atexit_sleep_ms=0",
     "UBSAN_OPTIONS": "print_stacktrace=0",
 }
 

@@ -217,6 +217,7 @@ bool step_in_float(const char* name, const double* numbers, int64_t n, float* p,
 // ------------------------------------------------------------------------------------------------ the emulator
 
 void* emulation_allocate(size_t bytes, size_t offset, bool flush) { return emulation::allocate(bytes, offset, flush); }
+bool emulation_protect(void* buffer) { return emulation::protect(buffer); }
 bool emulation_release(void* buffer) { return emulation::release_buffer(buffer); }
 void emulation_order(int order, uint64_t seed) {
   emulation::order = static_cast<emulation::Order>(order);

@@ -39,12 +39,14 @@ def library() -> ctypes.CDLL:
         getattr(lib, f"{kind}_name").restype = TEXT
         getattr(lib, f"run_{kind}").restype = TEXT
     lib.map_params.restype = lib.reduce_params.restype = TEXT
-    lib.map_from_output.restype = lib.emulation_release.restype = BOOL
+    lib.map_from_output.restype = lib.emulation_release.restype = lib.emulation_protect.restype = (
+        BOOL
+    )
     lib.step_in_double.restype = lib.step_in_float.restype = lib.second_in_float.restype = BOOL
     lib.workspace_bytes.restype = I64
     lib.emulation_allocate.restype = POINTER
     lib.emulation_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, BOOL]
-    lib.emulation_release.argtypes = [POINTER]
+    lib.emulation_release.argtypes = lib.emulation_protect.argtypes = [POINTER]
     lib.emulation_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
     lib.emulation_multiprocessors(1)  # the smallest grids: loops go round at small sizes
     return lib
@@ -108,6 +110,12 @@ class Device:
     def copy(self, tensor, offset=None):
         made = self.empty(tensor.shape, tensor.dtype, offset)
         made.copy_(tensor)
+        return made
+
+    def constant(self, tensor, offset=None):
+        """A copy that nobody may write to."""
+        made = self.copy(tensor, offset)
+        assert library().emulation_protect(made.address)
         return made
 
 
