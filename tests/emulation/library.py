@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .build import ROOT, build
+from .build import ROOT, build, kernels
 
 DTYPES = {
     torch.float16: 5,
@@ -26,10 +26,7 @@ POINTER, I64, F64, BOOL, TEXT = (
 
 
 def sources():
-    return [
-        *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-        ROOT / "tests" / "emulation" / "kernels.cpp",
-    ]
+    return [*kernels(), ROOT / "tests" / "emulation" / "kernels.cpp"]
 
 
 @cache
