@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: test finetune bench build env lint clean
+.PHONY: test finetune bench build env lint clean cuda-report sanitize
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
@@ -33,6 +33,14 @@ lint: env
 	$(BIN)/ruff check fastops tests bench docs setup.py
 	$(BIN)/ruff format --check fastops tests bench docs setup.py
 	$(BIN)/mypy
+
+# What nvcc makes of every kernel, as bench/cuda_report.csv: needs nvcc, no GPU.
+cuda-report: env
+	$(BIN)/python tools/cuda_report.py $(ARGS)
+
+# The CUDA kernels under emulation with ASan and UBSan, TSan, and portable fibers.
+sanitize: env
+	$(BIN)/python tools/sanitize.py $(ARGS)
 
 clean:
 	rm -rf build fastops/*.so *.egg-info

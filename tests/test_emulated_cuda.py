@@ -1,26 +1,21 @@
 """Every kernel of csrc/cuda, executed: compiled for the emulator, run for every row of the tables, every dtype, awkward
 sizes and addresses, and three orders of threads that must agree to the bit. What is expected is the torch function of the
-row's name in float64; the error to it may be twice that of torch itself, and 4 eps. Where nvcc is present the kernels are
-also compiled for real architectures, and their spills and instructions read.
+row's name in float64; the error to it may be twice that of torch itself, and 4 eps.
 """
 
 import ctypes
-import hashlib
 import itertools
 import mmap
 import os
-import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
+from math import prod
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from emulation.build import BUILD, ROOT, build, run
+from emulation.build import every_kernel, run
 from emulation.library import (
     DTYPES,
     F64,
@@ -36,8 +31,10 @@ from emulation.library import (
     library,
     order,
     rows,
+    traffic,
 )  # fmt: skip
 
+from bench.cases import PARAMETERS
 from fastops._op import OPS, parameters_of
 
 PLACEMENTS = [
@@ -175,7 +172,7 @@ def test_map(row, dtype, n):
     formula = second_by_formula(row, s, dy, ddx)
 
     def run(device):
-        inputs = [device.copy(t) for t in (x, s, dy, ddx)]
+        inputs = [device.constant(t) for t in (x, s, dy, ddx)]
         yield run_map(row, "forward", device.empty(n, dtype), inputs[:1])
         yield run_map(row, "backward", device.empty(n, dtype), inputs[1:3])
         yield run_map(row, "second", device.empty(n, dtype), inputs[1:])
@@ -329,7 +326,7 @@ def test_reduce_elementwise(row, dtype, n, grad_is_scalar):
     )
 
     def run(device):
-        vx, vt, g = (device.copy(v) for v in (x, t, grad))
+        vx, vt, g = (device.constant(v) for v in (x, t, grad))
         yield run_reduce(row, "values", device.empty(n, dtype), vx, vt)
         for which in DERIVATIVES[1:]:
             yield run_reduce(row, which, device.empty(n, dtype), vx, vt, g, grad_is_scalar, scale)
@@ -355,13 +352,13 @@ def test_reduce_total(row, dtype, n, divided):
 
     def run(device):
         out, workspace = device.empty(1, real(dtype)), device.empty(library().workspace_bytes(I64(n)) // 8, torch.float64, 0)  # fmt: skip
-        d = None if divisor is None else device.copy(divisor)
+        d = None if divisor is None else device.constant(divisor)
         yield run_reduce(
             row,
             "total",
             out,
-            device.copy(x),
-            device.copy(t),
+            device.constant(x),
+            device.constant(t),
             scale=scale,
             divisor=d,
             workspace=workspace,
@@ -387,10 +384,15 @@ def test_reduce_total_of_nothing(row):
 # ------------------------------------------------------------------------------------------------ rows
 
 SHAPES = [
-    (0, 5, 1), (4, 1, 1), (5, 7, 1), (130, 10, 1), (3, 1001, 1), (3, 1100, 1), (2, 4000, 1), (1, 16_384, 1),
+    (0, 5, 1), (4, 1, 1), (5, 7, 1), (130, 10, 1), (3, 1001, 1), (3, 1024, 1), (3, 1100, 1), (2, 4000, 1), (1, 16_384, 1),
     (2, 20_001, 1), (3, 5, 2), (2, 10, 49), (1, 130, 7), (40, 3, 33),
 ]  # fmt: skip
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+
+
+def run_softmax(row, backward, out, first, second=None):
+    extents = [I64(extent) for extent in out.shape]
+    call("run_softmax", row.index, backward, DTYPES[out.dtype], *extents, address(out), address(first), address(second))  # fmt: skip
 
 
 @every_dtype
@@ -406,31 +408,12 @@ def test_softmax(row, dtype, shape):
         return y.detach(), *torch.autograd.grad(y, x, dy)
 
     torchs, true = (by_torch(x.to(kind), dy.to(kind)) for kind in (judged(dtype), torch.float64))
-    extents = [I64(extent) for extent in shape]
 
     def run(device):
-        vx, vy, g = device.copy(x), device.copy(true[0].to(dtype)), device.copy(dy)
+        vx, vy, g = (device.constant(v) for v in (x, true[0].to(dtype), dy))
         y, dx = device.empty(shape, dtype), device.empty(shape, dtype)
-        call(
-            "run_softmax",
-            row.index,
-            False,
-            DTYPES[dtype],
-            *extents,
-            address(y),
-            address(vx),
-            address(None),
-        )
-        call(
-            "run_softmax",
-            row.index,
-            True,
-            DTYPES[dtype],
-            *extents,
-            address(dx),
-            address(vy),
-            address(g),
-        )
+        run_softmax(row, False, y, vx)
+        run_softmax(row, True, dx, vy, g)
         return y, dx
 
     for y, dx in everywhere(run):
@@ -446,17 +429,8 @@ def test_softmax_of_infinities(row, shape):
     if shape[0] == 4:
         x[2], x[3, 5] = -torch.inf, torch.inf
     with Device() as device:
-        y, extents = device.empty(shape, x.dtype), [I64(extent) for extent in shape]
-        call(
-            "run_softmax",
-            row.index,
-            False,
-            DTYPES[x.dtype],
-            *extents,
-            address(y),
-            address(device.copy(x)),
-            address(None),
-        )
+        y = device.empty(shape, x.dtype)
+        run_softmax(row, False, y, device.copy(x))
         check(y, reference(row.name)(x, dim=1), reference(row.name)(x.double(), dim=1), x.dtype)
 
 
@@ -497,8 +471,8 @@ def test_cross_entropy(row, dtype, shape, smoothing, weighted):
     torch_loss, torch_grad = by_torch(torch.float32)[0], by_torch(judged(dtype))[1]
 
     def run(device):
-        vx, t = device.copy(x), device.copy(target, 0)
-        w = None if weight is None else device.copy(weight.to(real(dtype)))
+        vx, t = device.copy(x), device.constant(target, 0)
+        w = None if weight is None else device.constant(weight.to(real(dtype)))
         loss, divisor = device.empty((outer, inner), real(dtype)), device.empty(1, real(dtype))
         alone = device.empty((outer, inner), real(dtype))
         grad = device.empty(shape, dtype)
@@ -641,10 +615,10 @@ def test_random(row, dtype, n, p):
     expected = wide.to(dtype)
 
     def run(device):
-        s = device.copy(torch.tensor([seed]), 0)
-        others = (device.copy(bias), device.copy(residual)) if row.inputs == 3 else None
+        s = device.constant(torch.tensor([seed]), 0)
+        others = (device.constant(bias), device.constant(residual)) if row.inputs == 3 else None
         yield run_random(
-            row, device.empty(n, dtype), device.copy(x), s, threshold, 1 / (1 - p), others=others
+            row, device.empty(n, dtype), device.constant(x), s, threshold, 1 / (1 - p), others=others
         )
 
     for (y,) in everywhere(run):
@@ -802,7 +776,7 @@ def test_step(row, dtype, state, grad_scale):
     floats = step_by_formula(row, tensors, numbers, real(dtype), grad_scale or 1)
 
     def run(device):
-        given = [[device.copy(v) for v in t] for t in tensors]
+        given = [[device.copy(p), device.constant(g), *map(device.copy, s)] for p, g, *s in tensors]
         scale, found = (
             (None, None)
             if grad_scale is None
@@ -869,219 +843,215 @@ def test_step_launches(row, count, sets, launches):
 
 # ------------------------------------------------------------------------------------------------ traffic
 
-
-def traffic(run):
-    counters()
-    run()
-    return counters()
+SECTOR = 32
 
 
-@every_dtype
-def test_aligned_memory_is_touched_once_in_packs_of_16_bytes(dtype):
-    n = 40_960
-    size = torch.empty(0, dtype=dtype).element_size()
-    with Device() as device:
-        a, b, c, out = (device.copy(random(n, dtype, seed)) for seed in range(4))
-        seed = device.copy(torch.tensor([1]))
-        for row in rows("map"):
-            for which, inputs in {"forward": [a], "backward": [a, b], "second": [a, b, c]}.items():
-                seen = traffic(
-                    lambda row=row, which=which, inputs=inputs: run_map(row, which, out, inputs)
-                )
-                assert seen.loaded_bytes == len(inputs) * n * size and seen.stored_bytes == n * size
-                assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
-        for row in rows("fused"):
-            period = 1024 if row.broadcast else n
-            for backward, inputs in ((False, [a, b]), (True, [a, b, c])):
-                if backward and not row.broadcast:
-                    continue
-                seen = traffic(
-                    lambda r=row, w=backward, i=inputs, p=period: run_fused(r, w, out, i, p)
-                )
-                assert seen.loaded_bytes == len(inputs) * n * size and seen.stored_bytes == n * size
-                assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
-        for row in rows("random"):
-            others = (device.copy(random(1024, dtype, 5)), b) if row.inputs == 3 else None
-            seen = traffic(
-                lambda row=row, others=others: run_random(
-                    row, out, a, seed, 2**31, 2.0, others=others
-                )
-            )
-            assert (
-                seen.wide_loads * 16 == row.inputs * n * size
-                and seen.wide_stores * 16 == seen.stored_bytes == n * size
-            )
-        for row in rows("step"):
-            states = [device.copy(random(n, dtype, 9).abs()) for _ in range(row.states)]
-            tensors, numbers = [[a, b, *states]], step_numbers(row, 1)
-            seen = traffic(lambda row=row, t=tensors, v=numbers: run_step(row, t, v, dtype, dtype))
-            assert (
-                seen.loaded_bytes == (2 + row.states) * n * size
-                and seen.stored_bytes == (1 + row.states) * n * size
-            )
-            assert (
-                seen.loads == seen.wide_loads
-                and seen.stores == seen.wide_stores
-                and seen.launches == 1
-            )
+def size_of(dtype):
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+def assert_floor(seen, loaded, stored, side_by_side=1):
+    """One launch; no byte asked for twice, or beside those that are wanted, beyond 1 percent; all in 16-byte accesses.
+    Where a thread has packs side by side, an instruction of its warp asks for as many times the sectors that it needs,
+    and the cache has the others ready for the next."""
+    floor = loaded + stored
+    assert seen.launches == 1
+    assert loaded <= seen.wide_loads * 16 <= 1.01 * loaded
+    assert stored <= seen.stored_bytes <= 1.01 * stored
+    assert SECTOR * (seen.loaded_sectors + seen.stored_sectors) <= 1.01 * floor
+    assert SECTOR * (seen.load_requests + seen.store_requests) <= 1.01 * floor * side_by_side
+
+
+def assert_all_wide(seen):
+    assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
 
 
 @every_dtype
-@pytest.mark.parametrize("n", [1000, 4000])
-def test_a_row_that_fits_is_read_once(dtype, n):
-    x = random((3, n, 1), dtype, 1)
-    size = torch.empty(0, dtype=dtype).element_size()
-    extents = [I64(extent) for extent in x.shape]
+@each_row("map")
+def test_map_touches_memory_once_in_packs(row, dtype):
+    nbytes = 4096 * size_of(dtype)
     with Device() as device:
-        given, out = device.copy(x), device.empty(x.shape, dtype)
-        for row in rows("softmax"):
-            arguments = (
-                row.index,
-                False,
-                DTYPES[dtype],
-                *extents,
-                address(out),
-                address(given),
-                address(None),
-            )
-            seen = traffic(lambda arguments=arguments: call("run_softmax", *arguments))
-            assert seen.loaded_bytes == seen.stored_bytes == x.numel() * size
-            assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
+        *inputs, out = (device.copy(random(4096, dtype, seed)) for seed in range(4))
+        for count, which in enumerate(["forward", "backward", "second"], 1):
+            seen = traffic(partial(run_map, row, which, out, inputs[:count]))
+            assert_floor(seen, count * nbytes, nbytes)
+            assert_all_wide(seen)
 
 
-# ------------------------------------------------------------------------------------------------ nvcc
+@every_dtype
+@each_row("fused")
+@pytest.mark.parametrize("backward", [False, True])
+def test_fused_touches_memory_once_in_packs(row, dtype, backward):
+    if backward and not row.broadcast:
+        return  # it has none of its own
+    nbytes = 4096 * size_of(dtype)
+    with Device() as device:
+        x, dy, out = (device.copy(random(4096, dtype, seed)) for seed in range(3))
+        period = 1024 if row.broadcast else 4096
+        other = device.copy(random(period, dtype, 4))
+        inputs = [x, other, dy] if backward else [x, other]
+        seen = traffic(partial(run_fused, row, backward, out, inputs, period))
+        assert_floor(seen, len(inputs) * nbytes, nbytes)
+        assert_all_wide(seen)
 
-ARCHITECTURES = ["80", "90", "100", "120"]
-# As torch.utils.cpp_extension compiles them.
-NVCC_FLAGS = [
-    "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__", "-Werror", "all-warnings",
-    f"-I{Path(torch.__file__).parent / 'include'}",
-]  # fmt: skip
+
+@every_dtype
+@each_row("map")
+def test_map_touches_memory_once_where_it_is_not_aligned(row, dtype):
+    """All buffers begin one element after a boundary: a head of single elements, then packs."""
+    n, size = 70_000, size_of(dtype)
+    with Device(offset=1) as device:
+        x, out = device.copy(random(n, dtype, 1)), device.empty(n, dtype)
+        seen = traffic(partial(run_map, row, "forward", out, [x]))
+        assert seen.loaded_bytes == seen.stored_bytes == n * size
+        assert seen.wide_loads * 16 >= 0.99 * n * size and seen.wide_stores == seen.wide_loads
 
 
-def cuda_home():
-    """A toolkit with nvcc and its headers. The nvcc on PATH may be a wrapper script: it is asked where it works."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc := shutil.which("nvcc"):
-        dry = subprocess.run(
-            [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+@every_dtype
+@pytest.mark.parametrize(
+    "row", [r for r in rows("reduce") if r.name != "sum"], ids=lambda r: r.name
+)
+def test_losses_touch_memory_once_in_packs(row, dtype):
+    nbytes = 4096 * size_of(dtype)
+    with Device() as device:
+        x, t, grad, out = (device.copy(random(4096, dtype, seed).sigmoid()) for seed in range(4))
+        seen = traffic(partial(run_reduce, row, "values", out, x, t))
+        assert_floor(seen, 2 * nbytes, nbytes)
+        assert_all_wide(seen)
+        for which in DERIVATIVES[1:]:
+            seen = traffic(partial(run_reduce, row, which, out, x, t, grad))
+            assert_floor(seen, 3 * nbytes, nbytes)
+            assert_all_wide(seen)
+
+
+@every_dtype
+@each_row("reduce")
+@pytest.mark.parametrize("n, launches", [(16_384, 1), (131_072, 2)])
+def test_sums_read_memory_once_in_packs(row, dtype, n, launches):
+    dtype = real(dtype) if row.name == "sum" else dtype
+    inputs = 1 if row.name == "sum" else 2
+    with Device() as device:
+        x, t = (device.copy(random(n, dtype, seed).sigmoid()) for seed in range(2))
+        out, workspace = device.empty(1, real(dtype)), device.empty(n // 16_384, torch.float64)
+        seen = traffic(partial(run_reduce, row, "total", out, x, t, workspace=workspace))
+        nbytes = inputs * n * size_of(dtype)
+        assert seen.launches == launches and seen.wide_loads * 16 == nbytes
+        assert seen.loaded_bytes + seen.stored_bytes <= 1.01 * nbytes
+        assert SECTOR * (seen.load_requests + seen.store_requests) <= 1.01 * nbytes
+
+
+@every_dtype
+@each_row("random")
+def test_random_touches_memory_once_in_packs(row, dtype):
+    """Beside its elements a warp reads the seed, once."""
+    nbytes = 1 << 20
+    n = nbytes // size_of(dtype)
+    with Device() as device:
+        x, out = device.copy(random(n, dtype, 1)), device.empty(n, dtype)
+        seed, others = device.copy(torch.tensor([1])), None
+        if row.inputs == 3:
+            others = device.copy(random(4096, dtype, 2)), device.copy(random(n, dtype, 3))
+        seen = traffic(partial(run_random, row, out, x, seed, 2**31, 2.0, others=others))
+        assert_floor(
+            seen, row.inputs * nbytes, nbytes, side_by_side=2 if dtype is torch.float64 else 1
         )
-        homes += [
-            os.path.realpath(top) for top in re.findall(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
-        ]
-    for home in filter(None, homes):
-        if Path(home, "bin", "nvcc").exists() and Path(home, "include", "cuda_runtime.h").exists():
-            return Path(home)
-    return None
+        assert seen.stores == seen.wide_stores
+        assert seen.loads - seen.wide_loads == seen.threads
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """Of every .cu: what ptxas says for every architecture, and the PTX, each by kernel. Kept by content in build/."""
-    home = cuda_home()
-    if home is None:
-        pytest.skip(
-            "no CUDA toolkit: bin/nvcc and include/cuda_runtime.h under CUDA_HOME, or nvcc on PATH"
+@pytest.mark.parametrize("dtype, state", COMBINATIONS, ids=lambda d: str(d)[6:])
+@each_row("step")
+def test_step_touches_memory_once_in_packs(row, dtype, state):
+    """ResNet-50's 161 tensors, each with a 64th of its elements, in one launch."""
+    sizes = [max(prod(shape) // 64, 1) // 8 * 8 for shape in PARAMETERS["resnet50"]]
+    total = sum(sizes)
+    loaded = total * (2 * size_of(dtype) + row.states * size_of(state))
+    with Device() as device:
+        *tensors, numbers = *step_tensors(row, sizes, dtype, state), step_numbers(row, 1)
+        given = [[device.copy(v) for v in each] for each in tensors]
+        seen = traffic(partial(run_step, row, given, numbers * len(sizes), dtype, state))
+        assert len(given) == 161
+        assert_floor(
+            seen, loaded, loaded - total * size_of(dtype), size_of(state) // size_of(dtype)
         )
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    digest = hashlib.sha256(f"{home} {torch.__version__} {NVCC_FLAGS} {ARCHITECTURES}".encode())
-    for path in sorted(
-        [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/formulas/*"), *ROOT.glob("csrc/cuda/*")]
-    ):
-        digest.update(path.read_bytes())
-    folder = BUILD / "nvcc" / digest.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+        assert_all_wide(seen)
 
-    def make(source, architecture):
-        made = folder / f"{source.stem}-{architecture}.txt"
-        if not made.exists():
-            to = (
-                ["-ptx", "-arch=sm_80"]
-                if architecture == "ptx"
-                else ["-cubin", "-Xptxas=-v", f"-arch=sm_{architecture}"]
+
+# Rows of so many columns are read once; what they are read to decide is in registers meanwhile.
+HELD = [(torch.float32, 16_384), (torch.bfloat16, 16_384), (torch.float16, 16_384), (torch.float64, 4096)]  # fmt: skip
+ONCE = [(dtype, n) for dtype, most in HELD for n in sorted({8, 256, 1000, 1024, 4096, most})]
+
+
+@pytest.mark.parametrize("dtype, n", ONCE, ids=str)
+@each_row("softmax")
+def test_softmax_reads_rows_once_in_packs(row, dtype, n):
+    nbytes = 3 * n * size_of(dtype)
+    with Device() as device:
+        y, dy, out = (device.copy(random((3, n, 1), dtype, seed)) for seed in range(3))
+        for backward in (False, True):
+            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+            assert_all_wide(seen)
+            assert seen.launches == 1 and seen.stored_bytes == nbytes
+            assert seen.loaded_bytes == (2 if backward else 1) * nbytes
+            ends = 3 * 3 * 2  # of rows that begin or end within a sector
+            assert (
+                seen.loaded_sectors + seen.stored_sectors
+                <= (seen.loaded_bytes + nbytes) / SECTOR + ends
             )
-            part = folder / f"{source.stem}-{architecture}.part"
-            done = subprocess.run(
-                [home / "bin" / "nvcc", *NVCC_FLAGS, *to, source, "-o", part],
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr[-8000:]
-            text = part.read_text() if architecture == "ptx" else done.stderr
-            part.unlink()
-            made.write_text(
-                subprocess.run(
-                    ["c++filt"], input=text, capture_output=True, text=True, check=True
-                ).stdout
-            )
-        return made.read_text()
-
-    with ThreadPoolExecutor(2) as pool:
-        keys = list(itertools.product(sources, [*ARCHITECTURES, "ptx"]))
-        keys.sort(key=lambda key: key[0].stem != "rows")  # the longest first
-        texts = pool.map(lambda key: make(*key), keys)
-        return {
-            (source.stem, architecture): text
-            for (source, architecture), text in zip(keys, texts, strict=True)
-        }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvcc_spills_nothing(compiled, architecture):
-    for (source, compiled_for), text in compiled.items():
-        if compiled_for != architecture:
-            continue
-        kernels = re.findall(r"Function properties for (.*)\n(.*bytes spill loads)", text)
-        assert any("kernel<" in name for name, _ in kernels), f"{source}: no kernel was reported"
-        spilled = [
-            f"{source}: {name}: {properties.strip()}"
-            for name, properties in kernels
-            if "0 bytes spill stores, 0 bytes spill loads" not in properties
-        ]
-        assert not spilled, "\n".join(spilled)
+@pytest.mark.parametrize("dtype, n", [(dtype, most + 8) for dtype, most in HELD], ids=str)
+@each_row("softmax")
+def test_softmax_reads_longer_rows_twice(row, dtype, n):
+    nbytes = 2 * n * size_of(dtype)
+    with Device() as device:
+        y, dy, out = (device.copy(random((2, n, 1), dtype, seed)) for seed in range(3))
+        for backward in (False, True):
+            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+            assert seen.loaded_bytes == 2 * (2 if backward else 1) * nbytes
+            assert seen.stored_bytes == nbytes
+            assert_all_wide(seen)
 
 
-def entries(ptx):
-    """(name, body) of every kernel."""
-    return re.findall(r"\.entry (.+?)\(\n.*?\n\{\n(.*?)\n\}", ptx, re.DOTALL)
-
-
-@pytest.mark.parametrize("source", ["map", "fused", "random", "step", "rows", "reduce"])
-def test_nvcc_uses_16_byte_accesses(compiled, source):
-    narrow = (
-        "columns_kernel",
-        "columns_backward_kernel",
-        "divisor_kernel",
-        "join_kernel",
-        "chunk_kernel",
+@pytest.mark.parametrize("dtype, n", ONCE, ids=str)
+@each_row("cross_entropy")
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_cross_entropy_reads_rows_once_in_packs(row, dtype, n, with_gradient):
+    """Narrow are only the targets, what the rows have there, and the losses."""
+    with Device() as device:
+        x, grad = device.copy(random((3, n, 1), dtype, 1)), device.empty((3, n, 1), dtype)
+        target, loss = device.copy(torch.tensor([0, n // 2, n - 1])), device.empty(3, real(dtype))
+        seen = traffic(partial(run_cross_entropy, row, x, target, None, 0.0, loss, grad if with_gradient else None))  # fmt: skip
+    nbytes = x.numel() * size_of(dtype)
+    written = nbytes if with_gradient else 0
+    assert (
+        seen.launches == 1 and seen.wide_loads * 16 == nbytes and seen.wide_stores * 16 == written
     )
-    found = entries(compiled[source, "ptx"])
-    assert found
-    wide = r"\.(v4\.[bfu]32|v2\.[bfu]64)"
-    for name, body in found:
-        if "join_kernel" in name or "divisor_kernel" in name or "columns" in name:
-            continue  # a few values, or single columns
-        assert re.search(r"ld\.global[.\w]*" + wide, body), name
-        if not any(kernel in name for kernel in narrow):
-            assert re.search(r"st\.global[.\w]*" + wide, body), name
+    team = 32 if n <= (256 if dtype is torch.float64 else 1024) else 512
+    assert seen.loads - seen.wide_loads == 2 * 3 * team
+    assert seen.stored_bytes == written + 3 * size_of(real(dtype))
+    ends = 3 * 2 * 2 + 3  # of rows, of targets and losses
+    assert seen.loaded_sectors + seen.stored_sectors <= (nbytes + written) / SECTOR + ends
 
 
-@pytest.mark.parametrize("source", ["map", "fused", "step", "random"])
-def test_nvcc_leaves_double_to_double(compiled, source):
-    """No float64 instruction in a kernel of another dtype: a constant that was not rounded would cost 64 times."""
-    for name, body in entries(compiled[source, "ptx"]):
-        if "double" not in name:
-            assert not re.search(r"\.f64", body), name
+@every_dtype
+@each_row("softmax")
+def test_columns_are_read_by_neighbours(row, dtype):
+    """Threads of a warp take neighbouring columns: each 32-byte sector that they ask for is used whole."""
+    shape = 2, 40, 64
+    with Device() as device:
+        y, dy, out = (device.copy(random(shape, dtype, seed)) for seed in range(3))
+        for backward in (False, True):
+            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+            assert SECTOR * seen.load_requests == seen.loaded_bytes
+            assert SECTOR * seen.store_requests == seen.stored_bytes == out.nbytes
 
 
 # ------------------------------------------------------------------------------------------------ sanitizers
 
 
-@pytest.mark.parametrize("variant, dtypes", [("asan", "4"), ("tsan", "2")])
+@pytest.mark.parametrize("variant, dtypes", [("asan", "4"), ("tsan", "1"), ("ucontext", "4")])
 def test_sanitizers_report_nothing(variant, dtypes):
-    """AddressSanitizer with UBSan; ThreadSanitizer, which is slow: float32 and bfloat16 have all sizes of pack that
-    races could depend on."""
-    source = ROOT / "tests" / "emulation" / "every_kernel.cpp"
-    program = build("every_kernel", [*(ROOT / "csrc" / "cuda").glob("*.cu"), source], variant)
-    assert run(program, dtypes) == (0, "nothing found\n")
+    """AddressSanitizer with UBSan; ThreadSanitizer, which is slow, in float32 alone; the fibers of other processors.
+    `make sanitize` runs every dtype under all."""
+    assert run(every_kernel(variant), dtypes) == (0, "nothing found\n")

@@ -551,10 +551,11 @@ __global__ void __launch_bounds__(kRowBlock, kResident)
 
 // ------------------------------------------------------------------------------------------------ launchers
 
-// Who takes a row of n elements: run(threads of the team, whether they hold it).
+// Who takes rows of n elements, the first at x: run(threads of the team, whether they hold it).
 template <class scalar_t, class Run>
-Error by_length(int64_t n, Run run) {
-  constexpr int64_t held = kHeld<scalar_t>, spare = pack_size<scalar_t> - 1;  // for a row that starts within a pack
+Error by_length(int64_t n, const scalar_t* x, Run run) {
+  constexpr int64_t held = kHeld<scalar_t>, size = pack_size<scalar_t>;
+  const int64_t spare = aligned(x) && n % size == 0 ? 0 : size - 1;  // for a row that starts within a pack
   if (n + spare <= kWarp * held) return run(std::integral_constant<int, kWarp>{}, std::true_type{});
   if (n + spare <= kRowBlock * held) return run(std::integral_constant<int, kRowBlock>{}, std::true_type{});
   return run(std::integral_constant<int, kLongRowBlock<scalar_t>>{}, std::false_type{});
@@ -584,7 +585,7 @@ Error softmax(const SoftmaxArgs& a) {
     auto* x = static_cast<const scalar_t*>(a.in[0]);
     auto* y = static_cast<scalar_t*>(a.out);
     if (a.inner > 1) return launch_columns(softmax_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, y);
-    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+    return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
       return launch_rows<threads>(softmax_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, y,
                                   together<scalar_t>(x, y));
     });
@@ -601,7 +602,7 @@ Error softmax_backward(const SoftmaxArgs& a) {
     auto* dx = static_cast<scalar_t*>(a.out);
     if (a.inner > 1)
       return launch_columns(softmax_columns_backward_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, y, dy, dx);
-    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+    return by_length<scalar_t>(a.n, y, [&](auto threads, auto held) {
       return launch_rows<threads>(softmax_backward_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, y, dy,
                                   dx, together(y, dy), together<scalar_t>(y, dx));
     });
@@ -636,7 +637,7 @@ Error cross_entropy(const CrossEntropyArgs& a) {
     if (a.inner > 1)
       return launch_columns(cross_entropy_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
                             targets);
-    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+    return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
       return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
                                   together<scalar_t>(x, grad), targets);
     });
@@ -654,7 +655,7 @@ Error cross_entropy_probability(const CrossEntropyArgs& a) {
     if (a.inner > 1)
       return launch_columns(probability_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
                             targets);
-    return by_length<scalar_t>(a.n, [&](auto threads, auto held) {
+    return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
       return launch_rows<threads>(probability_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
                                   together(x, targets.probability), together<scalar_t>(x, grad), targets);
     });

@@ -30,7 +30,7 @@ VARIANTS = {
 }
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",  # frames live on stacks of ours
-    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
+    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1:atexit_sleep_ms=0",
     "UBSAN_OPTIONS": "print_stacktrace=0",
 }
 
@@ -73,15 +73,26 @@ def _object(source: Path, flags: list[str]) -> Path:
 
 
 def build(name: str, sources: list[Path], variant: str = "plain", *, shared: bool = False) -> Path:
-    """The program, or shared library, `name` made of `sources`; at most two compilers at a time."""
+    """The program, or shared library, `name` made of `sources`; MAX_JOBS compilers at a time, or two."""
     flags = [*FLAGS, *VARIANTS[variant]]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
         objects = list(pool.map(lambda source: _object(source, flags), sources))
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     made = BUILD / f"{name}-{variant}-{digest}{'.so' if shared else ''}"
     if made.exists():
         return made
     return _run([COMPILER, *VARIANTS[variant], *(["-shared"] if shared else []), *objects], made)
+
+
+def kernels() -> list[Path]:
+    """The sources of the kernels."""
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def every_kernel(variant: str) -> Path:
+    """The program that runs every kernel once."""
+    source = ROOT / "tests" / "emulation" / "every_kernel.cpp"
+    return build("every_kernel", [*kernels(), source], variant)
 
 
 def run(program: Path, *arguments: str, timeout: float = 300) -> tuple[int, str]:

@@ -280,6 +280,7 @@ bool step_in_float(const char* name, const double* numbers, int64_t n, float* p,
 // ------------------------------------------------------------------------------------------------ the emulator
 
 void* emulation_allocate(size_t bytes, size_t offset, bool flush) { return emulation::allocate(bytes, offset, flush); }
+bool emulation_protect(void* buffer) { return emulation::protect(buffer); }
 bool emulation_release(void* buffer) { return emulation::release_buffer(buffer); }
 void emulation_order(int order, uint64_t seed) {
   emulation::order = static_cast<emulation::Order>(order);
@@ -290,6 +291,16 @@ void emulation_counters(uint64_t* out) {
   static_assert(sizeof(emulation::Counters) == 9 * sizeof(uint64_t));
   std::memcpy(out, &emulation::counters, sizeof emulation::counters);
   emulation::counters = {};
+}
+// From now on, whether the sectors of accesses are kept; and requested loads, stores, distinct loads, stores since then.
+void emulation_record(bool on) {
+  emulation::take_sectors();
+  emulation::recorder.on = on;
+}
+void emulation_sectors(uint64_t* out) {
+  const emulation::Sectors found = emulation::take_sectors();
+  static_assert(sizeof found == 4 * sizeof *out);
+  std::memcpy(out, &found, sizeof found);
 }
 void emulation_multiprocessors(int count) { emulation::multiprocessors = count; }
 

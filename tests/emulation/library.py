@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .build import ROOT, build
+from .build import ROOT, build, kernels
 
 DTYPES = {
     torch.float16: 5,
@@ -17,6 +17,7 @@ DTYPES = {
 }  # c10::ScalarType
 ORDERS = [(0, 0), (1, 0), (2, 7)]  # forward, reverse, shuffled by a seed
 COUNTERS = "launches blocks threads loads loaded_bytes wide_loads stores stored_bytes wide_stores"
+SECTORS = "load_requests store_requests loaded_sectors stored_sectors"
 KINDS = ["map", "fused", "reduce", "softmax", "cross_entropy", "random", "step"]
 
 POINTER, I64, F64, BOOL, TEXT = (
@@ -25,10 +26,7 @@ POINTER, I64, F64, BOOL, TEXT = (
 
 
 def sources():
-    return [
-        *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
-        ROOT / "tests" / "emulation" / "kernels.cpp",
-    ]
+    return [*kernels(), ROOT / "tests" / "emulation" / "kernels.cpp"]
 
 
 @cache
@@ -40,12 +38,13 @@ def library() -> ctypes.CDLL:
         getattr(lib, f"{kind}_name").restype = TEXT
         getattr(lib, f"run_{kind}").restype = TEXT
     lib.map_params.restype = lib.reduce_params.restype = TEXT
-    lib.map_from_output.restype = lib.fused_broadcast.restype = lib.emulation_release.restype = BOOL
+    lib.map_from_output.restype = lib.fused_broadcast.restype = BOOL
+    lib.emulation_release.restype = lib.emulation_protect.restype = BOOL
     lib.step_in_double.restype = lib.step_in_float.restype = lib.second_in_float.restype = BOOL
     lib.workspace_bytes.restype = I64
     lib.emulation_allocate.restype = POINTER
     lib.emulation_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, BOOL]
-    lib.emulation_release.argtypes = [POINTER]
+    lib.emulation_release.argtypes = lib.emulation_protect.argtypes = [POINTER]
     lib.emulation_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
     lib.emulation_multiprocessors(1)  # the smallest grids: loops go round at small sizes
     return lib
@@ -113,6 +112,12 @@ class Device:
         made.copy_(tensor)
         return made
 
+    def constant(self, tensor, offset=None):
+        """A copy that nobody may write to."""
+        made = self.copy(tensor, offset)
+        assert library().emulation_protect(made.address)
+        return made
+
 
 def address(tensor):
     if tensor is None:
@@ -148,3 +153,16 @@ def counters() -> SimpleNamespace:
     values = (ctypes.c_uint64 * 9)()
     library().emulation_counters(values)
     return SimpleNamespace(**dict(zip(COUNTERS.split(), values, strict=True)))
+
+
+def traffic(run) -> SimpleNamespace:
+    """The counters of run(), and its 32-byte sectors: those that warps' instructions ask for, and the different ones."""
+    values = (ctypes.c_uint64 * 4)()
+    counters()
+    library().emulation_record(BOOL(True))
+    try:
+        run()
+        library().emulation_sectors(values)
+    finally:
+        library().emulation_record(BOOL(False))
+    return SimpleNamespace(**vars(counters()), **dict(zip(SECTORS.split(), values, strict=True)))

@@ -1,5 +1,6 @@
 // Kernels with a bug that can be switched on, to show that the emulator reports it: `planted_bugs NAME clean|planted`.
 // Prints what was found and returns 1; prints "nothing found" and returns 0. Never part of the library.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -54,6 +55,28 @@ __global__ void missing_syncwarp(float* out, const float* in, int n) {
   s[t] = get(in, n);
   if constexpr (!planted) __syncwarp();
   put(out, n, s[t ^ 1]);
+}
+
+// __syncwarp where the threads that exchange are of two warps.
+template <bool planted>
+__global__ void wrong_scope(float* out, const float* in, int n) {
+  FASTOPS_SHARED(float, s, kBlock);
+  const int t = thread();
+  s[t] = get(in, n);
+  if constexpr (planted) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  put(out, n, s[kBlock - 1 - t]);
+}
+
+// Whoever comes last decides.
+template <bool planted>
+__global__ void last_writer_wins(float* out, const float* in, int n) {
+  const int t = thread();
+  put(out, n, get(in, n));
+  if (planted ? t % 16 == 0 : t == 0) store(out, load(in) + static_cast<float>(t));
 }
 
 // A shuffle makes the lanes meet but does not order what they wrote.
@@ -200,6 +223,48 @@ __global__ void pack_over_tail(float* out, const float* in, int n) {
   }
 }
 
+// The last element is nobody's.
+template <bool planted>
+__global__ void tail_left_out(float* out, const float* in, int n) {
+  for (int i = thread(); i < n - planted; i += kBlock) store(out + i, load(in + i));
+}
+
+// Adds to what nobody has written.
+template <bool planted>
+__global__ void uninitialised_global(float* out, const float* in, int n) {
+  for (int i = thread(); i < n; i += kBlock) store(out + i, load(in + i) + (planted ? load(out + i) : 0.0f));
+}
+
+template <bool planted>
+__global__ void store_to_input(float* out, const float* in, int n) {
+  for (int i = thread(); i < n; i += kBlock) {
+    store(out + i, load(in + i));
+    if (planted && i == n - 1) store(const_cast<float*>(in) + i, 0.0f);
+  }
+}
+
+template <bool planted>
+__global__ void raw_store_to_input(float* out, const float* in, int n) {
+  put(out, n, get(in, n));
+  if (planted && threadIdx.x == 5) const_cast<float*>(in)[5] = 0;
+}
+
+// An index in 32 bits where it needs 64.
+template <bool planted>
+__global__ void index_overflow(float* out, const float* in, int n) {
+  const int t = thread();
+  constexpr int kStride = 1 << 26;
+  const int64_t i = planted ? int64_t{t * kStride} : int64_t{t} * kStride;
+  if (t < n && i / kStride == t) store(out + t, load(in + t));
+}
+
+template <bool planted>
+__global__ void too_much_shared(float* out, const float* in, int n) {
+  FASTOPS_SHARED(float, s, planted ? 12289 : 12288);
+  s[thread()] = get(in, n);
+  put(out, n, s[thread()]);
+}
+
 template <bool planted>
 __global__ void misaligned_pack(float* out, const float* in, int) {
   if (thread() >= 8) return;
@@ -259,7 +324,8 @@ struct Run {
   }
 };
 
-int run(const char* name, bool planted) {
+// `out` afterwards; the status of the program if there is no more to do.
+int run(const char* name, bool planted, float (&result)[kCount]) {
   Run run{};
   run.planted = planted;
   const bool flush = std::strncmp(name, "raw_", 4) == 0 && std::strcmp(name, "raw_misaligned_pack") != 0;
@@ -267,13 +333,18 @@ int run(const char* name, bool planted) {
   const bool before = std::strstr(name, "before") != nullptr;
   run.in = static_cast<float*>(emulation::allocate(bytes, 0, flush && !before));
   run.out = static_cast<float*>(emulation::allocate(bytes, 0, flush && !before));
-  for (int i = 0; i < kCount; ++i) run.in[i] = 1, run.out[i] = 1;
+  for (int i = 0; i < kCount; ++i) run.in[i] = 1;
+  const bool all = std::strstr(name, "tail_left_out") || std::strstr(name, "uninitialised_global");
+  if (!all) std::memset(run.out, 0, bytes);  // most kernels write a part, or add
+  emulation::protect(run.in);
 
 #define BUG(kernel, ...) \
   if (!std::strcmp(name, #kernel)) run(&kernel<false>, &kernel<true>, __VA_ARGS__)
   BUG(missing_syncthreads, kBlock);
   BUG(missing_second_syncthreads, kBlock);
   BUG(missing_syncwarp, 32);
+  BUG(wrong_scope, kBlock);
+  BUG(last_writer_wins, kBlock);
   BUG(shuffle_as_barrier, 32);
   BUG(cross_block_race, 32, 4);
   BUG(missing_atomic, kBlock);
@@ -292,6 +363,12 @@ int run(const char* name, bool planted) {
   BUG(raw_store_past_end, kBlock);
   BUG(store_beside, kBlock);
   BUG(pack_over_tail, kBlock);
+  BUG(tail_left_out, kBlock);
+  BUG(uninitialised_global, kBlock);
+  BUG(store_to_input, kBlock);
+  BUG(raw_store_to_input, kBlock);
+  BUG(index_overflow, kBlock);
+  BUG(too_much_shared, kBlock);
   BUG(misaligned_pack, kBlock);
   BUG(raw_misaligned_pack, kBlock);
   BUG(shared_past_end, kBlock);
@@ -313,13 +390,23 @@ int run(const char* name, bool planted) {
     std::printf("no such bug\n");
     return 64;
   }
-  bool nan = false;
-  for (int i = 0; i < kCount; ++i) nan |= run.out[i] != run.out[i];
+  std::memcpy(result, run.out, bytes);
   const bool whole = emulation::release_buffer(run.in) & emulation::release_buffer(run.out);
   if (run.error) std::printf("%s\n", run.error);
-  if (nan) std::printf("NaN in the result\n");
   if (!whole) std::printf("memory beside a buffer was overwritten\n");
-  if (run.error || nan || !whole) return 1;
+  return run.error || !whole;
+}
+
+int run_twice(const char* name, bool planted) {
+  float forward[kCount], reverse[kCount];
+  if (const int status = run(name, planted, forward)) return status;
+  emulation::order = emulation::Order::kReverse;
+  if (const int status = run(name, planted, reverse)) return status;
+  const bool nan = std::any_of(forward, forward + kCount, [](float v) { return v != v; });
+  const bool same = std::memcmp(forward, reverse, sizeof forward) == 0;
+  if (nan) std::printf("NaN in the result\n");
+  if (!same) std::printf("the result depends on the order of threads\n");
+  if (nan || !same) return 1;
   std::printf("nothing found\n");
   return 0;
 }
@@ -330,5 +417,5 @@ int run(const char* name, bool planted) {
 int main(int count, char** arguments) {
   if (count != 3) return 64;
   fastops::emulation::explain_faults();
-  return fastops::run(arguments[1], !std::strcmp(arguments[2], "planted"));
+  return fastops::run_twice(arguments[1], !std::strcmp(arguments[2], "planted"));
 }

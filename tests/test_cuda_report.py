@@ -1,0 +1,87 @@
+"""bench/cuda_report.csv, the committed table of what nvcc made of the kernels, is complete, free of spills and narrow
+accesses, and of these sources. Nothing is compiled here: `make cuda-report` does that, and ends with 1 on the same
+complaints."""
+
+from collections import Counter
+
+import pytest
+from emulation.library import rows
+
+from tools import cuda_report
+
+DIGEST, LINES = cuda_report.read()
+
+
+def test_the_table_is_of_these_sources():
+    if DIGEST != cuda_report.digest() and cuda_report.cuda_home() is None:
+        pytest.skip(
+            "csrc has changed since the table was made, and there is no nvcc to make it anew"
+        )
+    assert DIGEST == cuda_report.digest(), "csrc has changed: run `make cuda-report`"
+
+
+def test_nothing_is_wrong_with_any_kernel():
+    assert cuda_report.complaints(LINES) == []
+
+
+def test_every_architecture_is_in_the_table():
+    assert {c.split()[1] for c in LINES[0] if c.startswith("spills")} == set(cuda_report.LIMITS)
+    assert all(all(line[f"registers {arch}"] for arch in cuda_report.LIMITS) for line in LINES)
+
+
+def test_every_op_is_in_the_table():
+    if DIGEST != cuda_report.digest():
+        pytest.skip("csrc has changed since the table was made")
+    found = Counter(line["kernel"].partition("<")[0] for line in LINES)
+    losses = len(rows("reduce")) - 1  # without "sum"
+    expected = {
+        "map_kernel": 3 * 4 * len(rows("map")),  # forward, backward, second; dtypes
+        "each_kernel": 6 * 4 * losses,  # values and five derivatives
+        "step_kernel": 6 * len(rows("step")),  # and two dtypes of states for 16-bit parameters
+        "softmax_kernel": 3
+        * 4
+        * len(rows("softmax")),  # warps, blocks that hold a row, blocks that do not
+        "fused_kernel": 4 * sum(1 + row.broadcast for row in rows("fused")),
+        "probability_kernel": 3 * 4 * len(rows("cross_entropy")),
+        "cross_entropy_kernel": 3 * 4 * len(rows("cross_entropy")),
+        "contiguous_kernel": 4 * len(rows("random")),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+# ---------------------------------------------------------------------------------------------- the checks
+
+
+@pytest.mark.parametrize(
+    "kernel, column, value, complaint",
+    [
+        ("map_kernel<Backward<Mish>", "spills 90", "8", "spills 8 bytes on sm_90"),
+        ("map_kernel<Backward<Mish>", "loads 80", "16:1 4:8", "wide loads and stores on sm_80"),
+        ("step_kernel<Adam", "stores 100", "4:12", "wide loads and stores on sm_100"),
+        ("step_kernel<Adam", "loads 100", "16:3 4:12", "wide loads and stores on sm_100"),
+        ("cross_entropy_kernel", "loads 120", "4:12", "wide loads and stores on sm_120"),
+        ("contiguous_kernel", "float64", "2", "float64 instructions"),
+    ],
+)
+def test_a_worse_kernel_is_complained_of(kernel, column, value, complaint):
+    line = next(
+        line for line in LINES if line["kernel"].startswith(kernel) and line["dtype"] != "float64"
+    )
+    found = cuda_report.complaints([line | {column: value}])
+    assert found and all(complaint in each for each in found)
+
+
+def test_widths_are_read_from_sass_and_ptx():
+    sass = "//-----\n.text.k:\n LDG.E.128 R4, [R2]\n LDG.E.U16 R3\n LDG.E R2\n STG.E.128.STRONG.SM [R2]\n STG.E.64 [R3]\n STL [R1], R2\n"
+    ptx = ".visible .entry k(\n.param .u64 p\n)\n{\nld.global.nc.v4.b32 {a}, [p];\nld.global.u16 b;\nst.global.wb.v2.b64 [p];\n}\n"
+    assert cuda_report.widths_of_sass(sass) == {"k": ({16: 1, 2: 1, 4: 1}, {16: 1, 8: 1})}
+    assert cuda_report.widths_of_ptx(ptx) == {"k": ({16: 1, 2: 1}, {16: 1})}
+
+
+def test_occupancy():
+    """Registers, shared memory and the number of threads as limits, computed by hand."""
+    limits = cuda_report.LIMITS["80"]
+    assert cuda_report.occupancy(limits, 256, 32, 0) == 100
+    assert cuda_report.occupancy(limits, 256, 33, 0) == 75  # 40 registers a thread: 6 blocks of 8
+    assert cuda_report.occupancy(limits, 512, 128, 0) == 25
+    assert cuda_report.occupancy(limits, 256, 32, 40 << 10) == 50  # 4 blocks of 41 KB

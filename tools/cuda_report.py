@@ -1,0 +1,355 @@
+"""What nvcc makes of csrc/cuda: registers, spills, shared memory, occupancy and widths of accesses of every kernel.
+
+    python tools/cuda_report.py                         # writes bench/cuda_report.csv; a few minutes
+    python tools/cuda_report.py --arch 90 --output FILE
+
+Needs nvcc and no GPU. Widths are read from SASS where nvdisasm is found (the toolkit's, PyPI's
+nvidia-cuda-nvdisasm, or the one that comes with triton), else from PTX. Ends with 1 on a spill or a narrow access.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import ceil
+from pathlib import Path
+
+Line = dict[str, str]  # of the table
+Widths = tuple[
+    Counter[int], Counter[int]
+]  # how many loads and stores there are of each number of bytes
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "bench" / "cuda_report.csv"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one multiprocessor: "Technical Specifications per Compute Capability" in the CUDA programming guide."""
+
+    threads: int
+    blocks: int
+    shared: int
+    registers: int = 65536
+
+
+LIMITS = {
+    "80": Limits(2048, 32, 164 << 10),
+    "90": Limits(2048, 32, 228 << 10),
+    "100": Limits(2048, 32, 228 << 10),
+    "120": Limits(1536, 24, 100 << 10),
+}
+# As torch.utils.cpp_extension compiles, with warnings as errors.
+FLAGS = [
+    "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__", "-Werror", "all-warnings",
+]  # fmt: skip
+DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "c10::Half": "float16",
+    "c10::BFloat16": "bfloat16",
+}
+
+
+# ---------------------------------------------------------------------------------------------- tools
+
+
+def cuda_home() -> Path | None:
+    """A toolkit with nvcc and its headers. The nvcc on PATH may be a wrapper script: it is asked where it works."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        command = [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull]
+        dry = subprocess.run(command, capture_output=True, text=True)
+        homes += map(os.path.realpath, re.findall(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE))
+    for home in map(Path, filter(None, homes)):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def nvdisasm(home: Path) -> Path | None:
+    """The disassembler of cubins, which toolkits from package managers often come without."""
+    found = [home / "bin" / "nvdisasm", *map(Path, filter(None, [shutil.which("nvdisasm")]))]
+    for package, below in {"nvidia": "*/bin", "triton": "backends/nvidia/bin"}.items():
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or []:
+            found += Path(folder).glob(f"{below}/nvdisasm")
+    return next((path for path in found if path.exists()), None)
+
+
+def run(*command: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command that must succeed."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stderr[-8000:]}")
+    return done
+
+
+def first(pattern: str, text: str) -> str:
+    """The first group of a pattern that must be there."""
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in {text[:200]}"
+    return found[1]
+
+
+def sources() -> list[Path]:
+    """The files that are compiled."""
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def digest() -> str:
+    """Of everything of ours that the kernels are made from."""
+    made = hashlib.sha256(" ".join(FLAGS).encode())
+    for pattern in ("csrc/*.h", "csrc/formulas/*", "csrc/cuda/*"):
+        for path in sorted(ROOT.glob(pattern)):
+            made.update(path.name.encode() + path.read_bytes())
+    return made.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- what is read
+
+
+def arguments_of(name: str) -> list[str]:
+    """The template arguments at the outermost level of `kernel<...>`."""
+    found, depth = [""], 0
+    for character in name[name.index("<") + 1 : name.rindex(">")]:
+        depth += (character == "<") - (character == ">")
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return [argument.strip() for argument in found]
+
+
+def demangled(symbols: list[str]) -> dict[str, tuple[str, str]]:
+    """(kernel without namespaces and dtypes, its dtypes) of every mangled name."""
+    names = run("c++filt", text="\n".join(symbols)).stdout.splitlines()
+    found = {}
+    for symbol, name in zip(symbols, names, strict=True):
+        name = re.sub(r"\(anonymous namespace\)::|fastops::(cuda::)?", "", name)
+        name = re.sub(r"^void ", "", name)
+        name = first(r"^([^(]*)", name)  # without its parameters
+        arguments = arguments_of(name)
+        others = [a for a in arguments if a not in DTYPES]
+        dtypes = [DTYPES[a] for a in arguments if a in DTYPES]
+        kernel = name[: name.index("<")] + (f"<{', '.join(others)}>" if others else "")
+        found[symbol] = kernel, "/".join(dtypes)
+    return found
+
+
+def resources(log: str) -> dict[str, dict[str, int]]:
+    """Registers, spilled bytes and shared memory of every kernel in what `ptxas -v` says."""
+    found = {}
+    for part in re.split(r"Compiling entry function ", log)[1:]:
+        symbol = first(r"^'(\w+)'", part)
+        spills = re.findall(r"(\d+) bytes spill", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        found[symbol] = {
+            "registers": int(first(r"Used (\d+) registers", part)),
+            "spills": sum(map(int, spills)),
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return found
+
+
+def functions(ptx: str) -> dict[str, str]:
+    """The text of every kernel in PTX, from its name to its end."""
+    return dict(re.findall(r"\.entry (\w+)(\(.*?\n\})", ptx, re.DOTALL))
+
+
+def widths_of_sass(sass: str) -> dict[str, Widths]:
+    """Of every kernel."""
+    found: dict[str, Widths] = {}
+    for symbol, body in re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-----|\Z)", sass, re.M | re.S):
+        found[symbol] = counts = (Counter[int](), Counter[int]())
+        for kind, suffixes in re.findall(r"\b(LDG?|STG?)\.E((?:\.\w+)*)", body):
+            bits = re.search(r"\.[US]?(256|128|64|16|8)\b", suffixes)
+            counts[kind.startswith("S")][int(bits[1]) // 8 if bits else 4] += 1
+    return found
+
+
+def widths_of_ptx(ptx: str) -> dict[str, Widths]:
+    """The same from PTX."""
+    found: dict[str, Widths] = {}
+    for symbol, body in functions(ptx).items():
+        found[symbol] = counts = (Counter[int](), Counter[int]())
+        for kind, suffixes in re.findall(r"\b(ld|st)\.global((?:\.\w+)+)", body):
+            count = re.search(r"\.v(\d)", suffixes)
+            bits = int(first(r"\.[bufs](\d+)", suffixes))
+            counts[kind == "st"][(int(count[1]) if count else 1) * bits // 8] += 1
+    return found
+
+
+def occupancy(limits: Limits, threads: int, registers: int, shared: int) -> int:
+    """Percent of the threads that can be resident, as NVIDIA's occupancy calculator finds it."""
+    warps = ceil(threads / 32)
+    of_a_warp = ceil(registers * 32 / 256) * 256
+    by_registers = limits.registers // 4 // of_a_warp * 4 // (ceil(warps / 4) * 4)
+    by_shared = limits.shared // (ceil(shared / 128) * 128 + 1024)  # 1 KB is the system's
+    blocks = min(limits.blocks, limits.threads // (warps * 32), by_registers, by_shared)
+    return round(100 * blocks * warps * 32 / limits.threads)
+
+
+# ---------------------------------------------------------------------------------------------- table
+
+
+def written(widths: Counter[int]) -> str:
+    """3 of 16 bytes and 2 of 4 are `16:3 4:2`."""
+    return " ".join(f"{width}:{widths[width]}" for width in sorted(widths, reverse=True))
+
+
+def compile_one(source: Path, arch: str, home: Path) -> list[Line]:
+    """A line per kernel of the file."""
+    import torch
+
+    include = f"-I{Path(torch.__file__).parent / 'include'}"
+    disassembler = nvdisasm(home)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernels.cubin"), Path(folder, f"{source.stem}.ptx")
+        keep = ["--keep", f"--keep-dir={folder}"]
+        options = [*FLAGS, include, *keep, "-cubin", "-Xptxas=-v", f"-arch=sm_{arch}"]
+        log = run(home / "bin" / "nvcc", *options, source, "-o", cubin).stderr
+        text = ptx.read_text()
+        widths = widths_of_ptx(text)
+        if disassembler:
+            widths = widths_of_sass(run(disassembler, "-c", cubin).stdout)
+    bodies, used = functions(text), resources(log)
+    found = []
+    for symbol, (kernel, dtype) in demangled(list(used)).items():
+        threads = int(first(r"\.maxntid (\d+)", bodies[symbol]))
+        registers, spills, shared = used[symbol].values()
+        loads, stores = widths[symbol]
+        line: dict[str, object] = {"source": source.stem, "kernel": kernel, "dtype": dtype}
+        line |= {"threads": threads, "float64": len(re.findall(r"\.f64\b", bodies[symbol]))}
+        line |= {f"shared {arch}": shared, f"registers {arch}": registers, f"spills {arch}": spills}
+        line[f"occupancy {arch}"] = occupancy(LIMITS[arch], threads, registers, shared)
+        line |= {f"loads {arch}": written(loads), f"stores {arch}": written(stores)}
+        found.append({name: str(value) for name, value in line.items()})
+    return found
+
+
+def make(architectures: list[str], home: Path) -> list[Line]:
+    """The table, sorted; one compiler at a time."""
+    lines: dict[tuple, Line] = {}
+    for source in sources():
+        for arch in architectures:
+            print(f"{source.name} for sm_{arch}", file=sys.stderr, flush=True)
+            for line in compile_one(source, arch, home):
+                key = line["source"], line["kernel"], line["dtype"]
+                lines[key] = lines.get(key, {}) | line
+    return [lines[key] for key in sorted(lines)]
+
+
+def write(path: Path, lines: list[Line], home: Path) -> None:
+    """A comment with what the table was made from, then CSV."""
+    release = first(r"release (\S+),", run(home / "bin" / "nvcc", "--version").stdout)
+    tool = nvdisasm(home)
+    with path.open("w", newline="") as file:
+        file.write(
+            f"# sources {digest()}, nvcc {release}, widths from {'SASS' if tool else 'PTX'}\n"
+        )
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def read(path: Path = TABLE) -> tuple[str, list[Line]]:
+    """The digest of the sources that a table was made from, and its lines."""
+    comment, *rest = path.read_text().splitlines()
+    return first(r"^# sources (\w+)", comment), list(csv.DictReader(rest))
+
+
+# ---------------------------------------------------------------------------------------------- what is wrong
+
+# The packs that each pass of a kernel's vector loop loads and stores at the least: one for every buffer that it needs.
+PACKS = {
+    "map_kernel": (1, 1),
+    "each_kernel": (1, 1),  # of a derivative that is constant, the gradient alone
+    "chunk_kernel": (1, 0),
+    "contiguous_kernel": (1, 1),
+    "strided_kernel": (1, 1),
+    "softmax_kernel": (1, 1),
+    "softmax_backward_kernel": (2, 1),
+    "cross_entropy_kernel": (1, 1),
+    "step_kernel": (2, 1),
+}
+# Single values, or columns, whose neighbours in memory belong to neighbouring threads.
+SINGLE = {
+    "join_kernel",
+    "divisor_kernel",
+    "softmax_columns_kernel",
+    "softmax_columns_backward_kernel",
+    "cross_entropy_columns_kernel",
+}
+
+
+def wide(counts: str) -> int:
+    """How many accesses are of 16 bytes or more."""
+    pairs = (entry.split(":") for entry in counts.split())
+    return sum(int(count) for width, count in pairs if int(width) >= 16)
+
+
+def complaints(lines: list[Line]) -> list[str]:
+    """Spills, vector loops whose accesses are not 16 bytes wide, and float64 in kernels of other dtypes."""
+    found = []
+    for line in lines:
+        kernel = line["kernel"].partition("<")[0]
+        name = f"{line['kernel']} {line['dtype']}"
+        if kernel not in PACKS and kernel not in SINGLE:
+            found.append(f"{name}: say in tools/cuda_report.py how many packs it loads and stores")
+            continue
+        if line["source"] in ("map", "fused", "random", "step") and "float64" not in line["dtype"]:
+            if int(line["float64"]):
+                found.append(f"{name}: float64 instructions")
+        loads, stores = PACKS.get(kernel, (0, 0))
+        if (
+            kernel == "chunk_kernel"
+            or "map_kernel<Forward" in name
+            or "map_kernel<Backward" in name
+        ):
+            loads = int(line["kernel"].split(", ")[-2])  # <Op, inputs, parameters>
+        if "each_kernel<Value<" in name:  # x, t and the gradient
+            loads = 3
+        for arch in (column.split()[1] for column in line if column.startswith("spills ")):
+            if int(line[f"spills {arch}"]):
+                found.append(f"{name}: spills {line[f'spills {arch}']} bytes on sm_{arch}")
+            has = wide(line[f"loads {arch}"]), wide(line[f"stores {arch}"])
+            if has[0] < loads or has[1] < stores:
+                found.append(
+                    f"{name}: {has} of {(loads, stores)} wide loads and stores on sm_{arch}"
+                )
+            if kernel == "step_kernel" and has[0] <= has[1]:  # all that is stored is loaded, and g
+                found.append(f"{name}: {has} wide loads and stores on sm_{arch}")
+    return found
+
+
+def main() -> int:
+    """Writes the table; 1 where there is something to complain of."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--output", type=Path, default=TABLE)
+    options = parser.parse_args()
+    home = cuda_home()
+    if home is None:
+        sys.exit(
+            "no CUDA toolkit: bin/nvcc and include/cuda_runtime.h under CUDA_HOME, or nvcc on PATH"
+        )
+    write(options.output, make(options.arch, home), home)
+    _, lines = read(options.output)
+    found = complaints(lines)
+    print("\n".join([*found, f"{len(lines)} kernels, {len(found)} complaints: {options.output}"]))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
