@@ -117,6 +117,33 @@ def add_finetune(commands) -> None:
         "--max-grad-norm", type=float, metavar="X", help="clip the gradient (default: no clipping)"
     )
     recipe.add_argument("--augment", action="store_true", help="random crops and flips")
+    recipe.add_argument(
+        "--schedule",
+        metavar="NAME",
+        help="together (default), or gradual: the head first, then one more stage after another",
+    )
+    recipe.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="X",
+        help="each stage at this times the rate of the one after it (default: 1)",
+    )
+    recipe.add_argument(
+        "--freeze-norm", action="store_true", help="pretrained BatchNorm keeps its statistics"
+    )
+    recipe.add_argument("--l1", type=float, metavar="X", help="L1 penalty on weights (default: 0)")
+    recipe.add_argument(
+        "--mixup", type=float, metavar="A", help="mix images by Beta(A, A) (default: 0, no mixing)"
+    )
+    recipe.add_argument(
+        "--ema", type=float, metavar="D", help="test and save averaged weights, of this decay"
+    )
+    recipe.add_argument(
+        "--accumulate", type=int, metavar="N", help="compute a batch in N parts (default: 1)"
+    )
+    recipe.add_argument(
+        "--early-stop", type=int, metavar="N", help="end after N of 8 evaluations without gain"
+    )
 
     machine = parser.add_argument_group("how to run it")
     machine.add_argument(
@@ -131,6 +158,12 @@ def add_finetune(commands) -> None:
     output = parser.add_argument_group("what to leave")
     output.add_argument(
         "--out", metavar="FOLDER", help="new folder (default: runs/finetune-<date>-<time>)"
+    )
+    output.add_argument(
+        "--resume", metavar="FOLDER", help="go on with the run in FOLDER, with its own options"
+    )
+    output.add_argument(
+        "--save-every", type=int, metavar="N", help="steps between saves (default: half a minute)"
     )
     output.add_argument("--dry-run", action="store_true", help="check and describe, do not train")
     output.add_argument("--quiet", action="store_true", help="print the closing table only")
@@ -158,7 +191,7 @@ def run_finetune(options: argparse.Namespace) -> None:
 
     import torch
 
-    from fastops.finetune import ConfigError, FineTuneConfig, finetune
+    from fastops.finetune import ConfigError, FineTuneConfig, finetune, resume
 
     if options.threads is not None:
         if options.threads < 1:
@@ -169,8 +202,18 @@ def run_finetune(options: argparse.Namespace) -> None:
         for field in dataclasses.fields(FineTuneConfig)
         if getattr(options, field.name) is not None
     }
-    config = FineTuneConfig(**given)
-    result = finetune(config, show=not options.quiet, dry_run=options.dry_run)
+    if options.resume is not None:
+        flags = [
+            name for name, value in given.items() if value != getattr(FineTuneConfig, name, None)
+        ]
+        if flags or options.dry_run:
+            raise ConfigError(
+                f"--resume takes the options of the run; leave out {', '.join(flags) or 'dry_run'}"
+            )
+        result = resume(options.resume, show=not options.quiet)
+    else:
+        config = FineTuneConfig(**given)
+        result = finetune(config, show=not options.quiet, dry_run=options.dry_run)
     if result.folder is None:
         print("\n".join(result.description))
         return
@@ -211,7 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; finished runs are reported in their folder", file=sys.stderr)
+        print(
+            "\ninterrupted; finished runs are reported in their folder, and --resume FOLDER goes on",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

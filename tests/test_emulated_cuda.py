@@ -618,7 +618,13 @@ def test_random(row, dtype, n, p):
         s = device.constant(torch.tensor([seed]), 0)
         others = (device.constant(bias), device.constant(residual)) if row.inputs == 3 else None
         yield run_random(
-            row, device.empty(n, dtype), device.constant(x), s, threshold, 1 / (1 - p), others=others
+            row,
+            device.empty(n, dtype),
+            device.constant(x),
+            s,
+            threshold,
+            1 / (1 - p),
+            others=others,
         )
 
     for (y,) in everywhere(run):

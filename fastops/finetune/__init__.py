@@ -9,7 +9,7 @@ The command `python -m fastops finetune` only turns its arguments into a FineTun
 
 from .config import FineTuneConfig
 from .errors import ConfigError, DataError, FineTuneError, OutputError, WeightsError
-from .experiment import Result, finetune
+from .experiment import Result, finetune, resume
 from .predict import Classifier, load_classifier
 from .train import Run
 
@@ -25,4 +25,5 @@ __all__ = [
     "WeightsError",
     "finetune",
     "load_classifier",
+    "resume",
 ]

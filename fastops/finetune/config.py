@@ -1,8 +1,11 @@
 """The options of a run and what they may be."""
 
+import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
+from pathlib import Path
 
 from .errors import ConfigError
 from .model import ARCHITECTURES, parse_mode
@@ -37,15 +40,29 @@ class FineTuneConfig:
         lr: learning rate of the head, and of everything from scratch. None: 0.01 for "small",
             0.001 for the others; ten times that with sgd, a third with rmsprop.
         backbone_rate: the pretrained stages learn at `lr` times this.
+        layer_decay: and each stage at this times the rate of the one after it (discriminative
+            rates); 1 for the same rate in all of them.
+        schedule: "together", or "gradual": the head alone first, then one more stage after
+            another, the last first, during the first half of the steps.
+        freeze_norm: pretrained BatchNorm layers keep their statistics (eval) in every mode.
         warmup: share of the steps in which the rate rises, before it falls along a cosine.
         optimizer: "adamw", "adam", "sgd" (momentum 0.9) or "rmsprop".
         weight_decay: for weights; biases and norms have none.
+        l1: strength of an L1 penalty (its subgradient), for weights as well.
         label_smoothing: of the cross-entropy, 0 to 1.
+        mixup: images are mixed by shares from Beta(mixup, mixup); 0 for no mixing.
         dropout: probability before the last layer, 0 to 1 (1 excluded).
+        ema: decay of an exponential moving average of the weights, which is then what is tested
+            and saved; None for none.
+        accumulate: parts that a batch is computed in, one after another, for less memory.
+        early_stop: end a run after this many evaluations (of 8) without a higher accuracy, and take
+            the weights of the best. The evaluations then use half of the test images at most, and
+            the accuracy that is reported counts the others.
         max_grad_norm: clip the gradient's norm to this; None for no clipping.
         augment: random crops and flips; without it frozen stages run once instead of every epoch.
         amp: "off" or "bf16" (autocast).
         device: "auto", "cpu", "cuda", ...
+        save_every: steps between checkpoints; None for one every half minute.
         out: the run's folder, new or empty; None for ./runs/finetune-<timestamp>.
     """
 
@@ -64,15 +81,24 @@ class FineTuneConfig:
     batch_size: int = 50
     lr: float | None = None
     backbone_rate: float = 0.1
+    layer_decay: float = 1.0
+    schedule: str = "together"
+    freeze_norm: bool = False
     warmup: float = 0.1
     optimizer: str = "adamw"
     weight_decay: float = 0.05
+    l1: float = 0.0
     label_smoothing: float = 0.1
+    mixup: float = 0.0
     dropout: float = 0.0
+    ema: float | None = None
+    accumulate: int = 1
+    early_stop: int | None = None
     max_grad_norm: float | None = None
     augment: bool = False
     amp: str = "off"
     device: str = "auto"
+    save_every: int | None = None
     out: str | PathLike | None = None
 
     def check(self) -> None:
@@ -81,6 +107,7 @@ class FineTuneConfig:
         one_of("backend", self.backend, ("fastops", "torch", "both"))
         one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         one_of("amp", self.amp, ("off", "bf16"))
+        one_of("schedule", self.schedule, ("together", "gradual"))
         if isinstance(self.modes, str) or (self.modes is not None and not self.modes):
             raise ConfigError(f"modes must be a tuple of at least one mode, got {self.modes!r}")
         if self.modes is not None and len(set(self.modes)) < len(self.modes):
@@ -89,14 +116,21 @@ class FineTuneConfig:
             parse_mode(mode)
         at_least("seeds", self.seeds, 1)
         at_least("batch_size", self.batch_size, 2)
-        for name, least in (("shots", 0), ("steps", 1), ("epochs", 1), ("image_size", 8)):
+        at_least("accumulate", self.accumulate, 1)
+        limits = {"shots": 0, "steps": 1, "epochs": 1, "image_size": 8}
+        for name, least in {**limits, "early_stop": 1, "save_every": 1}.items():
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), least)
+        if self.batch_size < 2 * self.accumulate:
+            raise ConfigError(
+                f"a batch of {self.batch_size} cannot be cut into {self.accumulate} parts of two "
+                "images or more: raise batch_size or lower accumulate"
+            )
         for name in ("lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be above 0, got {value}")
-        for name in ("weight_decay", "backbone_rate"):
+        for name in ("weight_decay", "backbone_rate", "l1", "mixup"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
@@ -106,6 +140,10 @@ class FineTuneConfig:
                 raise ConfigError(f"{name} must be between 0 and 1, got {value}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be between 0 and 1 (1 excluded), got {self.dropout}")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"ema must be between 0 and 1 (both excluded), got {self.ema}")
         if not 0 < self.test_fraction < 1:
             raise ConfigError(f"test_fraction must be between 0 and 1, got {self.test_fraction}")
 
@@ -136,6 +174,39 @@ class FineTuneConfig:
         """The back ends to run."""
         return ("torch", "fastops") if self.backend == "both" else (self.backend,)
 
+    def to_json(self) -> str:
+        """The options as JSON; paths are made absolute, so that any folder will do to resume in."""
+        values = {name: plain(value) for name, value in asdict(self).items()}
+        if values["data"] not in ("shipped", "fashion-mnist"):
+            values["data"] = os.path.abspath(values["data"])
+        if values["weights"] not in ("DEFAULT", "none"):
+            values["weights"] = os.path.abspath(values["weights"])
+        return json.dumps(values, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> "FineTuneConfig":
+        """The options that a run wrote down.
+
+        Raises:
+            ConfigError: the file is missing, damaged or of another version.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            unknown = set(values) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ConfigError(f"{path} has unknown options: {', '.join(sorted(unknown))}")
+            if values.get("modes") is not None:
+                values["modes"] = tuple(values["modes"])
+            config = cls(**values)
+        except FileNotFoundError as error:
+            raise ConfigError(f"there is no {path}: name the folder of a run") from error
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} is damaged: {error}") from error
+        config.check()
+        return config
+
     def count_steps(self, images: int) -> int:
         """Optimizer steps of a run on this many training images."""
         if self.steps is not None:
@@ -143,6 +214,11 @@ class FineTuneConfig:
         if self.epochs is None and images < 1000:
             return 120
         return max(1, (self.epochs or 5) * images // min(self.batch_size, images))
+
+
+def plain(value):
+    """A configuration value that JSON takes."""
+    return value if value is None or isinstance(value, int | float | str | tuple) else str(value)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 """A whole experiment: every mode with every seed, then the report."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from .config import FineTuneConfig
 from .data import Collection, InputFormat, load_folder, load_raw, load_shipped, sample_per_class
+from .errors import ConfigError
 from .model import (
     build,
     count_parameters,
@@ -18,9 +20,9 @@ from .model import (
     split,
 )
 from .predict import save_classifier
-from .report import describe_keeping, format_table, summarise, write_report
-from .storage import make_run_folder
-from .train import Run, find_device, find_optimizer, fit, ops_for
+from .report import describe_keeping, format_table, summarise, write_report, write_text
+from .storage import complete_file, make_run_folder
+from .train import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
 
 
 @dataclass
@@ -48,10 +50,60 @@ class Result:
         return "\n".join(line for line in lines if line)
 
 
-def finetune(config: FineTuneConfig, *, show: bool = False, dry_run: bool = False) -> Result:
+PROGRESS = "progress.pt"
+"""What an unfinished experiment goes on from: the finished runs, and the state of the one that is not."""
+
+
+def save_progress(folder: Path, runs: list[Run], state: dict | None) -> None:
+    """Write what the experiment in `folder` can go on from."""
+    with complete_file(folder / PROGRESS) as path:
+        torch.save({"runs": [asdict(run) for run in runs], "state": state}, path)
+
+
+def load_progress(folder: Path) -> tuple[list[Run], dict | None]:
+    """The finished runs of an experiment, and the state of the unfinished one.
+
+    Raises:
+        ConfigError: there is nothing to go on from, or it is damaged.
+    """
+    path = folder / PROGRESS
+    if not path.exists():
+        done = (folder / "metrics.json").exists()
+        raise ConfigError(
+            f"{folder} is finished: there is nothing to resume"
+            if done
+            else f"there is no {path}: name the folder of an unfinished run"
+        )
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return [Run(**run) for run in saved["runs"]], saved["state"]
+    except Exception as error:  # what a damaged file makes of torch.load is anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{path} is damaged: {reason}") from error
+
+
+def resume(folder: str | PathLike, *, show: bool = False) -> Result:
+    """Go on with an experiment that was interrupted, by whatever: its results are those of one that was not, bit for bit
+    (with the same number of threads).
+
+    Raises:
+        ConfigError: `folder` is not that of an unfinished experiment, or damaged.
+    """
+    path = Path(folder)
+    config = FineTuneConfig.from_json(path / "config.json")
+    return finetune(config, show=show, _resumed=path)
+
+
+def finetune(
+    config: FineTuneConfig,
+    *,
+    show: bool = False,
+    dry_run: bool = False,
+    _resumed: Path | None = None,
+) -> Result:
     """Fine-tune a pretrained network in several modes, and the same network from scratch.
 
-    Writes into the run's folder: metrics.json, curves.png, predictions.png, confusion.png,
+    Writes into the run's folder: config.json, metrics.json, curves.png, predictions.png, confusion.png,
     report.html and checkpoints/<mode>.pt (of the first seed; see load_classifier).
 
     Args:
@@ -62,9 +114,10 @@ def finetune(config: FineTuneConfig, *, show: bool = False, dry_run: bool = Fals
         ConfigError: an option that cannot be used.
         DataError, WeightsError: images or weights that cannot be used.
         OutputError: the run's folder cannot be written.
-        KeyboardInterrupt: after the finished runs have been reported.
+        KeyboardInterrupt: after the finished runs have been reported; `resume` goes on.
     """
     config.check()
+    finished, state = load_progress(_resumed) if _resumed else ([], None)
     find_device(config.device)
     modes, backends = config.chosen_modes, config.backends
     weights = None
@@ -80,20 +133,32 @@ def finetune(config: FineTuneConfig, *, show: bool = False, dry_run: bool = Fals
     if dry_run:
         return result
 
-    result.folder = make_run_folder(config.out)
-    (result.folder / "checkpoints").mkdir()
+    if _resumed:
+        result.folder = _resumed
+    else:
+        result.folder = make_run_folder(config.out)
+        (result.folder / "checkpoints").mkdir()
+        write_text(result.folder / "config.json", config.to_json())
+        save_progress(result.folder, [], None)
+    folder = result.folder
+    result.runs = finished
     if show:
         print("\n".join(result.description), flush=True)
     jobs = [(m, b, s) for m in modes for b in backends for s in range(config.seeds)]
     steps = sum(config.count_steps(len(chosen[seed])) for _, _, seed in jobs)
     try:
-        with tqdm(total=steps, unit="step", disable=None if show else True) as bar:
+        with (
+            deferred_interrupt() as stop,
+            tqdm(total=steps, unit="step", disable=None if show else True) as bar,
+        ):
 
             def advance(loss: float) -> None:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
 
-            for mode, backend, seed in jobs:
+            done = sum(len(run.losses) for run in finished)
+            bar.update(done + (len(state["run"]["losses"]) if state else 0))
+            for mode, backend, seed in jobs[len(finished) :]:
                 bar.set_description(f"{mode} seed {seed}")
                 run, model = fit(
                     config,
@@ -105,7 +170,11 @@ def finetune(config: FineTuneConfig, *, show: bool = False, dry_run: bool = Fals
                     backend=backend,
                     chosen=chosen[seed],
                     on_step=advance,
+                    state=state,
+                    save=lambda state: save_progress(folder, result.runs, state),
+                    stop=stop,
                 )
+                state = None
                 result.runs.append(run)
                 if show:
                     bar.write(
@@ -114,8 +183,9 @@ def finetune(config: FineTuneConfig, *, show: bool = False, dry_run: bool = Fals
                     )
                 if seed == 0 and backend == backends[-1]:
                     name = mode.replace(":", "-")
-                    path = result.folder / "checkpoints" / f"{name}.pt"
+                    path = folder / "checkpoints" / f"{name}.pt"
                     save_classifier(path, model, config, collection.classes, format, run)
+                save_progress(folder, result.runs, None)
     finally:
         # Ctrl-C and a failed run leave the report of what was finished.
         if result.runs:
@@ -128,6 +198,7 @@ def finetune(config: FineTuneConfig, *, show: bool = False, dry_run: bool = Fals
                 result.summary,
                 result.description,
             )
+    (folder / PROGRESS).unlink()
     return result
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from .config import FineTuneConfig
+from .config import FineTuneConfig, plain
 from .data import Collection
 from .storage import complete_file
 from .train import Run, spread
@@ -119,13 +119,16 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     for number, (arm, repeats) in enumerate(arms.items()):
         style = {"color": COLOURS[number % len(COLOURS)]}
         name = name_arm(arm, list(arms))
-        loss = torch.tensor([run.losses for run in repeats])
+        # Runs that stopped early are shorter.
+        length = min(len(run.losses) for run in repeats)
+        loss = torch.tensor([run.losses[:length] for run in repeats])
         # Averaging a few neighbours shows the course; single batches are noise.
         window = min(5, loss.shape[1])
         loss = loss.unfold(1, window, 1).mean(2).mean(0)
         losses.plot(range(window, window + len(loss)), loss.tolist(), label=name, **style)
-        steps = [step for step, _ in repeats[0].curve]
-        values = torch.tensor([[accuracy for _, accuracy in run.curve] for run in repeats])
+        points = min(len(run.curve) for run in repeats)
+        steps = [step for step, _ in repeats[0].curve[:points]]
+        values = torch.tensor([[a for _, a in run.curve[:points]] for run in repeats])
         mean, low, high = (v.tolist() for v in (values.mean(0), values.amin(0), values.amax(0)))
         accuracies.plot(steps, mean, marker="o", markersize=3, label=name, **style)
         accuracies.fill_between(steps, low, high, alpha=0.15, linewidth=0, **style)
@@ -252,11 +255,6 @@ def write_report(
         with complete_file(folder / f"{name}.png") as path:
             path.write_bytes(pictures[name])
     write_text(folder / "report.html", make_page(summary, description, pictures))
-
-
-def plain(value):
-    """A configuration value that JSON takes."""
-    return value if value is None or isinstance(value, int | float | str | tuple) else str(value)
 
 
 def write_text(path: Path, text: str) -> None:

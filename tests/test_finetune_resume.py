@@ -1,0 +1,263 @@
+"""Resuming: an experiment that was killed at any moment ends as one that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from test_finetune import one_thread, quick, small_test  # noqa: F401  fixtures
+
+from fastops.__main__ import main
+from fastops.finetune import ConfigError, OutputError, finetune, resume
+
+RECIPE = {
+    "modes": ("full", "last"), "seeds": 1, "steps": 40, "shots": 4, "batch_size": 8, "ema": 0.9, "mixup": 0.2,
+    "dropout": 0.2, "augment": True, "schedule": "gradual", "l1": 1e-4, "max_grad_norm": 1.0, "accumulate": 2,
+}  # fmt: skip
+
+
+def figures(folder: Path):
+    runs = json.loads((folder / "metrics.json").read_text())["runs"]
+    return [(r["mode"], r["losses"], r["curve"], r["accuracy"]) for r in runs]
+
+
+def weights(folder: Path):
+    files = sorted((folder / "checkpoints").glob("*.pt"))
+    return {path.name: torch.load(path, weights_only=True) for path in files}
+
+
+def assert_same(a: Path, b: Path):
+    assert figures(a) == figures(b)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and ours
+    for name in ours:
+        for key, value in ours[name]["model"].items():
+            assert torch.equal(value, theirs[name]["model"][key]), (name, key)
+
+
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import fastops.finetune.experiment as experiment
+from fastops.finetune import FineTuneConfig, finetune, resume
+
+load = experiment.load_shipped
+def few(format):
+    images = load(format)
+    images.test = experiment_take(images.test)
+    return images
+from fastops.finetune.data import take
+def experiment_take(part):
+    return take(part, torch.arange(0, len(part), 20))
+experiment.load_shipped = few
+
+folder, options = sys.argv[1], eval(sys.argv[2])
+random.seed(0)
+kills = 0
+def attempt(limit):
+    "Runs in a process of its own; whether it came to its end."
+    global kills
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.path.exists(folder + "/progress.pt"):
+                resume(folder)
+            else:
+                finetune(FineTuneConfig(out=folder, save_every=1, **options))
+            os._exit(0)
+        except BaseException as error:
+            print(type(error).__name__, error, file=sys.stderr, flush=True)
+            os._exit(1)
+    if limit is not None:
+        time.sleep(limit)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        kills += 1
+        return False
+    assert os.WEXITSTATUS(status) == 0
+    return True
+
+while not os.path.exists(folder + "/progress.pt"):
+    attempt(0.3)
+    if not os.path.exists(folder + "/progress.pt") and os.path.exists(folder):
+        import shutil
+        shutil.rmtree(folder)
+done = False
+while kills < 20 and not done:
+    done = attempt(random.uniform(0.05, 0.8))
+if not done:
+    attempt(None)
+print(kills)
+"""
+
+
+def test_killed_twenty_times(tmp_path):
+    def run(script, folder, timeout):
+        command = [sys.executable, "-c", script, str(folder), repr(RECIPE)]
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    once = (
+        textwrap.dedent(KILLER.split("random.seed(0)")[0])
+        + "finetune(FineTuneConfig(out=folder, **options))\n"
+    )
+    plain = run(once, tmp_path / "plain", 300)
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    killed = run(KILLER, tmp_path / "killed", 300)
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    assert int(killed.stdout.split()[-1]) >= 5, killed.stdout
+    assert_same(tmp_path / "plain", tmp_path / "killed")
+    assert not (tmp_path / "killed" / "progress.pt").exists()
+
+
+def test_ctrl_c_saves_and_exits_130(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fastops", "finetune", "--modes=full", "--seeds=1", "--steps=100000",
+               "--shots=4", "--batch-size=8", "--threads=1", "--quiet", "--out", str(out)]  # fmt: skip
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    )
+    try:
+        while not (out / "progress.pt").exists():
+            assert process.poll() is None, process.stderr.read()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert "--resume FOLDER goes on" in process.stderr.read()
+    saved = torch.load(out / "progress.pt", weights_only=True)
+    assert len(saved["state"]["run"]["losses"]) > 0
+
+
+def test_stopped_and_resumed(tmp_path, small_test, monkeypatch):  # noqa: F811
+    import fastops.finetune.train as train
+
+    whole = finetune(quick(tmp_path, **RECIPE))
+    config = quick(tmp_path / "run", **RECIPE)
+    step, count = train.Trainer.step, 0
+
+    def interrupted(self, *batch):
+        nonlocal count
+        count += 1
+        if count == 23:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    folder = Path(config.out)
+    assert (folder / "progress.pt").exists()
+    again = resume(folder)
+    assert count == 2 * RECIPE["steps"]  # nothing was computed twice
+    assert [r.losses for r in again.runs] == [r.losses for r in whole.runs]
+    assert_same(whole.folder, folder)
+    with pytest.raises(ConfigError, match="is finished: there is nothing to resume"):
+        resume(folder)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, small_test, monkeypatch):  # noqa: F811
+    config = quick(tmp_path, **{**RECIPE, "modes": ("full",), "save_every": 5})
+    save, count = torch.save, 0
+
+    def full(value, path, *rest):
+        nonlocal count
+        count += 1
+        if count == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(value, path, *rest)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"progress.pt.*No space left"):
+        finetune(config)
+    saved = torch.load(Path(config.out) / "progress.pt", weights_only=True)
+    assert len(saved["state"]["run"]["losses"]) == 10
+    monkeypatch.setattr(torch, "save", save)
+    assert len(resume(config.out).runs[0].losses) == RECIPE["steps"]
+
+
+def test_bad_folders(tmp_path, small_test, capsys):  # noqa: F811
+    with pytest.raises(ConfigError, match="there is no"):
+        resume(tmp_path / "nothing")
+    config = quick(tmp_path, **{**RECIPE, "modes": ("features",), "steps": 2, "augment": False})
+    finetune(config)
+    folder = Path(config.out)
+    for content in (b"", b"junk", torch.zeros(3).numpy().tobytes()):
+        (folder / "progress.pt").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"progress.pt is damaged"):
+            resume(folder)
+    torch.save({"other": 1}, folder / "progress.pt")
+    with pytest.raises(ConfigError, match=r"progress.pt is damaged"):
+        resume(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json is damaged"):
+        resume(folder)
+    (folder / "config.json").write_text('{"surprise": 1}')
+    with pytest.raises(ConfigError, match="unknown options: surprise"):
+        resume(folder)
+    assert main(["finetune", "--resume", str(folder), "--steps=3"]) == 2
+    assert "leave out steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "gradual"}, {"layer_decay": 0.5}, {"freeze_norm": True}, {"l1": 1e-3}, {"mixup": 0.4}, {"ema": 0.8},
+        {"accumulate": 4}, {"early_stop": 1, "steps": 16}, {"optimizer": "sgd"}, {"optimizer": "rmsprop"},
+        {"optimizer": "adam"}, {"amp": "bf16"}, {"max_grad_norm": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_recipe_runs_on_both_back_ends(tmp_path, small_test, options):  # noqa: F811
+    config = quick(
+        tmp_path, **{"modes": ("full",), "seeds": 1, "steps": 3, "backend": "both", **options}
+    )
+    native, ours = finetune(config).runs
+    assert ours.losses[0] == pytest.approx(native.losses[0], rel=2e-2 if "amp" in options else 1e-5)
+    tolerance = 0.1 if "amp" in options else 2e-2
+    assert ours.losses == pytest.approx(native.losses, rel=tolerance)
+
+
+def test_gradual_unfreezing_starts_with_the_head(tmp_path, small_test, monkeypatch):  # noqa: F811
+    import fastops.finetune.train as train
+
+    seen = []
+    step = train.Trainer.step
+
+    def watched(self, *batch):
+        seen.append(
+            [
+                n
+                for n, piece in self.network.pieces.items()
+                if any(p.requires_grad for p in piece.parameters())
+            ]
+        )
+        return step(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "step", watched)
+    finetune(quick(tmp_path, modes=("full",), seeds=1, steps=16, schedule="gradual"))
+    assert seen[0] == ["head"]
+    assert all(set(a) <= set(b) for a, b in zip(seen, seen[1:], strict=False))
+    assert len(seen[-1]) > 3
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, small_test):  # noqa: F811
+    options = {"modes": ("full",), "seeds": 1, "steps": 3, "freeze_norm": True, "dropout": 0.0}
+    whole = finetune(quick(tmp_path, **options)).runs[0]
+    parts = finetune(quick(tmp_path / "run", **options, accumulate=4)).runs[0]
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
