@@ -23,6 +23,7 @@ from fastops._op import OPS
 
 from .calls import Skipped, contenders, first_line
 from .cases import BOTH, QUICK_BYTES, STEP, Case, all_cases
+from .devices import why_not
 from .report import LEGEND, Row, environment, print_summary, print_tables, write_json
 from .timing import make_copy, measure
 from .verify import Wrong, verify
@@ -90,11 +91,8 @@ def check(options: argparse.Namespace) -> None:
         folder = options.json.resolve().parent
         if options.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UsageError(f"--json {options.json}: no file can be written there")
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("--device cuda: torch sees no GPU here")
-        if not fastops._C.cuda_built():
-            raise UsageError("--device cuda: fastops was built without its CUDA kernels")
+    if reason := why_not(options.device):
+        raise UsageError(f"--device {options.device}: {reason}")
 
 
 def select(options: argparse.Namespace) -> list[Case]:

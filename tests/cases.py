@@ -7,13 +7,19 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
+from bench.devices import why_not
 from fastops._op import OPS, Op
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FAST = torch.float32
+# The devices of @pytest.mark.parametrize: `cuda` is skipped, with the reason, where it cannot run.
+NO_CUDA = why_not("cuda")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(NO_CUDA is not None, reason=f"no CUDA: {NO_CUDA}")])  # fmt: skip
+DEVICES = ["cpu", CUDA]
 
 # Keyword arguments to try beside the defaults.
 ARGUMENTS: dict[str, list[dict]] = {
@@ -42,6 +48,12 @@ class Case:
         kwargs = {k: convert(v) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
         return Case(self.op, self.name, tuple(convert(t) for t in self.tensors), kwargs)
 
+    def on(self, device: str) -> Case:
+        """The same on a device; values are made on the CPU wherever they are used. Strides are kept."""
+        move = lambda t: moved(t, device)  # noqa: E731
+        kwargs = {k: move(v) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
+        return Case(self.op, self.name, tuple(map(move, self.tensors)), kwargs)
+
     def leaves(self) -> Case:
         """The same with leaves that require grad, in the same memory layout."""
         return Case(
@@ -53,6 +65,12 @@ class Case:
 
     def __call__(self, function: Callable | None = None) -> Tensor:
         return (function or self.op.function)(*self.tensors, **self.kwargs)
+
+
+def moved(t: Tensor, device: str) -> Tensor:
+    """t on a device, with its strides and its offset: views that are misaligned or expanded stay so."""
+    memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return memory.to(device, copy=True).as_strided(t.size(), t.stride(), t.storage_offset())
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
