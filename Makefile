@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: test finetune bench build env lint clean cuda-report sanitize
+.PHONY: test finetune bench build env lint clean cuda-report sanitize gpu
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
@@ -30,8 +30,8 @@ $(VENV)/.ready: pyproject.toml
 
 lint: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff mypy clang-format
-	$(BIN)/ruff check fastops tests bench docs setup.py
-	$(BIN)/ruff format --check fastops tests bench docs setup.py
+	$(BIN)/ruff check fastops tests bench tools docs setup.py
+	$(BIN)/ruff format --check fastops tests bench tools docs setup.py
 	$(BIN)/mypy
 
 # What nvcc makes of every kernel, as bench/cuda_report.csv: needs nvcc, no GPU.
@@ -41,6 +41,10 @@ cuda-report: env
 # The CUDA kernels under emulation with ASan and UBSan, TSan, and portable fibers.
 sanitize: env
 	$(BIN)/python tools/sanitize.py $(ARGS)
+
+# On a machine with a GPU: the tests marked cuda, compute-sanitizer, the bench, and one dated report of them.
+gpu: build
+	$(BIN)/python tools/gpu.py $(ARGS)
 
 clean:
 	rm -rf build fastops/*.so *.egg-info

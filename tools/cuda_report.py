@@ -282,6 +282,9 @@ PACKS = {
     "softmax_backward_kernel": (2, 1),
     "cross_entropy_kernel": (1, 1),
     "step_kernel": (2, 1),
+    "fused_kernel": (2, 1),
+    "probability_kernel": (2, 1),
+    "backward_kernel": (2, 1),
 }
 # Single values, or columns, whose neighbours in memory belong to neighbouring threads.
 SINGLE = {
@@ -290,6 +293,7 @@ SINGLE = {
     "softmax_columns_kernel",
     "softmax_columns_backward_kernel",
     "cross_entropy_columns_kernel",
+    "probability_columns_kernel",
 }
 
 
