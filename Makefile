@@ -25,7 +25,7 @@ env: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" wheel ninja numpy \
-		pytest hypothesis expecttest tqdm matplotlib pillow rich
+		pytest hypothesis expecttest tqdm matplotlib pillow rich keras
 	touch $@
 
 lint: env

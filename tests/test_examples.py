@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,19 @@ def test_pytorch_primer():
     assert zeros["SGD"] == "0" and int(zeros["SGD, L1 (proximal)"]) == 17
     first, last = (float(v) for v in re.findall(r"(?:extraction|rate): loss ([\d.]+)", out))
     assert 0 < last < first < 2.3
+
+
+@pytest.mark.skipif(find_spec("keras") is None, reason="keras is not installed")
+def test_keras_primer():
+    out = run("keras_primer.py")
+    assert len(re.findall(r"^\w+: \[", out, re.M)) == 9
+    assert len(re.findall(r"^\w+ [\d.]+, Keras [\d.]+$", out, re.M)) == 5
+    fits = re.findall(r"^(\S.*): loss ([\d.]+) -> ([\d.]+), accuracy ([\d.]+)$", out, re.M)
+    assert len(fits) == 4
+    for name, first, last, accuracy in fits:
+        assert float(last) < 0.5 * float(first) and float(accuracy) > 0.9, name
+    assert "the step that Keras's regularizers give" in out
+    first, last = map(float, re.search(r"extraction: loss ([\d.]+) -> ([\d.]+)", out).groups())
+    assert last < first
+    again, moved = re.search(r"low rate: loss ([\d.]+), (\d+) of", out).groups()
+    assert float(again) < first and int(moved) > 0
