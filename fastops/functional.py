@@ -79,7 +79,16 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return _C.relu_(input) if inplace else _C.relu(input)
 
 
-@op(kind="map", reference=F.gelu, rows=("gelu", "gelu_tanh"))
+def _exact_gelu(input, approximate="none"):
+    """In float64, torch's 1 + tanh(u) cancels below 0, and its derivative with it; the logistic function of 2 u is the
+    same."""
+    if approximate != "tanh":
+        return F.gelu(input, approximate=approximate)
+    twice_u = 1.5957691216057308 * (input + 0.044715 * input**3)
+    return input * F.logsigmoid(twice_u).exp()
+
+
+@op(kind="map", reference=F.gelu, exact=_exact_gelu, rows=("gelu", "gelu_tanh"))
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """input * Phi(input), with Phi the cumulative distribution function of the normal distribution.
 
@@ -1066,6 +1075,7 @@ def add_relu(input: Tensor, other: Tensor, inplace: bool = False) -> Tensor:
 @op(
     kind="fused",
     reference=lambda input, bias, approximate="none": F.gelu(input + bias, approximate=approximate),
+    exact=lambda input, bias, approximate="none": _exact_gelu(input + bias, approximate),
     rows=("bias_gelu", "bias_gelu_tanh"),
 )
 def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:

@@ -250,19 +250,22 @@ struct GELU {
 struct GELUTanh {
   static constexpr const char *name = "gelu_tanh", *params = "";
   static constexpr bool from_output = false;
+  // With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 (1 + tanh(u)) is the logistic function of 2 u; from exp(-|2 u|) it and
+  // its slope come without the cancellation that 1 + tanh and 1 - tanh^2 have.
   template <class T>
-  static FASTOPS_FN T tanh_inner(T x) {
-    return tanh(c<T>(0.7978845608028654) * (x + c<T>(0.044715) * x * x * x));
+  static FASTOPS_FN T twice_u(T x) {
+    return c<T>(1.5957691216057308) * (x + c<T>(0.044715) * x * x * x);
   }
   template <class T>
   static FASTOPS_FN T forward(T x) {
-    return c<T>(0.5) * x * (c<T>(1) + tanh_inner(x));
+    const T z = twice_u(x), e = exp(-abs(z));
+    return x * select(z > c<T>(0), c<T>(1), e) / (c<T>(1) + e);
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
-    const T t = tanh_inner(x);
-    const T slope = c<T>(0.7978845608028654) * (c<T>(1) + c<T>(3 * 0.044715) * x * x);
-    return dy * c<T>(0.5) * (c<T>(1) + t + x * (c<T>(1) - t * t) * slope);
+    const T z = twice_u(x), e = exp(-abs(z)), d = c<T>(1) / (c<T>(1) + e);
+    const T slope = c<T>(1.5957691216057308) * (c<T>(1) + c<T>(3 * 0.044715) * x * x);
+    return dy * d * (select(z > c<T>(0), c<T>(1), e) + x * slope * e * d);
   }
 };
 

@@ -164,7 +164,7 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
   for (const StepRow& row : cuda::step_rows) {
     std::vector<StepTensor> tensors;
     for (const int64_t n : {1, 0, 70, 4100}) {
-      StepTensor t{n, b.values(n, d.type), b.values(n, d.type), {}, kParams};
+      StepTensor t{n, b.values(n, d.type), b.values(n, d.type), {}, kParams, b.values(n, d.real), 0.25};
       for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
       tensors.push_back(t);
     }
