@@ -188,7 +188,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, small_test, monkeypatch
     saved = torch.load(Path(config.out) / "progress.pt", weights_only=True)
     assert len(saved["state"]["run"]["losses"]) == 10
     monkeypatch.setattr(torch, "save", save)
+    left = Path(config.out) / "checkpoints" / ".unfinished.1.full.pt"  # as by a kill
+    left.write_bytes(b"half")
     assert len(resume(config.out).runs[0].losses) == RECIPE["steps"]
+    assert not left.exists()
 
 
 def test_bad_folders(tmp_path, small_test, capsys):  # noqa: F811

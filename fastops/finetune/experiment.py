@@ -21,7 +21,7 @@ from .model import (
 )
 from .predict import save_classifier
 from .report import describe_keeping, format_table, summarise, write_report, write_text
-from .storage import complete_file, make_run_folder
+from .storage import complete_file, make_run_folder, remove_unfinished
 from .train import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
 
 
@@ -135,6 +135,7 @@ def finetune(
 
     if _resumed:
         result.folder = _resumed
+        remove_unfinished(_resumed)
     else:
         result.folder = make_run_folder(config.out)
         (result.folder / "checkpoints").mkdir()

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .errors import OutputError
 
+UNFINISHED = ".unfinished."
+"""What the names of files that are still being written start with."""
+
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
@@ -18,8 +21,8 @@ def complete_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the file cannot be written or renamed.
     """
-    # The suffix is kept: matplotlib and Pillow choose the format by it.
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # The name ends as before: matplotlib and Pillow choose the format by the suffix.
+    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}.{path.name}")
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:
@@ -33,6 +36,19 @@ def complete_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that a killed process left anywhere below `folder`.
+
+    Raises:
+        OutputError: one of them cannot be removed.
+    """
+    for path in folder.rglob(f"{UNFINISHED}*"):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot remove {path}: {error.strerror}") from error
 
 
 def make_run_folder(out: str | os.PathLike | None) -> Path:
