@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import re
@@ -71,6 +72,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write JSON lines as well")
     parser.add_argument(
+        "--report",
+        metavar="FOLDER",
+        type=Path,
+        help="write bench.jsonl, charts as PNG and index.html there (needs matplotlib)",
+    )
+    parser.add_argument(
         "--time", metavar="SECONDS", type=float, help=f"a row (default: {FULL_SECONDS})"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: torch's)")
@@ -91,6 +98,17 @@ def check(options: argparse.Namespace) -> None:
         folder = options.json.resolve().parent
         if options.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UsageError(f"--json {options.json}: no file can be written there")
+    if options.report is not None:
+        if options.report.exists() and not options.report.is_dir():
+            raise UsageError(f"--report {options.report}: it is a file, not a folder")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("--report draws with matplotlib: pip install matplotlib")
+        try:
+            options.report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--report {options.report}: {error.strerror}") from error
+        if not os.access(options.report, os.W_OK):
+            raise UsageError(f"--report {options.report}: nothing can be written there")
     if reason := why_not(options.device):
         raise UsageError(f"--device {options.device}: {reason}")
 
@@ -157,6 +175,11 @@ def run(options: argparse.Namespace) -> int:
     print_summary(rows)
     if options.json is not None:
         write_json(options.json, header, rows)
+    if options.report is not None:
+        from .page import write_page  # matplotlib takes a while to import
+
+        write_json(options.report / "bench.jsonl", header, rows)
+        print(f"\n{write_page(options.report, header, [row.as_json() for row in rows])}")
     return int(any(row.status in ("WRONG", "ERROR") for row in rows))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastops._op import OPS
 
 from .cases import BOTH, FORWARD, STEP, Case
+from .peers import makers
 
 Call = Callable[[], Any]
 STEPPERS = {
@@ -30,10 +31,12 @@ class Skipped(Exception):
 
 @dataclass
 class Contenders:
-    """Calls that do the same work. `notes` says which could not be made, and why."""
+    """Calls that do the same work: ours, torch's, and those of other libraries. `notes` says which could not be made, and
+    why."""
 
     ours: Call
     theirs: dict[str, Call]
+    peers: dict[str, Call] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -204,7 +207,40 @@ def optimizer_contenders(case: Case, device: str) -> Contenders:
             made.theirs[name] = stepper(theirs, **options)
         except (RuntimeError, TypeError, ValueError) as error:
             made.notes.append(f"torch has no {name}: {first_line(error)}")
+    if not case.beyond:
+        for name, make in makers(case.op, device).items():
+            try:
+                verify_peer(make, theirs, start, gradients, case)
+                made.peers[name] = stepper(make)
+            except Exception as error:  # of a library of others, anything
+                made.notes.append(f"{name} is not timed: {first_line(error)}")
     return made
+
+
+@torch.no_grad()
+def verify_peer(make, theirs, start: list[Tensor], gradients: list[Tensor], case: Case) -> None:
+    """Whether another library's optimizer does what torch's does, to what float32 leaves of it.
+
+    Raises:
+        ValueError: it does not.
+    """
+
+    def walk(cls, **options) -> Tensor:
+        parameters = [p.clone().requires_grad_() for p in start]
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g.clone()
+        optimizer = cls(parameters, **case.arguments, **options)
+        for _ in range(3):
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in parameters])
+
+    mine, native = walk(make), walk(theirs, foreach=False)
+    moved = (native - torch.cat([p.flatten() for p in start])).abs().max()
+    off = (mine - native).abs().max()
+    if not off <= 1e-3 * moved:
+        raise ValueError(
+            f"after three steps a parameter is {off.item():.1e} from torch's, of {moved.item():.1e} moved"
+        )
 
 
 def contenders(case: Case, device: str, with_compile: bool) -> Contenders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ class Row:
         if m:
             data |= {
                 "fastops": quartiles(m.ours),
-                "torch": {name: quartiles(times) for name, times in m.theirs.items()},
+                "torch": {n: quartiles(t) for n, t in m.theirs.items() if n not in m.peers},
+                "peers": {n: quartiles(t) for n, t in m.theirs.items() if n in m.peers},
                 "ratios": {name: quartiles(ratios) for name, ratios in m.ratios.items()},
                 "pairs": {name: len(ratios) for name, ratios in m.ratios.items()},
                 "best": m.best,
@@ -83,6 +85,19 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The commit that is measured, and whether files differ from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = [
+            subprocess.run([*git, *rest], capture_output=True, text=True, check=True).stdout.strip()
+            for rest in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found[0] + (" with changes" if found[1] else "")
+
+
 def environment(device: str) -> dict[str, str]:
     """What the numbers depend on."""
     pool = fastops.memory.pool_info()
@@ -95,6 +110,7 @@ def environment(device: str) -> dict[str, str]:
         f"torch {torch.backends.cpu.get_cpu_capability()}",
         "versions": f"fastops {fastops.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
+        "commit": commit(),
         "pool": f"on, limit {pool['limit'] >> 20} MiB" if pool["enabled"] else "off",
         "load before": f"{load:.1f} on {cores} cores{busy}",
     }
@@ -223,10 +239,15 @@ def print_summary(rows: list[Row]) -> None:
 def write_json(path: Path, header: dict[str, str], rows: list[Row]) -> None:
     """One JSON object a line, the environment first. The file appears whole or not at all."""
     lines = [{"environment": header}, *(row.as_json() for row in rows)]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file under a temporary name and renames it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -29,17 +29,19 @@ COPY_EVERY = 4  # rounds, after the first LEAST
 
 @dataclass
 class Measurement:
-    """Seconds a call, one number a sample, in the order taken; `ratios` are theirs over ours, pair by pair."""
+    """Seconds a call, one number a sample, in the order taken; `ratios` are theirs over ours, pair by pair. `theirs` are
+    torch's calls and those of `peers`."""
 
     ours: list[float] = field(default_factory=list)
     theirs: dict[str, list[float]] = field(default_factory=dict)
     ratios: dict[str, list[float]] = field(default_factory=dict)
     copy: list[float] = field(default_factory=list)
+    peers: frozenset[str] = frozenset()
 
     @property
     def best(self) -> str:
-        """The baseline that is fastest beside ours."""
-        return min(self.ratios, key=lambda name: median(self.ratios[name]))
+        """The one of torch's that is fastest beside ours."""
+        return min(self.ratios.keys() - self.peers, key=lambda name: median(self.ratios[name]))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -110,11 +112,14 @@ def measure(contenders: Contenders, copy: Call, budget: float, device: str) -> M
     seconds = cuda_seconds if device == "cuda" else cpu_seconds
     with no_garbage_collection():
         ours, copied = Sampler(contenders.ours, seconds), Sampler(copy, seconds)
-        theirs = {name: Sampler(call, seconds) for name, call in contenders.theirs.items()}
+        others = contenders.theirs | contenders.peers
+        theirs = {name: Sampler(call, seconds) for name, call in others.items()}
         fastest = min(s.once for s in (ours, *theirs.values()))
         number = max(1, round(SAMPLE / fastest))
         result = Measurement(
-            theirs={name: [] for name in theirs}, ratios={name: [] for name in theirs}
+            theirs={name: [] for name in theirs},
+            ratios={name: [] for name in theirs},
+            peers=frozenset(contenders.peers),
         )
         in_contest = list(theirs)
         start = time.perf_counter()
