@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import types
 from dataclasses import replace
 from math import prod
 
@@ -282,6 +283,8 @@ def test_json_appears_whole_or_not_at_all(tmp_path):
         ["--filter", "relu 16777216", "--quick"],
         ["--json", "no/such/folder/out.jsonl"],
         ["--json", "."],
+        ["--report", __file__],
+        ["--report", f"{__file__}/below"],
         ["--threads", "0"],
         ["--threads", "many"],
         ["--time", "0"],
@@ -296,3 +299,92 @@ def test_bad_arguments_are_one_line_and_exit_code_2(monkeypatch, capsys, untimed
     assert out == ""
     assert err.startswith("python -m bench: error: ")
     assert err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------- the report, and peers
+
+
+def test_a_report_has_lines_charts_and_one_page(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
+    folder = tmp_path / "new" / "report"
+    arguments = ["--quick", "--time", "0.001", "--filter", RELU, "--report", str(folder)]
+    assert command.main(arguments) == 0
+    charts = [f"{c}-{m}.png" for c in ("ratios", "speed") for m in ("forward", "forward-backward")]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [*charts, "bench.jsonl", "index.html"]
+    )
+    environment, *rows = map(json.loads, (folder / "bench.jsonl").read_text().splitlines())
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == len(charts)
+    assert "http" not in page
+    for row in rows:
+        assert row["op"] in page and f"<td>{row['of_copy']:.0%}</td>" in page
+    for value in environment["environment"].values():
+        assert value.replace("&", "&amp;") in page
+    assert (folder / "speed-forward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_shows_what_is_wrong_and_escapes_it(tmp_path):
+    pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
+    from bench.page import write_page
+
+    row = {
+        "op": "relu",
+        "variant": "",
+        "size": "16",
+        "dtype": "float32",
+        "mode": "forward",
+        "status": "WRONG",
+    }
+    page = write_page(tmp_path, {"CPU": "a<b"}, [{**row, "notes": ["<off>"]}]).read_text()
+    assert "WRONG: &lt;off&gt;" in page and "a&lt;b" in page and "1 WRONG" in page
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    """Enters a library whose Adam is `cls`."""
+    import bench.peers as peers
+
+    def enter(cls):
+        library = types.ModuleType("a_library_of_others")
+        library.TheirAdam = cls
+        monkeypatch.setitem(sys.modules, library.__name__, library)
+        entry = peers.Peer(library.__name__, {"Adam": "TheirAdam"}, ("cpu",))
+        monkeypatch.setattr(peers, "PEERS", {"theirs": entry})
+
+    return enter
+
+
+def test_a_peer_is_timed_and_never_the_baseline(tmp_path, peer):
+    class Fast(torch.optim.Adam):
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            if self.steps <= 3:  # what it is verified by; then it does nothing, in no time
+                super().step(closure)
+
+    peer(Fast)
+    code, (row,) = bench_json(tmp_path / "out.jsonl", "--filter", "Adam 300x1024")
+    assert code == 0 and row["status"] == "ok"
+    assert list(row["peers"]) == ["theirs"] and "theirs" not in row["torch"]
+    assert row["ratios"]["theirs"] and row["best"] != "theirs"
+
+
+def test_a_wrong_peer_is_named_and_not_timed(tmp_path, peer):
+    class Wrong(torch.optim.Adam):
+        def __init__(self, params, lr, **rest):
+            super().__init__(params, lr=lr * 1.01, **rest)
+
+    peer(Wrong)
+    code, (row,) = bench_json(tmp_path / "out.jsonl", "--filter", "Adam 300x1024")
+    assert code == 0 and row["status"] == "ok" and row["peers"] == {}
+    assert any("theirs is not timed" in note and "from torch's" in note for note in row["notes"])
+
+
+def test_a_peer_that_is_missing_is_left_out():
+    from bench.peers import PEERS, makers
+
+    assert set(makers("Adam", "cpu")) <= set(PEERS)
+    assert "apex" not in makers("Adam", "cpu") and makers("NoSuch", "cpu") == {}
