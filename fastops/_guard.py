@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _C
 
@@ -30,11 +31,12 @@ POOL_MINIMUM = 128 << 10
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if _C.cuda_built() else ("cpu",)
-CLASSES = (Tensor, torch.nn.Parameter)
+CLASSES = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def usable(t: object) -> bool:
-    """Whether the kernels take t: an ordinary strided tensor of a float dtype on a device that they are built for."""
+    """Whether the kernels take t: an ordinary strided tensor of a float dtype on a device that they are built for
+    (or one without values, as torch.export has them)."""
     return (
         type(t) in CLASSES
         and t.dtype in DTYPES  # type: ignore[attr-defined]

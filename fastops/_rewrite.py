@@ -53,7 +53,7 @@ def _call(name: str, ours: Callable, theirs: Callable, tensors: int = 1) -> None
 
     def call(*args, **kwargs):
         if len(args) >= tensors and all(usable(t) for t in args[:tensors]):
-            if not kwargs or (accepted >= kwargs.keys() and not _differentiated(kwargs)):
+            if accepted >= kwargs.keys():
                 return ours(*args, **kwargs)
         return theirs(*args, **kwargs)
 
@@ -61,12 +61,6 @@ def _call(name: str, ours: Callable, theirs: Callable, tensors: int = 1) -> None
     call.__name__ = call.__qualname__ = f"call_{title}"
     globals().setdefault(call.__name__, call)
     CALLS[theirs], NAMES[theirs] = globals()[call.__name__], name
-
-
-def _differentiated(kwargs: dict) -> bool:
-    """Whether a gradient to class weights may be wanted, which cross_entropy does not have."""
-    weight = kwargs.get("weight")
-    return weight is not None and weight.requires_grad
 
 
 def _in_place(function: Callable) -> Callable:
@@ -621,7 +615,9 @@ def _of_graph(module: nn.Module, cls: type, functional: bool) -> tuple[Recipe | 
     source, names = _source(graph, read, guards)
     if any(name in names for name in _SUPPLIED):
         raise Refused("names of its own are in the way")
-    return Recipe(source, tuple(sorted(names.items())), tuple(replaced), len(replaced) > count), reason
+    return Recipe(
+        source, tuple(sorted(names.items())), tuple(replaced), len(replaced) > count
+    ), reason
 
 
 # Activations of other packages that are ours by another formula of theirs: the class's name, and the new forward.
