@@ -5,7 +5,10 @@ fastops.nn           the same as modules
 fastops.autograd     the same as torch.autograd.Functions
 fastops.optim        optimizers whose step is one kernel over all parameters
 fastops.patch(model) puts them into a model that is already built
+fastops.explain(f, x) says which kernel a call runs, and why
 fastops.memory       the pool behind large CPU results
+
+FASTOPS_DISABLE=1 in the environment sends everything to torch.
 """
 
 import torch as _torch
@@ -19,12 +22,16 @@ except ImportError as error:
     ) from error
 
 from . import _compile, autograd, functional, memory, nn, optim  # noqa: E402
+from ._explain import Explanation, explain  # noqa: E402
+from ._guard import DISABLED, DISABLED_REASON  # noqa: E402
 from .patch import PatchReport, patch, patched, unpatch  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "Explanation",
     "PatchReport",
     "autograd",
+    "explain",
     "functional",
     "memory",
     "nn",
@@ -54,5 +61,7 @@ def show_config() -> str:
         if pool["enabled"]
         else "off",
     }
+    if DISABLED:
+        lines["off"] = f"{DISABLED_REASON}: everything goes to torch"
     width = max(map(len, lines))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())

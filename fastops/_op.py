@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._guard import bound
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def op(
 
     def enter(function):
         name = function.__name__
+        function = bound(name, function, reference)
         OPS[name] = Op(name, kind, function, reference, exact or reference, rows or (name,))
         return function
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _C
+from .._guard import DISABLED
 
 try:
     from torch.distributed.tensor import DTensor
@@ -247,7 +248,7 @@ class FusedStep(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__}: the averages stand in for the parameters; call swap_ema() before step()"
             )
-        if torch.compiler.is_compiling():
+        if DISABLED or torch.compiler.is_compiling():
             self._only_torchs(self.param_groups)
             return _torch_step(self)(self, closure)
         if torch.cuda.is_initialized():
@@ -371,7 +372,7 @@ class FusedStep(Optimizer):
         ):
             raise RuntimeError(
                 f"{type(self).__name__}: l1, max_grad_norm and ema_decay are not available for what torch steps: differentiable=True, "
-                "capturable=True, sparse gradients, tensor subclasses, and optimizers under torch.compile"
+                "capturable=True, sparse gradients, tensor subclasses, and optimizers under torch.compile or FASTOPS_DISABLE"
             )
 
     def _step_by_torch(self, groups):

@@ -1,0 +1,124 @@
+"""What is torch's to compute: the switch, the table of sizes, and the tensors that the kernels do not take. Data and tests
+of a tensor, read by the table of ops, by patch and by explain."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import _C
+
+#: FASTOPS_DISABLE=1 in the environment, read when the package is imported: every function is torch's, every optimizer steps
+#: as torch's does, and patch() leaves everything.
+DISABLED = os.environ.get("FASTOPS_DISABLE", "") not in ("", "0")
+DISABLED_REASON = "FASTOPS_DISABLE is set"
+
+#: The numbers of elements below which torch's own kernel was measured to be faster, by op; `@op` binds the check at import,
+#: so that ops that are not here pay nothing. `python -m bench` found none: its lowest ratio (relu of 16 elements, forward
+#: and backward) is 0.99.
+SMALLEST: dict[str, int] = {}
+
+#: What csrc/cpu compiles in: the elements that a thread takes at least, by kind; the bytes from which on a result comes from
+#: the pool. For fastops.explain; a test compares them with the sources.
+GRAIN = {"map": 16384, "fused": 16384, "reduce": 16384, "rows": 16384, "random": 4096}
+POOL_MINIMUM = 128 << 10
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda") if _C.cuda_built() else ("cpu",)
+CLASSES = (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def usable(t: object) -> bool:
+    """Whether the kernels take t: an ordinary strided tensor of a float dtype on a device that they are built for
+    (or one without values, as torch.export has them)."""
+    return (
+        type(t) in CLASSES
+        and t.dtype in DTYPES  # type: ignore[attr-defined]
+        and t.device.type in DEVICES  # type: ignore[attr-defined]
+        and t.layout is torch.strided  # type: ignore[attr-defined]
+        and not t.is_nested  # type: ignore[attr-defined]
+    )
+
+
+def unusable_because(t: object) -> str | None:
+    """Why not, in words; None where :func:`usable` is true."""
+    if not isinstance(t, Tensor):
+        return f"it is no tensor but a {type(t).__name__}"
+    if type(t) not in CLASSES:
+        return f"a tensor subclass, {type(t).__name__}"
+    if t.is_nested:
+        return "a nested tensor"
+    if t.layout is not torch.strided:
+        return f"the layout {t.layout}"
+    if t.dtype not in DTYPES:
+        return f"the dtype {str(t.dtype).removeprefix('torch.')}"
+    if t.device.type not in DEVICES:
+        return f"no kernels for {t.device.type} in this build"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- what torch would run
+
+
+def _gelu(input, approximate="none"):
+    return F.gelu(input, approximate=approximate)
+
+
+def _dropout(input, p=0.5, training=True, inplace=False, *, generator=None):
+    if generator is None:
+        return F.dropout(input, p, training, inplace)
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not training or p == 0:
+        return input
+    mask = torch.empty_like(input, requires_grad=False).bernoulli_(1 - p, generator=generator)
+    mask = mask.div_(1 - p) if p < 1 else mask
+    return input.mul_(mask) if inplace else input * mask
+
+
+def _add_relu(input, other, inplace=False):
+    return F.relu(input.add_(other) if inplace else input + other, inplace)
+
+
+def _relu_dropout(input, p=0.5, training=True, inplace=False, generator=None):
+    return _dropout(F.relu(input, inplace), p, training, inplace, generator=generator)
+
+
+def _bias_dropout_add(input, bias, residual, p=0.5, training=True, generator=None):
+    return residual + _dropout(
+        input if bias is None else input + bias, p, training, generator=generator
+    )
+
+
+#: Where the reference of an op does not take all of its arguments.
+BY_TORCH: dict[str, Callable[..., Tensor]] = {
+    "gelu": _gelu,
+    "dropout": _dropout,
+    "add_relu": _add_relu,
+    "relu_dropout": _relu_dropout,
+    "bias_dropout_add": _bias_dropout_add,
+}
+
+
+def bound(name: str, function: Callable, reference: Callable) -> Callable:
+    """What a public function is: itself; torch's where FASTOPS_DISABLE is set; either, by size, where `SMALLEST` has it."""
+    by_torch = BY_TORCH.get(name, reference)
+    if DISABLED:
+        return by_torch
+    return above(SMALLEST[name], function, by_torch) if name in SMALLEST else function
+
+
+def above(smallest: int, function: Callable, by_torch: Callable) -> Callable:
+    """`function` for inputs of at least so many elements, `by_torch` for others."""
+
+    @functools.wraps(function)
+    def by_size(input, *args, **kwargs):
+        return (function if input.numel() >= smallest else by_torch)(input, *args, **kwargs)
+
+    return by_size
