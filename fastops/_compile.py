@@ -11,8 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _C
-from ._op import ROWS, overload
+from . import (
+    _C,
+    functional,  # noqa: F401  which fills the table
+)
+from ._op import ROWS, overload, reference_of, refused
 
 NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction.get_enum
 
@@ -22,7 +25,20 @@ def rows_of(kind: str) -> list[str]:
 
 
 def fake(name: str):
-    return torch.library.register_fake(f"fastops::{name}")
+    """Registers the shape function of an op. It refuses what the kernels refuse, so that a call with tensors without
+    values goes where one with values does."""
+
+    def register(shape_of):
+        def checked(*args, **kwargs):
+            if refused(*args, *kwargs.values()):
+                raise NotImplementedError(
+                    f"fastops::{name}: not float64, float32, bfloat16, float16"
+                )
+            return shape_of(*args, **kwargs)
+
+        torch.library.register_fake(f"fastops::{name}", checked)
+
+    return register
 
 
 def like(x: Tensor) -> Tensor:
@@ -312,17 +328,19 @@ def substitute(function):
 
 def _polyfills() -> None:
     def plain(name):
-        call = overload(name)
+        call, torchs = overload(name), reference_of(name)
 
         def polyfill(*args):
-            return call(*args)
+            return torchs(*args) if refused(*args) else call(*args)
 
         substitute(getattr(_C, name))(polyfill)
 
     def inplace(name):
-        call = overload(name)
+        call, torchs = overload(name), reference_of(f"{name}_")
 
         def polyfill(input, *params):
+            if refused(input, *params):
+                return torchs(input, *params)
             return input.copy_(call(input, *params))
 
         substitute(getattr(_C, f"{name}_"))(polyfill)
@@ -339,9 +357,11 @@ def _polyfills() -> None:
     plain("cross_entropy")
 
     def loss(name):
-        call = overload(name)
+        call, torchs = overload(name), reference_of(name)
 
         def polyfill(input, target, reduction, *params):
+            if refused(input, target):
+                return torchs(input, target, reduction, *params)
             return call(input, target, reduction, False, *params)
 
         substitute(getattr(_C, name))(polyfill)
@@ -350,7 +370,7 @@ def _polyfills() -> None:
         if name != "sum":
             loss(name)
 
-    dropout_op = overload("dropout")
+    dropout_op, torchs_dropout = overload("dropout"), reference_of("dropout")
 
     def dropout(input, p, training, inplace=False, generator=None):
         if p < 0 or p > 1:
@@ -358,7 +378,10 @@ def _polyfills() -> None:
         if not training or p == 0 or input.numel() == 0:
             return input
         if p == 1:
-            return input.mul_(0) if inplace else input * 0
+            nothing = input.new_zeros(())
+            return input.mul_(nothing) if inplace else input * nothing
+        if refused(input):
+            return torchs_dropout(input, p, training, inplace, generator)
         seed = torch.randint(
             2**63 - 1, (), dtype=torch.int64, device=input.device, generator=generator
         )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -33,7 +35,8 @@ class Op:
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     exact: Callable[..., Tensor]
-    rows: tuple[str, ...] = field(default=())  # the rows of the kernels' tables behind it
+    # The rows of the kernels' tables behind it, and the arguments that each of them stands for.
+    rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -49,14 +52,14 @@ def op(
     kind: str,
     reference: Callable[..., Tensor],
     exact: Callable[..., Tensor] | None = None,
-    rows: tuple[str, ...] = (),
+    rows: Mapping[str, dict[str, Any]] | None = None,
 ):
     """Enters the decorated function into `OPS`. `rows` defaults to the one row of the function's own name."""
 
     def enter(function):
         name = function.__name__
         function = bound(name, function, reference)
-        OPS[name] = Op(name, kind, function, reference, exact or reference, rows or (name,))
+        OPS[name] = Op(name, kind, function, reference, exact or reference, rows or {name: {}})
         return function
 
     return enter
@@ -79,3 +82,81 @@ def parameters_of(row: str) -> list[tuple[str, float]]:
 def overload(name: str) -> Any:
     """The dispatcher's op fastops::name."""
     return getattr(torch.ops.fastops, name).default
+
+
+# ---------------------------------------------------------------------------------------------- what torch computes
+
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "mean", "sum")  # by torch.nn._reduction.get_enum
+
+
+def refused(*args: Any) -> bool:
+    """Whether the kernels do not take these arguments: no float tensor among them, or one of another kind."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    return (
+        not floats
+        or any(t.dtype not in KERNEL_DTYPES for t in floats)
+        or any(t.layout is not torch.strided for t in tensors)
+    )
+
+
+@cache
+def reference_of(name: str) -> Callable[..., Any]:
+    """The torch function that computes what the C function `name` does, of the same arguments."""
+    row = name.removesuffix("_")
+    op = next(o for o in OPS.values() if row in o.rows)
+    fixed: dict[str, Any] = {**op.rows[row], **({"inplace": True} if name != row else {})}
+    if row == "dropout":  # the one C function whose arguments are those of the public function
+        names = list(op.signature.parameters)
+    else:
+        names = [a.name for a in overload(row)._schema.arguments if a.name != "upcast"]
+    try:
+        accepted = list(inspect.signature(op.reference).parameters)
+    except ValueError:  # a builtin: there are those of the public function
+        accepted = list(op.signature.parameters)
+    reference = op.reference
+    defaults = {n: p.default for n, p in op.signature.parameters.items()}
+    extras = {n: p.default for n, p in op.signature.parameters.items() if n not in accepted}
+
+    def call(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=False))
+        if "seed" in given or any(
+            given.get(n, default) != default for n, default in extras.items()
+        ):
+            return NotImplemented  # torch has nothing that means the same
+        if "reduction" in given:
+            given["reduction"] = REDUCTIONS[given["reduction"]]
+        asked = {  # but numbers at their defaults, which torch may declare as integers
+            n: v
+            for n, v in given.items()
+            if n in accepted and not (isinstance(v, float) and v == defaults.get(n))
+        }
+        return reference(**asked, **fixed)
+
+    return call
+
+
+def _unrecord() -> None:
+    """make_fx and export note a call before it is made: one that was refused is taken out of their graph again."""
+    tracing = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    mode = tracing and tracing.get_proxy_mode()
+    if mode:
+        last = next(iter(reversed(mode.tracer.graph.nodes)))
+        if not last.users and str(last.target).startswith("fastops."):
+            mode.tracer.graph.erase_node(last)
+
+
+def _hand_over(name: str, args: tuple[Any, ...]) -> Any:
+    """What a call becomes that the kernels have refused: integers, complex numbers, sparse, quantized and nested tensors,
+    other devices, tensors that know torch's own ops only. _C asks after the fact, so that no other call pays for it."""
+    if not _C.cuda_built() and any(isinstance(a, Tensor) and a.is_cuda for a in args):
+        warnings.warn(
+            f"fastops was built without CUDA kernels: torch computes {name} (see `python -m fastops doctor`)",
+            stacklevel=3,
+        )
+    _unrecord()
+    return reference_of(name)(*args)
+
+
+_C.set_hand_over(_hand_over)

@@ -1,6 +1,7 @@
 """A torch.autograd.Function for every op, over the same kernels: the shape to build on when a step of your own is to be
-differentiated around one of ours. `fastops.functional` has no Python in its forward and backward passes, is faster, and
-works under torch.func; these work with autograd, gradients of gradients included.
+differentiated around one of ours. `fastops.functional` has no Python in its forward and backward passes, and is faster;
+these work with autograd, gradients of gradients included, and under torch.func (grad, vmap, jvp ...), where apply() is
+the dispatcher's op itself: the rules that it has for all of them are better than any that could be written here.
 
 `<Name>Function.apply(...)` takes the op's arguments by position:
 
@@ -151,6 +152,24 @@ _KINDS = {
     "cross_entropy": _cross_entropy,
     "random": _random,
 }
+
+
+class _OpFunction(Function):
+    @classmethod
+    def apply(cls, *args):
+        """What the class's docstring says; under torch.func, the op."""
+        if torch._C._are_functorch_transforms_active():
+            return cls._op(*args)
+        return super().apply(*args)
+
+
+def _op(row: str, kind: str):
+    op = overload(row)
+    if kind != "reduce":
+        return op
+    return lambda x, target, reduction, *params: op(x, target, reduction, False, *params)
+
+
 for _row, (_kind, _) in ROWS.items():
     if _kind not in _KINDS or _row == "sum":
         continue
@@ -158,12 +177,13 @@ for _row, (_kind, _) in ROWS.items():
     _name = class_name(_row)
     globals()[_name] = type(
         _name,
-        (Function,),
+        (_OpFunction,),
         {
             "__doc__": f"fastops::{_row} as a torch.autograd.Function; see the module's docstring.",
             "__module__": __name__,
             "forward": staticmethod(_forward),
             "backward": staticmethod(_backward),
+            "_op": staticmethod(_op(_row, _kind)),
         },
     )
     __all__.append(_name)

@@ -1,5 +1,7 @@
 """The ops, one declaration each: torch.nn.functional's signature, what it computes, and the torch function that means
-the same. Every function takes tensors of any dense layout and keeps it (channels_last stays channels_last)."""
+the same. Every function takes tensors of any dense layout and keeps it (channels_last stays channels_last). What has no
+kernels (integers, complex numbers, sparse, quantized and nested tensors, other devices) is computed, promoted or refused
+by that torch function."""
 
 from __future__ import annotations
 
@@ -69,7 +71,6 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         inplace: overwrite `input` and return it.
 
     Raises:
-        NotImplementedError: `input` is of another dtype.
         RuntimeError: `inplace` on a leaf that requires grad, or on a tensor that overlaps itself.
 
     Same as :func:`torch.nn.functional.relu`. Example: ``relu(torch.tensor([-1.0, 2.0]))`` is ``[0., 2.]``.
@@ -88,7 +89,12 @@ def _exact_gelu(input, approximate="none"):
     return input * F.logsigmoid(twice_u).exp()
 
 
-@op(kind="map", reference=F.gelu, exact=_exact_gelu, rows=("gelu", "gelu_tanh"))
+@op(
+    kind="map",
+    reference=F.gelu,
+    exact=_exact_gelu,
+    rows={"gelu": {}, "gelu_tanh": {"approximate": "tanh"}},
+)
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """input * Phi(input), with Phi the cumulative distribution function of the normal distribution.
 
@@ -97,7 +103,6 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         approximate: ``"none"``, or ``"tanh"`` for 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 
     Raises:
-        NotImplementedError: `input` is of another dtype.
         RuntimeError: `approximate` is neither.
 
     Same as :func:`torch.nn.functional.gelu` (Hendrycks and Gimpel, 2016). Example: ``gelu(torch.ones(1))`` is 0.8413.
@@ -119,9 +124,6 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         inplace: overwrite `input` and return it.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.relu6`. Example: ``relu6(torch.tensor([8.0]))`` is 6.
     """
     if has_torch_function_unary(input):
@@ -141,7 +143,6 @@ def hardtanh(
         inplace: overwrite `input` and return it.
 
     Raises:
-        NotImplementedError: `input` is of another dtype.
         ValueError: `min_val` is above `max_val`.
 
     Same as :func:`torch.nn.functional.hardtanh`. Example: ``hardtanh(torch.tensor([8.0]))`` is 1.
@@ -166,9 +167,6 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         negative_slope: the slope below 0.
         inplace: overwrite `input` and return it.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.leaky_relu`. Example: ``leaky_relu(torch.tensor([-1.0]))`` is -0.01.
     """
     if has_torch_function_unary(input):
@@ -189,9 +187,6 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         alpha: minus the value far below 0.
         inplace: overwrite `input` and return it.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.elu`. Example: ``elu(torch.tensor([-1.0]))`` is -0.6321.
     """
     if has_torch_function_unary(input):
@@ -207,9 +202,6 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         inplace: overwrite `input` and return it.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.selu`. Example: ``selu(torch.ones(1))`` is 1.0507.
     """
     if has_torch_function_unary(input):
@@ -217,7 +209,12 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
     return _C.selu_(input) if inplace else _C.selu(input)
 
 
-@op(kind="map", reference=F.celu)
+def _exact_celu(input, alpha=1.0, inplace=False):
+    """torch's own gradient has float32's 1 / alpha, for float64 too."""
+    return alpha * F.elu(input / alpha)
+
+
+@op(kind="map", reference=F.celu, exact=_exact_celu)
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """input where positive, else alpha * (exp(input / alpha) - 1).
 
@@ -227,7 +224,6 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         inplace: overwrite `input` and return it.
 
     Raises:
-        NotImplementedError: `input` is of another dtype.
         RuntimeError: `alpha` is 0.
 
     Same as :func:`torch.nn.functional.celu`. Example: ``celu(torch.tensor([-1.0]))`` is -0.6321.
@@ -246,9 +242,6 @@ def sigmoid(input: Tensor) -> Tensor:
     Args:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.sigmoid`. Example: ``sigmoid(torch.zeros(1))`` is 0.5.
     """
     if has_torch_function_unary(input):
@@ -263,9 +256,6 @@ def tanh(input: Tensor) -> Tensor:
     Args:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.tanh`. Example: ``tanh(torch.ones(1))`` is 0.7616.
     """
     if has_torch_function_unary(input):
@@ -279,9 +269,6 @@ def logsigmoid(input: Tensor) -> Tensor:
 
     Args:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
-
-    Raises:
-        NotImplementedError: `input` is of another dtype.
 
     Same as :func:`torch.nn.functional.logsigmoid`. Example: ``logsigmoid(torch.zeros(1))`` is -0.6931.
     """
@@ -299,9 +286,6 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
         beta: the sharpness of the bend.
         threshold: where beta * input is above it the result is input.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.softplus`. Example: ``softplus(torch.zeros(1))`` is 0.6931.
     """
     if has_torch_function_unary(input):
@@ -315,9 +299,6 @@ def softsign(input: Tensor) -> Tensor:
 
     Args:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
-
-    Raises:
-        NotImplementedError: `input` is of another dtype.
 
     Same as :func:`torch.nn.functional.softsign`. Example: ``softsign(torch.ones(1))`` is 0.5.
     """
@@ -344,8 +325,6 @@ def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         b: how wide the bend around 0 is, not negative; 0 is relu, 4 gives a slope of 1/2 and a value of 1 at 0.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
 
     torch.nn.functional has no such function; it is like its softplus, without exponentials. Example:
     ``squareplus(torch.zeros(1))`` is 1.
@@ -363,9 +342,6 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         inplace: overwrite `input` and return it.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.silu`. Example: ``silu(torch.ones(1))`` is 0.7311.
     """
     if has_torch_function_unary(input):
@@ -380,9 +356,6 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     Args:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         inplace: overwrite `input` and return it.
-
-    Raises:
-        NotImplementedError: `input` is of another dtype.
 
     Same as :func:`torch.nn.functional.mish`. Example: ``mish(torch.ones(1))`` is 0.8651.
     """
@@ -404,9 +377,6 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         inplace: overwrite `input` and return it.
 
-    Raises:
-        NotImplementedError: `input` is of another dtype.
-
     Same as :func:`torch.nn.functional.hardsigmoid`. Example: ``hardsigmoid(torch.zeros(1))`` is 0.5.
     """
     if has_torch_function_unary(input):
@@ -421,9 +391,6 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     Args:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         inplace: overwrite `input` and return it.
-
-    Raises:
-        NotImplementedError: `input` is of another dtype.
 
     Same as :func:`torch.nn.functional.hardswish`. Example: ``hardswish(torch.ones(1))`` is 0.6667.
     """
@@ -601,7 +568,7 @@ def huber_loss(
             huber_loss, (input, target, weight), input, target, reduction=reduction,
             delta=delta, weight=weight,
         )  # fmt: skip
-    if _not_ours(input, target):
+    if input.dtype != target.dtype or _not_ours(input, target):
         return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
     if not delta > 0:
         raise RuntimeError(
@@ -705,7 +672,7 @@ def binary_cross_entropy_with_logits(
             weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
             pos_weight=pos_weight,
         )  # fmt: skip
-    if pos_weight is not None or _not_ours(input, target):
+    if pos_weight is not None or input.dtype != target.dtype or _not_ours(input, target):
         return F.binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
@@ -794,7 +761,7 @@ def softmax(
 
     Raises:
         IndexError: `dim` is out of range.
-        NotImplementedError: a dtype that is not float64, float32, bfloat16 or float16.
+        NotImplementedError: integers without `dtype`.
 
     Same as :func:`torch.nn.functional.softmax`; float32 under autocast. Example: ``softmax(torch.zeros(4), dim=0)`` is
     0.25 four times.
@@ -853,7 +820,6 @@ def dropout(
 
     Raises:
         ValueError: `p` is not in [0, 1].
-        NotImplementedError: `input` is of another dtype.
 
     Same in distribution as :func:`torch.nn.functional.dropout` (Srivastava et al., 2014).
     Example: ``dropout(torch.ones(4), 0.5)`` holds zeros and twos.
@@ -973,7 +939,8 @@ def alpha_dropout(
     if not training or p == 0 or input.numel() == 0:
         return input
     if p == 1:
-        return input.mul_(0) if inplace else input * 0
+        nothing = input.new_zeros(())  # not 0: bool stays bool
+        return input.mul_(nothing) if inplace else input * nothing
     alpha = 1.7580993408473766  # SELU's scale times its alpha
     a = ((alpha * alpha * p + 1) * (1 - p)) ** -0.5
     with torch.no_grad():
@@ -1047,7 +1014,12 @@ def mixup_cross_entropy(
 # ---------------------------------------------------------------------------------------------- fused
 
 
-@op(kind="fused", reference=lambda input, other, inplace=False: F.relu(input + other))
+@op(
+    kind="fused",
+    reference=lambda input, other, inplace=False: F.relu(
+        input.add_(other) if inplace else input + other, inplace
+    ),
+)
 def add_relu(input: Tensor, other: Tensor, inplace: bool = False) -> Tensor:
     """relu(input + other) in one pass: the join of a residual block (He et al., 2015).
 
@@ -1059,7 +1031,6 @@ def add_relu(input: Tensor, other: Tensor, inplace: bool = False) -> Tensor:
         inplace: overwrite `input` and return it.
 
     Raises:
-        NotImplementedError: another dtype.
         RuntimeError: shapes that do not broadcast; `inplace` on a leaf that requires grad, or where memory overlaps.
 
     Same as ``torch.nn.functional.relu(input + other)``. Example: ``add_relu(torch.tensor([1.0, -3.0]), torch.ones(2))``
@@ -1076,7 +1047,7 @@ def add_relu(input: Tensor, other: Tensor, inplace: bool = False) -> Tensor:
     kind="fused",
     reference=lambda input, bias, approximate="none": F.gelu(input + bias, approximate=approximate),
     exact=lambda input, bias, approximate="none": _exact_gelu(input + bias, approximate),
-    rows=("bias_gelu", "bias_gelu_tanh"),
+    rows={"bias_gelu": {}, "bias_gelu_tanh": {"approximate": "tanh"}},
 )
 def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     """gelu(input + bias) in one pass, and in one pass backward: what follows a linear layer without its bias.
@@ -1088,7 +1059,6 @@ def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
         approximate: ``"none"`` or ``"tanh"``, as :func:`gelu` has it.
 
     Raises:
-        NotImplementedError: another dtype.
         RuntimeError: a `bias` of another shape or device, an unknown `approximate`.
 
     Same as ``torch.nn.functional.gelu(input + bias)``, as Megatron-LM fuses it (Shoeybi et al., 2019).

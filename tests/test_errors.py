@@ -1,19 +1,24 @@
 """Bad input: the exception type that torch raises, a message that says what was given, and nothing changed. In-place
 ops: what torch allows, and what it refuses."""
 
+import re
+
 import pytest
 import torch
+from torch.func import grad, jvp
 
 import fastops
-from fastops._op import overload
+from fastops._op import OPS, overload
 
 F, N = fastops.functional, fastops.nn
 X = torch.randn(4, 6)
 T = torch.tensor([0, 5, 2, 1])
 
 BAD = [
-    ("relu int", lambda: F.relu(torch.ones(3, dtype=torch.int64)), NotImplementedError, "'Long'"),
-    ("relu complex", lambda: F.relu(torch.ones(3, dtype=torch.complex64)), NotImplementedError, "Complex"),
+    ("op int", lambda: overload("relu")(torch.ones(3, dtype=torch.int64)), NotImplementedError, "'Long': give it"),
+    ("op sparse", lambda: overload("relu")(X.to_sparse()), NotImplementedError, "SparseCPU"),
+    ("relu complex", lambda: F.relu(torch.ones(3, dtype=torch.complex64)), NotImplementedError, "complex"),
+    ("elu int", lambda: F.elu(torch.ones(3, dtype=torch.int64)), NotImplementedError, "'Long'"),
     ("gelu bool", lambda: F.gelu(torch.ones(3, dtype=torch.bool)), NotImplementedError, "'Bool'"),
     ("gelu approximate", lambda: F.gelu(X, approximate="erf"), RuntimeError, "none or tanh, got 'erf'"),
     ("softmax int", lambda: F.softmax(torch.ones(3, dtype=torch.int32), 0), NotImplementedError, "'Int'"),
@@ -27,7 +32,10 @@ BAD = [
     ("dropout p negative", lambda: F.dropout(X, -0.1), ValueError, "but got -0.1"),
     ("dropout nan", lambda: F.dropout(X, float("nan")), ValueError, "but got nan"),
     ("Dropout p", lambda: N.Dropout(1.5), ValueError, "but got 1.5"),
-    ("dropout int", lambda: F.dropout(torch.ones(3, dtype=torch.int64)), NotImplementedError, "'Long'"),
+    ("dropout int", lambda: F.dropout(torch.ones(3, dtype=torch.int64)), RuntimeError, "can't be cast .* Long"),
+    ("dropout sparse with a generator", lambda: F.dropout(X.to_sparse(), generator=torch.Generator()),
+     NotImplementedError, "SparseCPU"),
+    ("relu_dropout int", lambda: F.relu_dropout(torch.ones(3, dtype=torch.int64)), NotImplementedError, "'Long'"),
     ("dropout seed", lambda: overload("dropout")(X, 0.5, torch.ones(2)), RuntimeError, "seed must be one int64"),
     ("ce range", lambda: F.cross_entropy(X, torch.tensor([0, 1, 6, 2])), IndexError,
      r"target 6 at row 2 is out of range for 6 classes \(ignore_index=-100\)"),
@@ -73,6 +81,54 @@ def test_third_derivative_is_refused_not_wrong():
         RuntimeError, match="derivative for fastops::gelu_second is not implemented"
     ):
         h.sum().backward()
+
+
+THIRD = sorted(name for name, op in OPS.items() if op.kind != "random")
+
+
+def third_derivatives(function, x):
+    """By three reverse passes, by torch.func, and by forward mode over two; each a result, or the exception."""
+
+    def reverse():
+        g = function(x.requires_grad_())
+        for _ in range(3):
+            (g,) = torch.autograd.grad(g.sum(), x, create_graph=True)
+        return g.detach()
+
+    def nested(f):
+        return lambda x: grad(lambda v: f(v).sum())(x)
+
+    def forward():
+        f = nested(nested(function))
+        return jvp(f, (x.detach(),), (torch.ones_like(x),))[1]
+
+    for call in (reverse, lambda: nested(nested(nested(function)))(x.detach()), forward):
+        try:
+            yield call()
+        except (RuntimeError, NotImplementedError) as error:
+            yield error
+
+
+@pytest.mark.parametrize("name", THIRD)
+def test_third_derivatives_are_right_or_refused(name):
+    """Never silently 0."""
+    x = torch.tensor([0.3, 0.7, 0.2], dtype=torch.float64)
+    second = x.flip(0) ** 2
+    function, reference = OPS[name].function, OPS[name].exact
+    options = {"dim": 0} if "softmax" in name else {}
+    args = {"map": (), "reduce": (second,), "fused": (second,)}.get(OPS[name].kind, ())
+    if name == "cross_entropy":
+        args = (second / second.sum(),)
+    # ^ 2 and the sum: nothing linear is left
+    ours, theirs = (
+        list(third_derivatives(lambda x, f=f: f(x, *args, **options) ** 2 * x, x))
+        for f in (function, reference)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(mine, Exception):
+            assert re.search("not implemented|does not require grad", str(mine)), mine
+        else:
+            torch.testing.assert_close(mine, other)
 
 
 # ------------------------------------------------------------------------------------------ in place

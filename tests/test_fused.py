@@ -230,7 +230,7 @@ def test_add_relu_in_place():
         (lambda: F.bias_gelu(randn(), randn(1)), RuntimeError, "as many elements"),
         (lambda: F.bias_gelu(randn(2, 2), randn(2), "sigmoid"), RuntimeError, "approximate"),
         (lambda: F.add_relu(randn(3), randn(4)), RuntimeError, "must match"),
-        (lambda: F.add_relu(torch.ones(3).int(), torch.ones(3).int()), NotImplementedError, "float64"),
+        (lambda: F.bias_gelu(torch.ones(3).int(), torch.ones(3).int()), NotImplementedError, "'Int'"),
         (lambda: F.relu_dropout(randn(3), 1.5), ValueError, "between 0 and 1, but got 1.5"),
         (lambda: F.relu_dropout(randn(3), -0.1), ValueError, "between 0 and 1"),
         (lambda: F.bias_dropout_add(randn(2, 3), randn(3), randn(2, 3), 2.0), ValueError, "between 0 and 1"),
@@ -244,3 +244,9 @@ def test_add_relu_in_place():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_integers_are_torchs():
+    a, b = torch.tensor([1, -3, 2]), torch.tensor([1, 1, 1])
+    assert torch.equal(F.add_relu(a, b), torch.relu(a + b))
+    assert F.add_relu(a, b, inplace=True) is a and a.tolist() == [2, 0, 3]

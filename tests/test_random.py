@@ -156,6 +156,80 @@ def test_sources_of_seeds():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+EVERY = ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "relu_dropout", "bias_dropout_add"]  # fmt: skip
+
+
+def called(name, x, p=0.5, **options):
+    if name == "bias_dropout_add":
+        return F.bias_dropout_add(x, torch.zeros(x.shape[-1]), x, p, **options)
+    return getattr(F, name)(x, p, True, **options)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_function_draws_as_torch_does(name):
+    """One seed a call, of the default generator or of the one that is given."""
+    x = (torch.rand(4, 5, 6) if name == "dropout1d" else torch.rand(4, 5, 6, 7)) + 0.5
+    torch.manual_seed(5)
+    a, b = called(name, x), called(name, x)
+    assert not torch.equal(a, b)
+    torch.manual_seed(5)
+    assert torch.equal(called(name, x), a)
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        called(name, x)
+    assert torch.equal(called(name, x), b)
+    before = torch.get_rng_state()
+    c, d = (called(name, x, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(c, d)
+    assert torch.equal(c, a)  # a generator of the same seed is at the same place
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_checkpoint_makes_the_same_mask_again(name, reentrant):
+    x = torch.rand(4, 5, 6) if name == "dropout1d" else torch.rand(4, 5, 6, 7)
+    x.add_(0.5).requires_grad_()
+
+    def f(x):
+        return (called(name, x.exp()) ** 2).sum()
+
+    torch.manual_seed(3)
+    (plain,) = torch.autograd.grad(f(x), x)
+    torch.manual_seed(3)
+    torch.utils.checkpoint.checkpoint(f, x, use_reentrant=reentrant).backward()
+    torch.testing.assert_close(x.grad, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_and_everything_is_dropped(name):
+    x = torch.rand(4, 5, 6) if name == "dropout1d" else torch.rand(4, 5, 6, 7)
+    kept, nothing = (2 * x, x) if name == "bias_dropout_add" else (x, torch.zeros_like(x))
+    assert torch.equal(called(name, x, 0.0), kept)
+    assert torch.equal(called(name, x, 1.0), nothing)
+    for p in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1, but got"):
+            called(name, x, p)
+
+
+@pytest.mark.parametrize("name", ["relu_dropout", "bias_dropout_add", "dropout1d", "alpha_dropout"])
+def test_statistics_of_every_function(name):
+    """Rate, lags, and rates of the chunks that threads take."""
+    torch.manual_seed(1)
+    p, n = 0.3, 1 << 18
+    x = torch.ones(1, n, 1) if name == "dropout1d" else torch.ones(n // 1024, 1024)
+    y = called(name, x, p).flatten()
+    m = (y > (1 if name == "bias_dropout_add" else 0)).double()
+    centred = m - (1 - p)
+    assert abs(centred.mean()) < 5 * (p * (1 - p) / n) ** 0.5
+    for lag in (1, 2, 3, 4, 8, 16, 64, 1023, 1024, 4096):
+        assert abs((centred[lag:] * centred[:-lag]).mean()) / (p * (1 - p)) < 5 / n**0.5, lag
+    chunks = m.reshape(-1, 4096).mean(1)
+    assert (chunks - (1 - p)).abs().max() < 6 * (p * (1 - p) / 4096) ** 0.5
+    spread = chunks.var() / (p * (1 - p) / 4096)  # chi squared of 63 degrees of freedom, over 63
+    assert 0.4 < spread < 2
+
+
 def test_vmap_randomness():
     x = torch.ones(6, 50)
     torch.manual_seed(0)

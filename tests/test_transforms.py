@@ -345,3 +345,34 @@ def test_function_classes(name):
         torch.testing.assert_close(
             torch.autograd.grad(gy.sum(), x)[0], torch.autograd.grad(gz.sum(), x)[0]
         )
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_function_classes_under_torch_func(name):
+    """There they are the op: its derivatives, batches and nesting."""
+    kind, _ = ROWS[name]
+    if kind == "step" or name == "sum":
+        assert not hasattr(fastops.autograd, fastops.autograd.class_name(name))
+        return
+    x, t = torch.rand(4, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
+    params = [v for _, v in fastops._op.parameters_of(name)]
+    seed = torch.tensor(5)
+    rest = {
+        "map": params, "fused": [t[0] if ROWS[name][1] else t], "reduce": [t, 1, *params], "softmax": [1],
+        "cross_entropy": [t, None, 1, -100, 0.1],
+        "random": [t[0], t, 0.5, seed] if name == "bias_dropout_add" else [0.5, seed],
+    }[kind]  # fmt: skip
+    apply = getattr(fastops.autograd, fastops.autograd.class_name(name)).apply
+    function = lambda x: apply(x, *rest)  # noqa: E731
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    (expected,) = torch.autograd.grad((y**2).sum(), leaf, create_graph=True)
+    total = lambda x: (function(x) ** 2).sum()  # noqa: E731
+    torch.testing.assert_close(grad(total)(x), expected)
+    (second,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(grad(lambda x: grad(total)(x).sum())(x), second)
+    torch.testing.assert_close(jvp(total, (x,), (t,))[1], (expected * t).sum())
+    if kind in ("map", "reduce"):
+        each = torch.stack([total(row) if kind == "map" else apply(row, t[k], *rest[1:]) for k, row in enumerate(x)])  # fmt: skip
+        batched = vmap(total)(x) if kind == "map" else vmap(lambda x, t: apply(x, t, *rest[1:]))(x, t)  # fmt: skip
+        torch.testing.assert_close(batched, each)

@@ -55,28 +55,6 @@ def test_inputs_are_left_alone(case):
         assert t._version == v
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
-def test_threads_do_not_change_a_bit(case, threads):
-    case = case.to(torch.float32)
-    first = case.leaves()
-    y = first()
-    dy = torch.ones_like(y)
-    g = torch.autograd.grad(y, first.tensors[0], dy)[0] if y.requires_grad else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        again = case.leaves()
-        z = again()
-        assert torch.equal(y.nan_to_num(), z.nan_to_num())
-        if g is not None:
-            assert torch.equal(
-                g.nan_to_num(), torch.autograd.grad(z, again.tensors[0], dy)[0].nan_to_num()
-            )
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("case", ALL, ids=ids(ALL))
 def test_special_values(case):
     """inf, -inf, nan and huge values give what torch gives, in float32 or (where the two differ) in float64."""

@@ -1,6 +1,11 @@
-// What module.cpp calls: each kind adds its functions to the extension module.
+// What module.cpp calls: each kind adds its functions to the extension module. What a function's kernels do not take is
+// handed to torch's function here, for all kinds.
 #pragma once
+#include <c10/util/Exception.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <string>
 
 namespace fastops {
 void bind_map(pybind11::module_& m);
@@ -9,4 +14,42 @@ void bind_reduce(pybind11::module_& m);
 void bind_rows(pybind11::module_& m);
 void bind_random(pybind11::module_& m);
 void bind_step(pybind11::module_& m);
+
+// What fastops/_op.py makes of (name, arguments) of a call that was refused; NotImplemented where it has nothing better.
+void set_hand_over(pybind11::function f);
+pybind11::object hand_over(const char* name, const pybind11::tuple& arguments);
+// A copy of the name that lives as long as the module.
+const char* kept(const std::string& name);
+
+// Adds f to the module as `name`. Where it raises NotImplementedError (a dtype, a layout, a device or a kind of tensor
+// that has no kernels) the call goes to hand_over: that costs a call that is not refused nothing.
+template <class F, class R, class... A, class... Extra>
+void def(pybind11::module_& m, const std::string& name, F f, R (F::*)(A...) const, const Extra&... extra) {
+  m.def(
+      name.c_str(),
+      [name = kept(name), f](A... a) -> R {
+        const auto handed_over = [&](auto refuse) -> R {
+          const pybind11::object result = hand_over(name, pybind11::make_tuple(a...));
+          if (result.is(pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented))) refuse();
+          return result.cast<R>();
+        };
+        try {
+          return f(a...);
+        } catch (const c10::NotImplementedError&) {
+          return handed_over([] { throw; });
+        } catch (python_error& error) {  // of a kernel in Python
+          error.persist();
+          if (!PyErr_GivenExceptionMatches(error.type, PyExc_NotImplementedError)) throw;
+          return handed_over([] { throw; });
+        } catch (const pybind11::error_already_set& error) {  // of a shape function
+          if (!error.matches(PyExc_NotImplementedError)) throw;
+          return handed_over([] { throw; });
+        }
+      },
+      extra...);
+}
+template <class F, class... Extra>
+void def(pybind11::module_& m, const std::string& name, F f, const Extra&... extra) {
+  def(m, name, f, &F::operator(), extra...);
+}
 }  // namespace fastops

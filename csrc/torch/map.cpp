@@ -309,8 +309,8 @@ void define(torch::Library& m, size_t row, const MapRow& r) {
 
 template <class... P>
 void bind(pybind11::module_& m, size_t row, const MapRow& r) {
-  m.def(r.name, [row](const Tensor& input, P... p) { return ops<P...>(row).forward.call(input, p...); });
-  m.def((std::string(r.name) + "_").c_str(), [row](Tensor self, P... p) {
+  def(m, r.name, [row](const Tensor& input, P... p) { return ops<P...>(row).forward.call(input, p...); });
+  def(m, std::string(r.name) + "_", [row](Tensor& self, P... p) {
     ops<P...>(row).inplace.call(self, p...);
     return self;
   });

@@ -17,6 +17,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_random(m);
   bind_step(m);
 
+  m.def("set_hand_over", &set_hand_over);
   m.def("cpu_capability", [] { return std::string(cpu_capability()); });
   m.def("cuda_built", &cuda_built);
   m.def("torch_version", [] { return std::string(FASTOPS_TORCH_VERSION); });

@@ -268,19 +268,22 @@ Tensor bias_dropout_add_autograd(DispatchKeySet ks, const Tensor& input, const T
 // ------------------------------------------------------------------------------------------------ registration
 
 // torch.nn.functional.dropout's own cases around the op: nothing to do, and nothing left.
-Tensor user_dropout(Tensor input, double p, bool training, bool inplace, std::optional<at::Generator> generator) {
-  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
-  if (!training || p == 0 || input.sym_numel() == 0) return input;
-  if (p == 1) {
-    const Tensor none = at::zeros({}, input.options());
-    return inplace ? input.mul_(none) : at::mul(input, none);
+struct UserDropout {
+  Tensor operator()(Tensor& input, double p, bool training, bool inplace,
+                    const std::optional<at::Generator>& generator) const {
+    TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+    if (!training || p == 0 || input.sym_numel() == 0) return input;
+    if (p == 1) {
+      const Tensor none = at::zeros({}, input.options());
+      return inplace ? input.mul_(none) : at::mul(input, none);
+    }
+    const Tensor seed =
+        at::randint(std::numeric_limits<int64_t>::max(), {}, generator, input.options().dtype(at::kLong));
+    if (!inplace) return dropout_op().call(input, p, seed);
+    dropout_inplace_op().call(input, p, seed);
+    return input;
   }
-  const Tensor seed =
-      at::randint(std::numeric_limits<int64_t>::max(), {}, generator, input.options().dtype(at::kLong));
-  if (!inplace) return dropout_op().call(input, p, seed);
-  dropout_inplace_op().call(input, p, seed);
-  return input;
-}
+};
 
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
   m.def("dropout(Tensor input, float p, Tensor seed) -> Tensor", {at::Tag::pt2_compliant_tag});
@@ -309,16 +312,16 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 }  // namespace
 
 void bind_random(pybind11::module_& m) {
-  m.def("dropout", &user_dropout, pybind11::arg("input"), pybind11::arg("p"), pybind11::arg("training"),
+  def(m, "dropout", UserDropout{}, pybind11::arg("input"), pybind11::arg("p"), pybind11::arg("training"),
         pybind11::arg("inplace") = false, pybind11::arg("generator") = pybind11::none());
-  m.def("relu_dropout", [](const Tensor& input, double p, const Tensor& seed) {
+  def(m, "relu_dropout", [](const Tensor& input, double p, const Tensor& seed) {
     return relu_dropout_op().call(input, p, seed);
   });
-  m.def("relu_dropout_", [](Tensor self, double p, const Tensor& seed) {
+  def(m, "relu_dropout_", [](Tensor& self, double p, const Tensor& seed) {
     relu_dropout_inplace_op().call(self, p, seed);
     return self;
   });
-  m.def("bias_dropout_add", [](const Tensor& input, const Tensor& bias, const Tensor& residual, double p,
+  def(m, "bias_dropout_add", [](const Tensor& input, const Tensor& bias, const Tensor& residual, double p,
                                const Tensor& seed) {
     return bias_dropout_add_op().call(input, bias, residual, p, seed);
   });

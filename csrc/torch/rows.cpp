@@ -605,10 +605,10 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 void bind_rows(pybind11::module_& m) {
   size_t i = 0;
   for (const SoftmaxRow& r : softmax_table(c10::DeviceType::CPU)) {
-    m.def(r.name, [i](const Tensor& input, int64_t dim) { return softmax_ops(i).forward.call(input, dim); });
+    def(m, r.name, [i](const Tensor& input, int64_t dim) { return softmax_ops(i).forward.call(input, dim); });
     ++i;
   }
-  m.def("cross_entropy", [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+  def(m, "cross_entropy", [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
     return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false);
   });
