@@ -173,6 +173,21 @@ struct StepTensor {
   void* average;  // n reals, the running average of p, or null
   double weight;  // average = lerp(average, new p, weight)
 };
+struct StepNoise {  // what the rounding of one tensor draws from; see Noise in formulas/philox.h
+  int64_t seed;
+  uint32_t step, number;
+};
+// Options and step counts in device memory, from which the device makes the numbers of a step. On CUDA only.
+constexpr int kMaxOptions = 12;
+struct StepOnDevice {
+  double options[kMaxOptions];
+  const double* option_at[kMaxOptions];  // one double that stands for options[k], or null
+  bool counts_in_double;
+  void* const* counts;  // per tensor: one float or double, which is counted up; null where the row does not count
+  const bool* first;    // per tensor
+  void* numbers;        // a workspace of kNumbersBytes per tensor
+};
+constexpr int64_t kNumbersBytes = (kMaxNumbers + 4) * 8;
 struct StepArgs {
   c10::ScalarType dtype;        // of p and g
   c10::ScalarType state_dtype;  // of s
@@ -180,8 +195,15 @@ struct StepArgs {
   const StepTensor* tensors;
   const float* grad_scale;  // in device memory: g is divided by it; or null
   const float* found_inf;   // in device memory: a value other than 0 makes the step do nothing; or null
+  const StepNoise* noise;   // per tensor: all that is stored as bfloat16 is rounded stochastically; or null
+  const StepOnDevice* on_device;  // or null
   void* stream;
 };
+constexpr int count_options(const char* options) {
+  int n = 1;
+  for (; *options; ++options) n += *options == ',';
+  return n;
+}
 using StepKernel = Error (*)(const StepArgs&);
 struct StepRow {
   const char* name;
@@ -194,8 +216,25 @@ struct StepRow {
   void (*derive)(const double* options, double step, bool first, double* numbers) = nullptr;
 };
 
-// Adds up g^2 over all of the tensors, in an order that is fixed by their sizes alone. On CPU only.
-using SumOfSquares = Error (*)(const StepArgs&, double* sum);
+// The norm of all gradients together, in two kernels. The first writes the sum of g^2 of every kNormChunk elements of
+// every tensor, in order; the second adds those up, in an order that is fixed by their number.
+constexpr int64_t kNormChunk = 16384;
+constexpr int64_t norm_chunks(int64_t n) { return (n + kNormChunk - 1) / kNormChunk; }
+using SumsOfSquares = Error (*)(const StepArgs&, double* sums);
+struct ClipArgs {
+  int64_t count;
+  const double* sums;
+  const float* grad_scale;  // as of StepArgs
+  double max_norm;
+  float* norm;     // of the gradients after they are divided by grad_scale
+  float* divisor;  // what they are to be divided by, grad_scale included, for their norm to be at most max_norm
+  void* stream;
+};
+using ClipKernel = Error (*)(const ClipArgs&);
+struct NormRow {
+  SumsOfSquares sums;
+  ClipKernel clip;
+};
 
 // ------------------------------------------------------------------------------------------------ back ends
 struct Tables {
@@ -206,7 +245,7 @@ struct Tables {
   Rows<CrossEntropyRow> cross_entropy;
   Rows<RandomRow> random;
   Rows<StepRow> step;
-  SumOfSquares sum_of_squares;  // or null
+  NormRow norm;
 };
 
 #define FASTOPS_TABLES(back_end)                   \
@@ -218,9 +257,9 @@ struct Tables {
   extern const Rows<CrossEntropyRow> cross_entropy_rows; \
   extern const Rows<RandomRow> random_rows;        \
   extern const Rows<StepRow> step_rows;            \
-  extern const SumOfSquares sum_of_squares;        \
+  extern const NormRow norm_row;                   \
   inline Tables tables() {                         \
-    return {map_rows, fused_rows, reduce_rows, softmax_rows, cross_entropy_rows, random_rows, step_rows, sum_of_squares}; \
+    return {map_rows, fused_rows, reduce_rows, softmax_rows, cross_entropy_rows, random_rows, step_rows, norm_row}; \
   }                                                \
   }
 FASTOPS_TABLES(DEFAULT)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._guard import bound
+from ._guard import DTYPES, bound
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ def overload(name: str) -> Any:
 
 # ---------------------------------------------------------------------------------------------- what torch computes
 
-KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")  # by torch.nn._reduction.get_enum
 
 
@@ -96,7 +95,7 @@ def refused(*args: Any) -> bool:
     floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
     return (
         not floats
-        or any(t.dtype not in KERNEL_DTYPES for t in floats)
+        or any(t.dtype not in DTYPES for t in floats)
         or any(t.layout is not torch.strided for t in tensors)
     )
 

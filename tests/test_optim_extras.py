@@ -213,7 +213,8 @@ def test_what_torch_steps_has_no_extras(name, extra):
 def test_signature_is_torchs_and_ours(name):
     theirs = list(inspect.signature(getattr(torch.optim, name).__init__).parameters)
     ours = list(inspect.signature(getattr(fastops.optim, name).__init__).parameters)
-    assert ours == [*theirs, "l1", "l1_mode", "max_grad_norm", "ema_decay"]
+    own = ["l1", "l1_mode", "max_grad_norm", "ema_decay", "state_dtype", "rounding"]
+    assert ours == [*theirs, *own]
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "RMSprop"])

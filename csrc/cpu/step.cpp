@@ -1,11 +1,11 @@
 // The optimizer step over a list of tensors: all of them are cut into chunks, and one parallel region runs over the
 // chunks, so that a thousand small tensors cost as much as one large one.
-#include <cstdlib>
 #include <cstring>
 
 #include "../formulas/optimizers.h"
 #include "lanes.h"
 #include "parallel.h"
+#include "words32.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
@@ -13,12 +13,89 @@ namespace {
 constexpr int64_t kChunk = 16384;  // elements of one tensor that are worked on in one go
 constexpr int64_t kGrain = 65536;  // elements a thread takes at least: less is over before another has woken up
 
+// What elements of T are computed in; those of a group, of whatever dtype, are `count` vectors of it.
+template <class T>
+using Real = typename Lanes<T>::real;
+
+// Calls body(j, offset, n) for the runs, each a vector of T, that the n elements of a group are made of; the j-th vector
+// of real is where a run begins.
+template <class T, int count, class N, class Body>
+FASTOPS_FN void runs(N n, Body body) {
+  using L = Lanes<T>;
+  if constexpr (L::count == count) {
+    body(0, int64_t{0}, n);
+  } else {
+    for (int j = 0; j < count; ++j) {
+      const int64_t offset = j * L::size, left = n - offset;
+      if (left > 0) body(j, offset, left < L::size ? left : L::size);
+    }
+  }
+}
+template <class T, int count, class N>
+FASTOPS_FN void load_group(const T* p, N n, Vec<Real<T>> (&v)[count]) {
+  using L = Lanes<T>;
+  if constexpr (L::count != count)
+    for (auto& each : v) each = typename L::V(0);  // what lies beyond n is computed too
+  runs<T, count>(n, [&](int j, int64_t offset, auto m) {
+    L::load(p + offset, m, reinterpret_cast<typename L::V(&)[L::count]>(v[j]));
+  });
+}
+template <class T, int count, class N>
+FASTOPS_FN void store_group(T* p, N n, const Vec<Real<T>> (&v)[count]) {
+  using L = Lanes<T>;
+  runs<T, count>(n, [&](int j, int64_t offset, auto m) {
+    L::store(p + offset, m, reinterpret_cast<const typename L::V(&)[L::count]>(v[j]));
+  });
+}
+
+// The words of one tensor's elements, a span at a time: one per element and pair of slots.
+struct Words {
+  static constexpr int pairs = (1 + kMaxStates + 1) / 2;
+  Noise noise;
+  U32 offsets = lane_offsets();
+  int64_t span[pairs];
+  uint32_t word[pairs][kSpan + 64];  // a group may be read past its end
+  explicit FASTOPS_FN Words(const StepNoise& n)
+      : noise{static_cast<uint32_t>(n.seed), static_cast<uint32_t>(n.seed >> 32), n.step, n.number} {
+    for (auto& s : span) s = -1;
+  }
+  // Those of element i and its successors in its span.
+  FASTOPS_FN const uint32_t* at(int64_t i, int slot) {
+    const int pair = slot / 2;
+    if (span[pair] != i / kSpan) {
+      span[pair] = i / kSpan;
+      contiguous_words([&](U32 c0, U32 c1) { return noise.words(c0, c1, slot); }, offsets, i / kSpan * kSpan,
+                       word[pair]);
+    }
+    return word[pair] + i % kSpan;
+  }
+};
+// Of element i and its successors, in slot `slot`.
+template <int count, class N>
+FASTOPS_FN void store_stochastically(c10::BFloat16* p, int64_t i, N n, const Vec<float> (&v)[count], Words& words,
+                                     int slot) {
+  constexpr int size = count * Vec<float>::size();
+  alignas(64) float value[size];
+  for (int j = 0; j < count; ++j) v[j].store(value + j * Vec<float>::size());
+  const uint32_t* word = words.at(i, slot);
+  alignas(64) uint16_t rounded[size];
+  for (int k = 0; k < size; ++k) {
+    uint32_t bits;
+    memcpy(&bits, value + k, sizeof bits);
+    rounded[k] = static_cast<uint16_t>(round_stochastically(bits, word[k], slot));
+  }
+  memcpy(p + i, rounded, static_cast<size_t>(n) * sizeof *p);
+}
+
 // Elements [begin, end) of one tensor.
-template <class Op, class scalar_t, class state_t>
-FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, typename Lanes<scalar_t>::real inverse_scale) {
-  using L = Lanes<scalar_t>;
-  using real = typename L::real;
-  using V = typename L::V;
+template <class Op, class scalar_t, class state_t, bool stochastic>
+FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, Real<scalar_t> inverse_scale,
+                           const StepNoise* noise) {
+  using real = Real<scalar_t>;
+  using V = Vec<real>;
+  // A group is a vector of the narrower dtype.
+  constexpr int64_t size = Vec<scalar_t>::size() > Vec<state_t>::size() ? Vec<scalar_t>::size() : Vec<state_t>::size();
+  constexpr int count = size / V::size();
   typename Op::template Numbers<real> numbers;
   static_assert(sizeof numbers == Op::numbers * sizeof(real));
   for (int k = 0; k < Op::numbers; ++k)
@@ -31,62 +108,56 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, type
   const real weight = static_cast<real>(t.weight);
   const V scale(inverse_scale);
   const bool scaled = inverse_scale != real(1);
-  groups<L::size>(begin, end, [&](int64_t i, auto n) {
-    V vp[L::count], vg[L::count], vs[state_slots<Op>][L::count];
-    L::load(p + i, n, vp);
-    L::load(g + i, n, vg);
-    for (int k = 0; k < Op::states; ++k) {
-      if constexpr (std::is_same_v<state_t, scalar_t>) {
-        L::load(s[k] + i, n, vs[k]);
-      } else {
-        for (int j = 0; j < L::count; ++j) {
-          const int64_t from = j * V::size(), left = n - from;
-          V one[1] = {V(real(0))};
-          if (left > 0) Lanes<real>::load(s[k] + i + from, left < V::size() ? left : V::size(), one);
-          vs[k][j] = one[0];
-        }
-      }
+  // Stores elements i and on of what has slot `slot`. `words` is a Words where the rounding is stochastic.
+  auto put = [&](auto* to, int64_t i, auto n, const V(&v)[count], [[maybe_unused]] auto& words,
+                 [[maybe_unused]] int slot) {
+    if constexpr (stochastic && std::is_same_v<decltype(to), c10::BFloat16*>) {
+      store_stochastically(to, i, n, v, words, slot);
+    } else {
+      store_group(to + i, n, v);
     }
-    for (int j = 0; j < L::count; ++j) {
+  };
+  auto group = [&](int64_t i, auto n, auto& words) {
+    V vp[count], vg[count], vs[state_slots<Op>][count];
+    load_group(p + i, n, vp);
+    load_group(g + i, n, vg);
+    for (int k = 0; k < Op::states; ++k) load_group(s[k] + i, n, vs[k]);
+    for (int j = 0; j < count; ++j) {
       if (scaled) vg[j] = vg[j] * scale;
       V state[state_slots<Op>];
       for (int k = 0; k < Op::states; ++k) state[k] = vs[k][j];
       Op::step(numbers, vp[j], vg[j], state);
       for (int k = 0; k < Op::states; ++k) vs[k][j] = state[k];
     }
-    L::store(p + i, n, vp);
+    put(p, i, n, vp, words, 0);
     if (average) {
-      for (int j = 0; j < L::count; ++j) {
-        const int64_t from = j * V::size(), left = n - from;
-        if (left <= 0) continue;
-        const int64_t m = left < V::size() ? left : V::size();
-        V one[1];
-        Lanes<real>::load(average + i + from, m, one);
-        one[0] = lerp(one[0], vp[j], weight);
-        Lanes<real>::store(average + i + from, m, one);
-      }
+      load_group(average + i, n, vg);
+      for (int j = 0; j < count; ++j) vg[j] = lerp(vg[j], vp[j], weight);
+      store_group(average + i, n, vg);
     }
-    for (int k = 0; k < Op::states; ++k) {
-      if constexpr (std::is_same_v<state_t, scalar_t>) {
-        L::store(s[k] + i, n, vs[k]);
-      } else {
-        for (int j = 0; j < L::count; ++j) {
-          const int64_t from = j * V::size(), left = n - from;
-          const V one[1] = {vs[k][j]};
-          if (left > 0) Lanes<real>::store(s[k] + i + from, left < V::size() ? left : V::size(), one);
-        }
-      }
-    }
-  });
+    for (int k = 0; k < Op::states; ++k) put(s[k], i, n, vs[k], words, 1 + k);
+  };
+  if constexpr (stochastic) {
+    // Groups begin at multiples of their size, so that the words of one are of one span.
+    Words words(*noise);
+    static_assert(kSpan % size == 0);
+    const int64_t aligned = (begin + size - 1) / size * size, head = aligned < end ? aligned : end;
+    if (begin < head) group(begin, head - begin, words);
+    groups<size>(head, end, [&](int64_t i, auto n) { group(i, n, words); });
+  } else {
+    int none = 0;
+    groups<size>(begin, end, [&](int64_t i, auto n) { group(i, n, none); });
+  }
 }
 
-template <class Op, class scalar_t, class state_t>
+template <class Op, class scalar_t, class state_t, bool stochastic = false>
 void step_all(const StepArgs& a) {
-  using real = typename Lanes<scalar_t>::real;
+  using real = Real<scalar_t>;
   const real inverse_scale = a.grad_scale ? real(1) / static_cast<real>(*a.grad_scale) : real(1);
   int64_t total = 0;
   for (int64_t k = 0; k < a.count; ++k) total += a.tensors[k].n;
   const StepTensor* tensors = a.tensors;
+  const StepNoise* noise = a.noise;
   const int64_t count = a.count;
   // The tensors, end to end, are one run of `total` elements; a thread takes a range of it, rounded to whole chunks of
   // a tensor, and finds the tensors in it by walking the list.
@@ -97,7 +168,8 @@ void step_all(const StepArgs& a) {
     for (int64_t k = 0; k < count && offset < end; offset += tensors[k].n, ++k) {
       const int64_t n = tensors[k].n;
       const int64_t from = begin > offset ? begin - offset : 0, to = end - offset < n ? end - offset : n;
-      if (from < to) step_range<Op, scalar_t, state_t>(tensors[k], from, to, inverse_scale);
+      if (from < to)
+        step_range<Op, scalar_t, state_t, stochastic>(tensors[k], from, to, inverse_scale, stochastic ? noise + k : nullptr);
     }
   });
 }
@@ -124,52 +196,61 @@ double squares(const scalar_t* g, int64_t n) {
   return total;
 }
 
-Error sum_squares(const StepArgs& a, double* sum) {
+Error sums_of_squares(const StepArgs& a, double* sums) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    struct Piece {
-      const scalar_t* g;
-      int64_t n;
-      double sum;
-    };
-    int64_t count = 0, total = 0;
-    for (int64_t k = 0; k < a.count; ++k) count += (a.tensors[k].n + kChunk - 1) / kChunk, total += a.tensors[k].n;
-    if (count == 0) return nullptr;
-    // Of at most kChunk elements; where it is cut depends on the sizes alone.
-    auto* const pieces = static_cast<Piece*>(std::malloc(static_cast<size_t>(count) * sizeof(Piece)));
-    if (!pieces) return "not enough memory";
-    Piece* piece = pieces;
-    for (int64_t k = 0; k < a.count; ++k)
-      for (int64_t at = 0; at < a.tensors[k].n; at += kChunk)
-        *piece++ = {static_cast<const scalar_t*>(a.tensors[k].g) + at,
-                    a.tensors[k].n - at < kChunk ? a.tensors[k].n - at : kChunk, 0};
-    const int64_t mean = total / count < 1 ? 1 : total / count;
-    cpu::parallel(count, kGrain / mean < 1 ? 1 : kGrain / mean, [all = pieces](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) all[k].sum = squares(all[k].g, all[k].n);
+    int64_t pieces = 0, total = 0;
+    for (int64_t k = 0; k < a.count; ++k) pieces += norm_chunks(a.tensors[k].n), total += a.tensors[k].n;
+    if (pieces == 0) return nullptr;
+    const StepTensor* tensors = a.tensors;
+    const int64_t mean = total / pieces < 1 ? 1 : total / pieces;
+    cpu::parallel(pieces, kGrain / mean < 1 ? 1 : kGrain / mean, [=](int64_t begin, int64_t end) {
+      int64_t piece = 0;  // the first of tensor k
+      for (int64_t k = 0; piece < end; piece += norm_chunks(tensors[k++].n)) {
+        const int64_t n = tensors[k].n;
+        const auto* g = static_cast<const scalar_t*>(tensors[k].g);
+        for (int64_t j = begin > piece ? begin - piece : 0; j < norm_chunks(n) && piece + j < end; ++j) {
+          const int64_t at = j * kNormChunk;
+          sums[piece + j] = squares(g + at, n - at < kNormChunk ? n - at : kNormChunk);
+        }
+      }
     });
-    for (int64_t k = 0; k < count; ++k) *sum += pieces[k].sum;
-    std::free(pieces);
     return nullptr;
   });
+}
+
+Error clip(const ClipArgs& a) {
+  double sum = 0;
+  for (int64_t k = 0; k < a.count; ++k) sum += a.sums[k];
+  const Clip made(sum, a.grad_scale ? *a.grad_scale : 1.0f, static_cast<float>(a.max_norm));
+  *a.norm = made.norm;
+  *a.divisor = made.divisor;
+  return nullptr;
 }
 
 template <class Op>
 struct MakeStep {
   static Error step(const StepArgs& a) {
+    if (a.on_device) return "the numbers of a step are made on the host";
     if (a.found_inf && *a.found_inf != 0.0f) return nullptr;
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
-      using real = typename Lanes<scalar_t>::real;
-      if (a.state_dtype == a.dtype) {
-        step_all<Op, scalar_t, scalar_t>(a);
-        return nullptr;
+      using c10::BFloat16;
+      const bool own = a.state_dtype == a.dtype || Op::states == 0;
+      constexpr bool reduced = Lanes<scalar_t>::reduced;
+      const bool in_float = reduced && !own && a.state_dtype == c10::ScalarType::Float;
+      const bool in_bfloat16 = std::is_same_v<scalar_t, float> && !own && a.state_dtype == c10::ScalarType::BFloat16;
+      if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+        if (a.noise && own) return step_all<Op, BFloat16, BFloat16, true>(a), nullptr;
+        if (a.noise && in_float) return step_all<Op, BFloat16, float, true>(a), nullptr;
       }
-      if constexpr (Lanes<scalar_t>::reduced) {
-        if (a.state_dtype == c10::ScalarType::Float) {
-          step_all<Op, scalar_t, real>(a);
-          return nullptr;
-        }
+      if constexpr (std::is_same_v<scalar_t, float>) {
+        if (in_bfloat16 && a.noise) return step_all<Op, float, BFloat16, true>(a), nullptr;
+        if (in_bfloat16) return step_all<Op, float, BFloat16>(a), nullptr;
       }
+      if (own) return step_all<Op, scalar_t, scalar_t>(a), nullptr;
+      if constexpr (reduced)
+        if (in_float) return step_all<Op, scalar_t, float>(a), nullptr;
       return "unsupported dtype of the optimizer state";
     });
   }
@@ -185,7 +266,7 @@ using StepTable = Table<StepRow, MakeStep, Optimizers>;
 
 }  // namespace
 
-extern constinit const SumOfSquares sum_of_squares = &sum_squares;
+extern constinit const NormRow norm_row{&sums_of_squares, &clip};
 extern constinit const Rows<StepRow> step_rows{StepTable::rows, std::size(StepTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

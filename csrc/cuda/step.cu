@@ -1,10 +1,14 @@
 // The optimizer step over a list of tensors: all of them are cut into chunks, and one launch runs over the chunks, its
 // table of pointers among the kernel's parameters, so that nothing is copied or allocated and a graph can capture it.
+// Where step counts or options are in device memory, a launch of one thread per tensor makes the numbers before. And the
+// norm of all gradients.
 #include <cstring>
 
 #include "../formulas/optimizers.h"
+#include "../formulas/philox.h"
 #include "launch.cuh"
 #include "pack.cuh"
+#include "team.cuh"
 
 namespace fastops::cuda {
 namespace {
@@ -21,16 +25,41 @@ constexpr size_t kParameterBytes = 4096;
 
 // ------------------------------------------------------------------------------------------------ kernels
 
+// What the tensors of one group are stepped with. Extended kernels, apart so that the others pay nothing for it, can also
+// round stochastically and read the numbers from device memory.
+template <class Op, class real, bool extended>
+struct Numbers {
+  typename Op::template Numbers<real> of_op;
+  real weight;  // of the new value in the average
+};
+template <class Op, class real>
+struct Numbers<Op, real, true> {
+  typename Op::template Numbers<real> of_op;
+  real weight;
+  Noise noise;  // without the tensor's number
+};
+
+template <class Op, class real, bool extended, int capacity>
+struct Extension {};
+template <class Op, class real, int capacity>
+struct Extension<Op, real, true, capacity> {
+  const Numbers<Op, real, true>* derived;  // one per tensor, or null
+  bool rounds;                             // stochastically
+  uint32_t number[capacity];               // of the tensor, to Noise
+};
+
+constexpr int tensors_that_fit(size_t per_tensor, size_t numbers) {
+  return static_cast<int>((kParameterBytes - kGroups * numbers - 3 * sizeof(void*) - 96) / per_tensor);
+}
+
 // As many tensors as fit among the parameters. Block b works on the tensor t with first[t] <= b < first[t + 1].
-template <class Op, class real, class scalar_t, class state_t>
-struct Batch {
-  struct Numbers {
-    typename Op::template Numbers<real> of_op;
-    real weight;  // of the new value in the average
-  };
-  static constexpr size_t per_tensor = (3 + state_slots<Op>) * sizeof(void*) + sizeof(int64_t) + sizeof(int) + 1;
-  static constexpr size_t rest = kGroups * sizeof(Numbers) + 3 * sizeof(void*) + 64;
-  static constexpr int capacity = static_cast<int>((kParameterBytes - rest) / per_tensor);
+template <class Op, class real, class scalar_t, class state_t, bool extended,
+          int capacity_ = tensors_that_fit((3 + state_slots<Op>) * sizeof(void*) + sizeof(int64_t) + sizeof(int) + 1 +
+                                               (extended ? sizeof(uint32_t) : 0),
+                                           sizeof(Numbers<Op, real, extended>))>
+struct Batch : Extension<Op, real, extended, capacity_> {
+  using N = Numbers<Op, real, extended>;
+  static constexpr int capacity = capacity_;
 
   scalar_t* p[capacity];
   const scalar_t* g[capacity];
@@ -38,15 +67,82 @@ struct Batch {
   real* average[capacity];
   int64_t n[capacity];
   const float *grad_scale, *found_inf;
-  Numbers numbers[kGroups];
+  N numbers[kGroups];
   int first[capacity + 1];
   int count;
   unsigned char group[capacity];
+
+  __device__ __forceinline__ decltype(auto) numbers_of(int tensor) const {
+    if constexpr (extended) {
+      return this->derived ? load(this->derived + tensor) : numbers[group[tensor]];
+    } else {
+      return (numbers[group[tensor]]);
+    }
+  }
 };
 
-template <class Op, class real, class scalar_t, class state_t>
+// Where the elements of one tensor's chunk are stored. Elements are counted within the tensor; `begin` is the chunk's.
+template <bool rounds>
+struct Stores {
+  template <class real, class scalar_t, int n>
+  __device__ __forceinline__ void wide(scalar_t* p, int64_t i, const real (&v)[n], int) {
+    store_wide(p + i, v);
+  }
+  template <class real, class scalar_t>
+  __device__ __forceinline__ void single(scalar_t* p, int64_t i, real v, int) {
+    store(p + i, static_cast<scalar_t>(v));
+  }
+};
+template <>
+struct Stores<true> {
+  Noise noise;
+  int64_t begin;
+  bool on;
+  static __device__ __forceinline__ c10::BFloat16 rounded(float v, uint32_t word, int slot) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return {static_cast<uint16_t>(round_stochastically(bits, word, slot)), c10::BFloat16::from_bits()};
+  }
+  __device__ __forceinline__ Philox<uint32_t> words(int64_t i, int slot) const {
+    const int64_t counter = (begin + i) / 4;
+    return noise.words(static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), slot);
+  }
+  // begin + i is a multiple of 4.
+  template <class real, class scalar_t, int n>
+  __device__ __forceinline__ void wide(scalar_t* p, int64_t i, const real (&v)[n], int slot) {
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+      static_assert(n % pack_size<scalar_t> == 0);
+      if (on) {
+        Pack<c10::BFloat16, n> pack;
+#pragma unroll
+        for (int k = 0; k < n; k += 4) {
+          const Philox<uint32_t> philox = words(i + k, slot);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) pack.v[k + j] = rounded(v[k + j], philox.word[j], slot);
+        }
+        return store_pack<n>(p + i, pack);
+      }
+    }
+    store_wide(p + i, v);
+  }
+  template <class real, class scalar_t>
+  __device__ __forceinline__ void single(scalar_t* p, int64_t i, real v, int slot) {
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+      if (on) {
+        const Philox<uint32_t> philox = words(i, slot);
+        const int which = static_cast<int>((begin + i) % 4);
+        const uint32_t low = which & 1 ? philox.word[1] : philox.word[0];
+        const uint32_t high = which & 1 ? philox.word[3] : philox.word[2];
+        return store(p + i, rounded(v, which & 2 ? high : low, slot));
+      }
+    }
+    store(p + i, static_cast<scalar_t>(v));
+  }
+};
+
+template <class Op, class real, class scalar_t, class state_t, bool extended>
 __global__ void __launch_bounds__(kThreads, kResident)
-    step_kernel(const Batch<Op, real, scalar_t, state_t> __grid_constant__ batch) {
+    step_kernel(const Batch<Op, real, scalar_t, state_t, extended> __grid_constant__ batch) {
   constexpr int states = Op::states, slots = state_slots<Op>;
   constexpr int size = pack_size<scalar_t> > pack_size<state_t> ? pack_size<scalar_t> : pack_size<state_t>;
   if (batch.found_inf && load(batch.found_inf) != 0.0f) return;
@@ -59,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int middle = (tensor + above) / 2;
     (batch.first[middle] <= block ? tensor : above) = middle;
   }
-  const auto& numbers = batch.numbers[batch.group[tensor]];
+  const auto& numbers = batch.numbers_of(tensor);
   const int64_t begin = (block - batch.first[tensor]) * kChunk;
   const int64_t left = batch.n[tensor] - begin;
   scalar_t* p = batch.p[tensor] + begin;
@@ -75,6 +171,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
   for (int j = 0; j < states; ++j)
     if (!aligned(s[j] + whole.head)) whole = {whole.n, whole.n, 0};
+
+  constexpr bool rounds = extended && (std::is_same_v<scalar_t, c10::BFloat16> || std::is_same_v<state_t, c10::BFloat16>);
+  Stores<rounds> put;
+  if constexpr (rounds) {
+    put.noise = numbers.noise;
+    put.noise.number = batch.number[tensor];
+    put.begin = begin;
+    put.on = batch.rounds;
+    if (put.on && whole.head % 4 != 0) whole = {whole.n, whole.n, 0};
+  }
 
   walk<size>(
       whole, threadIdx.x, kThreads,
@@ -93,9 +199,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
           for (int j = 0; j < states; ++j) vs[j][k] = state[j];
         }
-        store_wide(p + i, vp);
+        put.wide(p, i, vp, 0);
 #pragma unroll
-        for (int j = 0; j < states; ++j) store_wide(s[j] + i, vs[j]);
+        for (int j = 0; j < states; ++j) put.wide(s[j], i, vs[j], 1 + j);
         if (average) {
           load_wide(average + i, vg);
 #pragma unroll
@@ -108,46 +214,169 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
         for (int j = 0; j < states; ++j) state[j] = static_cast<real>(load(s[j] + i));
         Op::step(numbers.of_op, vp, static_cast<real>(load(g + i)) * scale, state);
-        store(p + i, static_cast<scalar_t>(vp));
+        put.single(p, i, vp, 0);
 #pragma unroll
-        for (int j = 0; j < states; ++j) store(s[j] + i, static_cast<state_t>(state[j]));
+        for (int j = 0; j < states; ++j) put.single(s[j], i, state[j], 1 + j);
         if (average) store(average + i, lerp(load(average + i), vp, numbers.weight));
       });
 }
 
+// The numbers of a batch's tensors, from step counts and options in device memory.
+constexpr int kDerived = 1024;
+template <class Op, class real>
+struct Derivation {
+  StepOnDevice from;
+  const float* found_inf;
+  Numbers<Op, real, true> given[2];  // of tensors before and at their first step: what does not depend on the step
+  Numbers<Op, real, true>* made;
+  int count;
+  void* counts[kDerived];
+  bool first[kDerived];
+};
+
+template <class Op, class real>
+__global__ void __launch_bounds__(kThreads, kResident)
+    derive_kernel(const Derivation<Op, real> __grid_constant__ d) {
+  const int tensor = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (tensor >= d.count || (d.found_inf && load(d.found_inf) != 0.0f)) return;
+  double options[kMaxOptions], step = 0;
+#pragma unroll
+  for (int k = 0; k < kMaxOptions; ++k) options[k] = d.from.option_at[k] ? load(d.from.option_at[k]) : d.from.options[k];
+  if (d.counts[tensor] && d.from.counts_in_double) {
+    auto* at = static_cast<double*>(d.counts[tensor]);
+    store(at, step = load(at) + 1);
+  } else if (d.counts[tensor]) {
+    auto* at = static_cast<float*>(d.counts[tensor]);
+    const float next = load(at) + 1.0f;
+    store(at, next);
+    step = static_cast<double>(next);
+  }
+  const bool first = d.first[tensor];
+  const auto derived = Op::derive(options, step, first);
+  Numbers<Op, real, true> made = d.given[first];
+#pragma unroll
+  for (int k = 0; k < Op::numbers; ++k)
+    reinterpret_cast<real*>(&made.of_op)[k] = static_cast<real>(reinterpret_cast<const double*>(&derived)[k]);
+  if (d.counts[tensor]) made.noise.step = static_cast<uint32_t>(step);
+  store(d.made + tensor, made);
+}
+
+// The gradients whose norm is taken. Block b adds up the chunk b - first[t] of the tensor t, found as above.
+template <class scalar_t>
+struct Gradients {
+  static constexpr int capacity =
+      static_cast<int>((kParameterBytes - 64) / (sizeof(void*) + sizeof(int64_t) + sizeof(int)));
+  const scalar_t* g[capacity];
+  int64_t n[capacity];
+  double* sums;
+  int first[capacity + 1];
+  int count;
+};
+
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads, kResident)
+    sums_kernel(const Gradients<scalar_t> __grid_constant__ batch) {
+  using real = real_of<scalar_t>;
+  constexpr int size = pack_size<scalar_t>;
+  const int block = static_cast<int>(blockIdx.x);
+  int tensor = 0;
+  for (int above = batch.count; above - tensor > 1;) {
+    const int middle = (tensor + above) / 2;
+    (batch.first[middle] <= block ? tensor : above) = middle;
+  }
+  const int64_t begin = (block - batch.first[tensor]) * kNormChunk;
+  const int64_t left = batch.n[tensor] - begin;
+  const scalar_t* g = batch.g[tensor] + begin;
+  real sum = 0;
+  walk<size>(
+      cut(left < kNormChunk ? left : kNormChunk, size, g), threadIdx.x, kThreads,
+      [&](int64_t i) {
+        real v[size];
+        load_wide(g + i, v);
+#pragma unroll
+        for (int k = 0; k < size; ++k) sum += v[k] * v[k];
+      },
+      [&](int64_t i) {
+        const real v = static_cast<real>(load(g + i));
+        sum += v * v;
+      });
+  const double total = Team<kThreads>().sum(static_cast<double>(sum));
+  if (threadIdx.x == 0) store(batch.sums + block, total);
+}
+
+__global__ void __launch_bounds__(kThreads, kResident) clip_kernel(const ClipArgs __grid_constant__ a) {
+  double sum = 0;
+  for (int64_t k = threadIdx.x; k < a.count; k += kThreads) sum += load(a.sums + k);
+  sum = Team<kThreads>().sum(sum);
+  if (threadIdx.x != 0) return;
+  const Clip made(sum, a.grad_scale ? load(a.grad_scale) : 1.0f, static_cast<float>(a.max_norm));
+  store(a.norm, made.norm);
+  store(a.divisor, made.divisor);
+}
+
 // ------------------------------------------------------------------------------------------------ launchers
 
+template <class Op, class real, bool extended>
+void fill(Numbers<Op, real, extended>& made, const StepTensor& t, const StepNoise* noise) {
+  memset(&made, 0, sizeof made);  // the padding too: they are compared as bytes
+  for (int k = 0; k < Op::numbers; ++k)
+    if (t.numbers) reinterpret_cast<real*>(&made.of_op)[k] = static_cast<real>(t.numbers[k]);
+  made.weight = static_cast<real>(t.weight);
+  if constexpr (extended)
+    if (noise)
+      made.noise = {static_cast<uint32_t>(noise->seed), static_cast<uint32_t>(noise->seed >> 32), noise->step, 0};
+}
+
 // The group that holds these numbers, added if there is room; else kGroups.
-template <class Numbers, class real, int numbers>
-int group_of(Numbers (&groups)[kGroups], int& used, const double* values, double weight) {
-  real as_real[numbers + 1];
-  static_assert(sizeof as_real == sizeof(Numbers));
-  for (int k = 0; k < numbers; ++k) as_real[k] = static_cast<real>(values[k]);
-  as_real[numbers] = static_cast<real>(weight);
+template <class N>
+int group_of(N (&groups)[kGroups], int& used, const N& numbers) {
   int group = 0;
-  while (group < used && memcmp(&groups[group], as_real, sizeof as_real) != 0) ++group;
-  if (group == used && used < kGroups) memcpy(&groups[used++], as_real, sizeof as_real);
+  while (group < used && memcmp(&groups[group], &numbers, sizeof numbers) != 0) ++group;
+  if (group == used && used < kGroups) memcpy(&groups[used++], &numbers, sizeof numbers);
   return group;
 }
 
-template <class Op, class scalar_t, class state_t>
+// Starts the derivation of the numbers of tensors [begin, end).
+template <class Op, class real>
+Error derive_all(const StepArgs& a, int64_t begin, int64_t end, Numbers<Op, real, true>* made) {
+  static_assert(sizeof(*made) <= kNumbersBytes);
+  static_assert(count_options(Op::options) <= kMaxOptions);
+  Derivation<Op, real> d;
+  d.from = *a.on_device;
+  d.found_inf = a.found_inf;
+  d.made = made;
+  d.count = static_cast<int>(end - begin);
+  for (int k = 0; k < d.count; ++k) {
+    const int64_t tensor = begin + k;
+    d.counts[k] = a.on_device->counts[tensor];
+    d.first[k] = a.on_device->first[tensor];
+    fill(d.given[d.first[k]], a.tensors[tensor], a.noise ? a.noise + tensor : nullptr);
+  }
+  return launch(derive_kernel<Op, real>, (d.count + kThreads - 1) / kThreads, kThreads, a.stream, d);
+}
+
+template <class Op, class scalar_t, class state_t, bool extended>
 Error step_all(const StepArgs& a) {
   using real = real_of<scalar_t>;
-  using B = Batch<Op, real, scalar_t, state_t>;
-  static_assert(sizeof(B) <= kParameterBytes);
+  using B = Batch<Op, real, scalar_t, state_t, extended>;
+  static_assert(sizeof(B) <= kParameterBytes && B::capacity <= kDerived);
   B batch;
   batch.grad_scale = a.grad_scale;
   batch.found_inf = a.found_inf;
   for (int64_t next = 0; next < a.count;) {
+    const int64_t begin = next;
     int used = 0;
     int64_t blocks = 0;
     batch.count = 0;
     for (; next < a.count && batch.count < B::capacity; ++next) {
       const StepTensor& t = a.tensors[next];
-      if (t.n == 0) continue;
+      if (t.n == 0 && !a.on_device) continue;
       const int64_t chunks = (t.n + kChunk - 1) / kChunk;
       if (batch.count > 0 && blocks + chunks > INT32_MAX) break;
-      const int group = group_of<typename B::Numbers, real, Op::numbers>(batch.numbers, used, t.numbers, t.weight);
+      const StepNoise* noise = a.noise ? a.noise + next : nullptr;
+      typename B::N numbers;
+      fill(numbers, t, noise);
+      const int group = group_of(batch.numbers, used, numbers);
       if (group == kGroups) break;
       const int k = batch.count++;
       batch.p[k] = static_cast<scalar_t*>(t.p);
@@ -157,11 +386,23 @@ Error step_all(const StepArgs& a) {
       batch.n[k] = t.n;
       batch.group[k] = static_cast<unsigned char>(group);
       batch.first[k] = static_cast<int>(blocks);
+      if constexpr (extended) batch.number[k] = noise ? noise->number : 0;
       blocks += chunks;
     }
     batch.first[batch.count] = static_cast<int>(blocks);
     if (batch.count == 0) continue;
-    const Error error = launch(step_kernel<Op, real, scalar_t, state_t>, blocks, kThreads, a.stream, batch);
+    if constexpr (extended) {
+      batch.rounds = a.noise != nullptr;
+      batch.derived = nullptr;
+      if (a.on_device) {
+        auto* made = static_cast<typename B::N*>(a.on_device->numbers) + begin;
+        batch.derived = made;
+        const Error error = derive_all<Op, real>(a, begin, next, made);
+        if (error) return error;
+      }
+    }
+    if (blocks == 0) continue;
+    const Error error = launch(step_kernel<Op, real, scalar_t, state_t, extended>, blocks, kThreads, a.stream, batch);
     if (error) return error;
   }
   return nullptr;
@@ -171,12 +412,50 @@ template <class Op>
 Error step(const StepArgs& a) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    if (a.state_dtype == a.dtype) return step_all<Op, scalar_t, scalar_t>(a);
-    if constexpr (sizeof(scalar_t) == 2)
-      if (a.state_dtype == c10::ScalarType::Float) return step_all<Op, scalar_t, float>(a);
+    const auto run = [&](auto state) -> Error {
+      using state_t = decltype(state);
+      if (a.noise || a.on_device) return step_all<Op, scalar_t, state_t, true>(a);
+      return step_all<Op, scalar_t, state_t, false>(a);
+    };
+    if (a.state_dtype == a.dtype || Op::states == 0) return run(scalar_t{});
+    if constexpr (sizeof(scalar_t) == 2 && Op::states > 0)
+      if (a.state_dtype == c10::ScalarType::Float) return run(float{});
+    if constexpr (std::is_same_v<scalar_t, float> && Op::states > 0)
+      if (a.state_dtype == c10::ScalarType::BFloat16) return run(c10::BFloat16{});
     return "unsupported dtype of the optimizer state";
   });
 }
+
+Error sums_of_squares(const StepArgs& a, double* sums) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using B = Gradients<decltype(zero)>;
+    static_assert(sizeof(B) <= kParameterBytes);
+    B batch;
+    for (int64_t next = 0; next < a.count;) {
+      int64_t blocks = 0;
+      batch.count = 0;
+      batch.sums = sums;
+      for (; next < a.count && batch.count < B::capacity; ++next) {
+        const StepTensor& t = a.tensors[next];
+        if (t.n == 0) continue;
+        if (batch.count > 0 && blocks + norm_chunks(t.n) > INT32_MAX) break;
+        const int k = batch.count++;
+        batch.g[k] = static_cast<const decltype(zero)*>(t.g);
+        batch.n[k] = t.n;
+        batch.first[k] = static_cast<int>(blocks);
+        blocks += norm_chunks(t.n);
+      }
+      batch.first[batch.count] = static_cast<int>(blocks);
+      if (batch.count == 0) continue;
+      const Error error = launch(sums_kernel<decltype(zero)>, blocks, kThreads, a.stream, batch);
+      if (error) return error;
+      sums += blocks;
+    }
+    return nullptr;
+  });
+}
+
+Error clip(const ClipArgs& a) { return launch(clip_kernel, 1, kThreads, a.stream, a); }
 
 // ------------------------------------------------------------------------------------------------ table
 
@@ -196,7 +475,7 @@ using StepTable = Table<StepRow, MakeStep, Optimizers>;
 
 }  // namespace
 
-extern constinit const SumOfSquares sum_of_squares = nullptr;
+extern constinit const NormRow norm_row{&sums_of_squares, &clip};
 extern constinit const Rows<StepRow> step_rows{StepTable::rows, std::size(StepTable::rows)};
 
 }  // namespace fastops::cuda

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -35,6 +36,20 @@ struct Counters {
   uint64_t stores, stored_bytes, wide_stores;
 };
 inline Counters counters;
+
+// Where a launch went: the device that was current, and the stream. Kept while there is a list to keep them in.
+struct Launched {
+  int device;
+  const void* stream;
+};
+inline std::vector<Launched>* launched = nullptr;
+inline int (*current_device)() = [] { return 0; };
+
+// While there is one, launches are kept in it instead of being run, as on a stream that is captured.
+struct Graph {
+  std::vector<std::function<bool()>> work;  // each: whether it ran well
+};
+inline Graph* graph = nullptr;
 
 // The order in which blocks, and the threads of a block, get their turn.
 enum class Order : int { kForward, kReverse, kShuffled };

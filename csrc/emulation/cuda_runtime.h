@@ -157,6 +157,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     Call& c = *static_cast<Call*>(argument);
     std::apply(c.kernel, c.copies);
   };
+  if (emulation::launched) emulation::launched->push_back({emulation::current_device(), config->stream});
+  if (emulation::graph) {
+    emulation::graph->work.push_back([config = *config, body, call]() mutable {
+      const std::lock_guard lock(emulation::machine.mutex);
+      return emulation::run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, body, &call);
+    });
+    return cudaSuccess;
+  }
   const bool ran = emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, body, &call);
   return ran ? cudaSuccess : emulation::last_error = cudaErrorLaunchFailure;
 }
@@ -167,7 +175,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : ::fastops::emulation::machine.error;
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = ::fastops::emulation::current_device();
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {

@@ -30,6 +30,17 @@ FASTOPS_FN T soft_threshold(T p, T threshold) {
   return select(p > threshold, p - threshold, select(p < -threshold, p + threshold, p * c<T>(0)));
 }
 
+// Clipping by the norm of all gradients (Pascanu, Mikolov and Bengio, 2013), as torch.nn.utils.clip_grad_norm_ does it;
+// `scale` is what the gradients are multiples by.
+struct Clip {
+  float norm, divisor;
+  FASTOPS_FN Clip(double sum_of_squares, float scale, float max_norm) {
+    norm = static_cast<float>(::sqrt(sum_of_squares)) / scale;
+    const float excess = (norm + 1e-6f) / max_norm;
+    divisor = (excess < 1.0f ? 1.0f : excess) * scale;
+  }
+};
+
 // Adam (Kingma and Ba, 2014), AdamW with decoupled weight decay (Loshchilov and Hutter, 2017), and with AMSGrad the
 // running maximum of the second moment (Reddi et al., 2018) as a third state.
 template <bool amsgrad>

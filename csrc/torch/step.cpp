@@ -5,8 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/jit_type.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -84,12 +84,22 @@ bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
 
 // ------------------------------------------------------------------------------------------------ sweep
 
+// What a group of parameters is stepped with.
+struct Options {
+  size_t row = 0;
+  double values[kMaxOptions] = {};
+  std::vector<Tensor> memory;  // per option: a tensor on a CUDA device that holds it instead; empty where none does
+  bool stochastic = false;     // rounding to bfloat16, with this seed and, where steps are not counted, step
+  int64_t seed = 0;
+  uint32_t step = 0;
+};
+
 struct Entry {
   TensorImpl *p, *g, *counter;
   TensorImpl* s[kMaxStates];
   TensorImpl* average;  // or null
-  size_t row;
-  const double* options;
+  const Options* options;
+  uint32_t number;  // of the parameter in its group
   int64_t n;
   c10::ScalarType dtype, state_dtype;
   c10::Device device;
@@ -97,6 +107,7 @@ struct Entry {
   bool flat;        // p, g and s share one dense memory order
   bool g_is_alone;  // on its storage
   bool counts_in_double;
+  bool on_device;  // the step count or an option is: the numbers of the step are made there
   void* count;
   void* p_data;
   const void* g_data;
@@ -141,11 +152,12 @@ class Sweep {
   }
   size_t size() const { return entries_.size(); }
 
-  void add(size_t row, const double* options, bool first, TensorImpl* p, TensorImpl* g, TensorImpl* counter,
+  // `options` must stay where they are until run() is over.
+  void add(const Options& options, uint32_t number, bool first, TensorImpl* p, TensorImpl* g, TensorImpl* counter,
            TensorImpl* const* s, TensorImpl* average = nullptr, double weight = 0) {
-    const StepRow& r = rows_.data[row];
-    Entry& e = entries_.emplace_back(
-        Entry{p, g, counter, {}, nullptr, row, options, p->numel(), dtype_of(p), dtype_of(p), p->device(), first});
+    const StepRow& r = rows_.data[options.row];
+    Entry& e = entries_.emplace_back(Entry{p, g, counter, {}, nullptr, &options, number, p->numel(), dtype_of(p),
+                                           dtype_of(p), p->device(), first});
     // A complex number is a pair of real ones to every formula, as in torch.
     if (c10::isComplexType(e.dtype)) {
       e.n *= 2;
@@ -190,17 +202,22 @@ class Sweep {
     }
     if (r.states > 0 && s[0]->dtype() != p->dtype()) {
       e.state_dtype = dtype_of(s[0]);
-      TORCH_CHECK(reduced && e.state_dtype == c10::kFloat, r.name, ": parameter ", entries_.size() - 1, " is ",
-                  dtype_of(p), " but its states are ", e.state_dtype);
+      TORCH_CHECK((reduced && e.state_dtype == c10::kFloat) ||
+                      (dtype_of(p) == c10::kFloat && e.state_dtype == c10::kBFloat16),
+                  r.name, ": parameter ", entries_.size() - 1, " is ", dtype_of(p), " but its states are ",
+                  e.state_dtype);
     }
+    TORCH_CHECK(!options.stochastic || (e.dtype != c10::kHalf && e.state_dtype != c10::kHalf), r.name, ": parameter ",
+                entries_.size() - 1, " is Half; rounding=\"stochastic\" is for BFloat16");
     if (r.counts) {
       writable(r, "step count", counter);
-      TORCH_CHECK(counter->numel() == 1 && counter->is_cpu() &&
+      TORCH_CHECK(counter->numel() == 1 && (counter->is_cpu() || counter->device() == p->device()) &&
                       (dtype_of(counter) == c10::kFloat || dtype_of(counter) == c10::kDouble),
-                  r.name, ": the step count must be one float32 or float64 on the CPU");
+                  r.name, ": the step count must be one float32 or float64 on the CPU or where its parameter is");
       e.count = counter->mutable_data();
       e.counts_in_double = dtype_of(counter) == c10::kDouble;
     }
+    e.on_device = (r.counts && !counter->is_cpu()) || !options.memory.empty();
     e.g_is_alone = g->unsafe_storage().unique();
     e.find_memory();
     elements_ += e.n;
@@ -212,10 +229,10 @@ class Sweep {
   void run(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, bool moves_versions,
            bool holds_interpreter) {
     if (entries_.empty()) return;
-    // The step counts are on the host, so the answer is needed here.
-    if (found_inf && found_inf->item<double>() != 0) return;
+    if (found_inf && !skips_on_device() && found_inf->item<double>() != 0) return;
     at::AutoDispatchBelowADInplaceOrView below;
     grad_scale_ = grad_scale;
+    if (found_inf && skips_on_device()) found_inf_ = found_inf;
 
     if (!overlapping()) {
       if (!all_flat_) gather(0, entries_.size());
@@ -233,35 +250,64 @@ class Sweep {
     }
     if (moves_versions) bump_versions();
     grad_scale_.reset();
+    found_inf_.reset();
   }
 
-  // The norm of all gradients together, in float32; nothing where not all of them are dense and on the CPU.
-  std::optional<float> grad_norm(bool holds_interpreter) {
+  // The norm of all gradients together, divided by grad_scale, and what the gradients are to be divided by for it to be at
+  // most max_norm, grad_scale included: two float32 on the gradients' device, which is not waited for. Undefined where not
+  // all gradients are dense and on one device.
+  Tensor clip(const std::optional<Tensor>& grad_scale, double max_norm, bool holds_interpreter) {
     for (Bucket& b : grads_) b.tensors.clear();
+    const c10::Device device = entries_[0].device;
+    if (grad_scale && grad_scale->device() != device) return {};
+    int64_t count = 0;
     for (const Entry& e : entries_) {
-      if (!e.device.is_cpu() || lazy(e.g) || !e.g->is_non_overlapping_and_dense()) return std::nullopt;
+      if (e.device != device || lazy(e.g) || !e.g->is_non_overlapping_and_dense()) return {};
       Bucket* bucket = nullptr;
       for (Bucket& b : grads_)
         if (b.dtype == e.dtype) bucket = &b;
-      if (!bucket) bucket = &grads_.emplace_back(Bucket{e.g, 0, e.device, e.dtype, e.dtype, {}});
+      if (!bucket) {
+        bucket = &grads_.emplace_back();
+        bucket->dtype = e.dtype;
+      }
       bucket->tensors.push_back({e.n, nullptr, e.g_data, {}, nullptr, nullptr, 0});
+      count += norm_chunks(e.n);
+    }
+    const c10::DeviceGuard guard(device);
+    const Tensor made = at::empty({2}, at::dtype(at::kFloat).device(device));
+    const Tensor scale = grad_scale ? grad_scale->to(at::kFloat) : Tensor();
+    Tensor on_device;
+    double* sums = nullptr;
+    if (device.is_cpu()) {
+      sums_.resize(static_cast<size_t>(count));
+      sums = sums_.data();
+    } else {
+      on_device = at::empty({count}, at::dtype(at::kDouble).device(device));
+      sums = on_device.mutable_data_ptr<double>();
     }
     std::optional<py::gil_scoped_release> released;
     if (holds_interpreter && elements_ > kReleaseInterpreter) {
       for (const Entry& e : entries_) kept_.push_back(e.g->storage());
       released.emplace();
     }
-    double sum = 0;
+    const NormRow& row = tables(device.type()).norm;
+    void* const stream = stream_of(made);
+    double* next = sums;
     for (const Bucket& b : grads_) {
       StepArgs a{};
       a.dtype = b.dtype;
       a.count = static_cast<int64_t>(b.tensors.size());
       a.tensors = b.tensors.data();
-      check("grad_norm", tables(c10::DeviceType::CPU).sum_of_squares(a, &sum));
+      a.stream = stream;
+      check("grad_norm", row.sums(a, next));
+      for (const StepTensor& t : b.tensors) next += norm_chunks(t.n);
     }
+    float* const out = made.mutable_data_ptr<float>();
+    check("grad_norm", row.clip({count, sums, scale.defined() ? scale.const_data_ptr<float>() : nullptr, max_norm, out,
+                                 out + 1, stream}));
     released.reset();
     kept_.clear();
-    return static_cast<float>(std::sqrt(sum));
+    return made;
   }
 
   // Asks for what add() will look at when it is called for the k-th time, if this step is like the last.
@@ -276,11 +322,28 @@ class Sweep {
 
  private:
   struct Bucket {  // what one kernel call can do
-    TensorImpl* any;
-    size_t row;
-    c10::Device device;
-    c10::ScalarType dtype, state_dtype;
+    TensorImpl* any = nullptr;
+    size_t row = 0;
+    c10::Device device = c10::kCPU;
+    c10::ScalarType dtype = c10::kFloat, state_dtype = c10::kFloat;
+    bool stochastic = false, on_device = false, counts_in_double = false;
+    const Options* options = nullptr;  // where on_device
     std::vector<StepTensor> tensors;
+    std::vector<StepNoise> noise;  // where stochastic; those below where on_device
+    std::vector<void*> counts;
+    std::vector<unsigned char> first;
+
+    bool takes(const Entry& e) const {
+      return row == e.options->row && device == e.device && dtype == e.dtype && state_dtype == e.state_dtype &&
+             stochastic == e.options->stochastic && on_device == e.on_device &&
+             (!on_device || (options == e.options && counts_in_double == e.counts_in_double));
+    }
+    void clear() {
+      tensors.clear();
+      noise.clear();
+      counts.clear();
+      first.clear();
+    }
   };
   struct Copy {
     Tensor original, work;
@@ -318,6 +381,7 @@ class Sweep {
     for (const Entry& e : entries_) {
       see(e, e.p, e.p_data);
       e.each_state([&](TensorImpl* t, void* data) { see(e, t, data); });
+      if (e.on_device && e.counter) see(e, e.counter, e.count);
     }
     if (k != written_.size()) {
       written_.resize(k);
@@ -400,9 +464,17 @@ class Sweep {
     copies_.clear();
   }
 
+  // Whether an infinity in the gradients can be left to the kernels: nothing on the host depends on it.
+  bool skips_on_device() const {
+    return std::all_of(entries_.begin(), entries_.end(), [](const Entry& e) {
+      return e.device.is_cuda() && !e.first && (!e.counter || !e.counter->is_cpu());
+    });
+  }
+
   // Counts the steps and makes the tables for the kernels.
   void fill(size_t begin, size_t end) {
-    for (Bucket& b : buckets_) b.tensors.clear();
+    std::erase_if(buckets_, [](const Bucket& b) { return b.on_device; });
+    for (Bucket& b : buckets_) b.clear();
     numbers_.resize((end - begin) * kMaxNumbers);
     double* numbers = numbers_.data();
     const Entry* last = nullptr;  // whose numbers `current` are
@@ -412,31 +484,47 @@ class Sweep {
     for (size_t i = begin; i < end; ++i) {
       const Entry& e = entries_[i];
       double count = 0;
-      if (e.counter)
+      if (e.counter && !e.on_device)
         count = e.counts_in_double ? *static_cast<double*>(e.count) += 1 : *static_cast<float*>(e.count) += 1;
-      if (e.n == 0) continue;
-      if (!last || last->options != e.options || last->row != e.row || last->first != e.first || last_count != count) {
-        const StepRow& r = rows_.data[e.row];
-        r.derive(e.options, count, e.first, numbers);
+      if (e.n == 0 && !e.on_device) continue;
+      if (!e.on_device &&
+          (!last || last->options != e.options || last->first != e.first || last_count != count)) {
+        const StepRow& r = rows_.data[e.options->row];
+        r.derive(e.options->values, count, e.first, numbers);
         current = numbers;
         numbers += r.numbers;
         last = &e;
         last_count = count;
       }
-      auto fits = [&](const Bucket& b) {
-        return b.row == e.row && b.device == e.device && b.dtype == e.dtype && b.state_dtype == e.state_dtype;
-      };
-      if (!bucket || !fits(*bucket)) {
+      if (!bucket || !bucket->takes(e)) {
         bucket = nullptr;
         for (Bucket& b : buckets_)
-          if (fits(b)) bucket = &b;
-        if (!bucket) bucket = &buckets_.emplace_back(Bucket{e.p, e.row, e.device, e.dtype, e.state_dtype, {}});
+          if (b.takes(e)) bucket = &b;
+        if (!bucket) {
+          bucket = &buckets_.emplace_back();
+          bucket->row = e.options->row;
+          bucket->device = e.device;
+          bucket->dtype = e.dtype;
+          bucket->state_dtype = e.state_dtype;
+          bucket->stochastic = e.options->stochastic;
+          bucket->on_device = e.on_device;
+          bucket->counts_in_double = e.counts_in_double;
+          bucket->options = e.options;
+        }
       }
-      StepTensor& t = bucket->tensors.emplace_back(StepTensor{e.n, e.p_data, e.g_data, {}, current, nullptr, 0});
+      StepTensor& t = bucket->tensors.emplace_back(
+          StepTensor{e.n, e.p_data, e.g_data, {}, e.on_device ? nullptr : current, nullptr, 0});
       for (int k = 0; k < kMaxStates && e.s[k]; ++k) t.s[k] = e.s_data[k];
       if (e.average) {
         t.average = e.average_data;
         t.weight = e.weight;
+      }
+      if (e.options->stochastic)
+        bucket->noise.push_back(
+            {e.options->seed, e.counter ? static_cast<uint32_t>(count) : e.options->step, e.number});
+      if (e.on_device) {
+        bucket->counts.push_back(e.counter ? e.count : nullptr);
+        bucket->first.push_back(e.first);
       }
       bucket->any = e.p;
     }
@@ -471,12 +559,32 @@ class Sweep {
       a.state_dtype = b.state_dtype;
       a.count = static_cast<int64_t>(b.tensors.size());
       a.tensors = b.tensors.data();
-      Tensor scale;
+      Tensor scale, found, numbers;
       if (grad_scale_) {
         scale = grad_scale_->to(b.device, at::kFloat);
         a.grad_scale = scale.const_data_ptr<float>();
       }
+      if (found_inf_) {
+        found = found_inf_->to(b.device, at::kFloat);
+        a.found_inf = found.const_data_ptr<float>();
+      }
+      if (b.stochastic) a.noise = b.noise.data();
       if (!b.device.is_cpu()) a.stream = stream_of(tensor_of(b.any));
+      StepOnDevice on_device{};
+      std::vector<Tensor> options;
+      if (b.on_device) {
+        std::copy_n(b.options->values, kMaxOptions, on_device.options);
+        for (const Tensor& t : b.options->memory) {
+          options.push_back(t.defined() ? t.to(b.device, at::kDouble) : t);
+          if (t.defined()) on_device.option_at[options.size() - 1] = options.back().const_data_ptr<double>();
+        }
+        numbers = at::empty({a.count * kNumbersBytes}, at::dtype(at::kByte).device(b.device));
+        on_device.numbers = numbers.mutable_data_ptr();
+        on_device.counts_in_double = b.counts_in_double;
+        on_device.counts = b.counts.data();
+        on_device.first = reinterpret_cast<const bool*>(b.first.data());
+        a.on_device = &on_device;
+      }
       check(r.name, r.step(a));
     }
     released.reset();
@@ -486,9 +594,9 @@ class Sweep {
   std::vector<Entry> entries_, before_;  // of this step and of the last
   int64_t elements_ = 0;
   bool all_flat_ = true;
-  std::optional<Tensor> grad_scale_;
+  std::optional<Tensor> grad_scale_, found_inf_;
   std::vector<Bucket> buckets_, grads_;
-  std::vector<double> numbers_;
+  std::vector<double> numbers_, sums_;
   std::vector<Copy> copies_;
   std::vector<int64_t> order_;
   std::vector<c10::Storage> kept_;
@@ -519,15 +627,10 @@ std::string schema(const StepRow& r) {
 
 // The arguments of an op's call, off the stack.
 struct Arguments {
-  size_t row;
+  Options options;
   std::vector<std::vector<Tensor>> lists;  // params, grads, states ..., step
-  std::vector<double> options;
   std::optional<Tensor> grad_scale, found_inf;
 };
-
-int count_options(const StepRow& r) {
-  return static_cast<int>(std::count(r.options, r.options + strlen(r.options), ',')) + 1;
-}
 
 size_t row_of(const c10::OperatorHandle& op) {
   const std::string& name = op.schema().name();  // fastops::adam_
@@ -539,7 +642,7 @@ size_t row_of(const c10::OperatorHandle& op) {
 
 Arguments arguments(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   Arguments a;
-  a.row = row_of(op);
+  a.options.row = row_of(op);
   const size_t n = op.schema().arguments().size();
   const auto* in = stack.data() + stack.size() - n;
   size_t k = 0;
@@ -547,7 +650,8 @@ Arguments arguments(const c10::OperatorHandle& op, const torch::jit::Stack& stac
   for (const auto& list : a.lists)
     TORCH_CHECK(list.size() == a.lists[0].size(), op.schema().name(), ": ", a.lists[0].size(), " params but ",
                 list.size(), " of ", op.schema().arguments()[&list - a.lists.data()].name());
-  for (; k < n - 2; ++k) a.options.push_back(in[k].isBool() ? static_cast<double>(in[k].toBool()) : in[k].toDouble());
+  for (double* value = a.options.values; k < n - 2; ++k)
+    *value++ = in[k].isBool() ? static_cast<double>(in[k].toBool()) : in[k].toDouble();
   a.grad_scale = in[k].toOptional<Tensor>();
   a.found_inf = in[k + 1].toOptional<Tensor>();
   return a;
@@ -555,7 +659,7 @@ Arguments arguments(const c10::OperatorHandle& op, const torch::jit::Stack& stac
 
 void step_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const Arguments a = arguments(op, *stack);
-  const StepRow& r = tables(c10::DeviceType::CPU).step.data[a.row];
+  const StepRow& r = tables(c10::DeviceType::CPU).step.data[a.options.row];
   Sweep sweep;
   for (size_t i = 0; i < a.lists[0].size(); ++i) {
     const auto impl = [&](size_t list) {
@@ -566,7 +670,7 @@ void step_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     };
     TensorImpl* s[kMaxStates];
     for (int k = 0; k < r.states; ++k) s[k] = impl(2 + k);
-    sweep.add(a.row, a.options.data(), false, impl(0), impl(1), r.counts ? impl(2 + r.states) : nullptr, s);
+    sweep.add(a.options, static_cast<uint32_t>(i), false, impl(0), impl(1), r.counts ? impl(2 + r.states) : nullptr, s);
   }
   sweep.run(a.grad_scale, a.found_inf, /*moves_versions=*/false, /*holds_interpreter=*/false);
   torch::jit::drop(*stack, op.schema().arguments().size());
@@ -637,31 +741,50 @@ class StepPlan {
     }
   }
 
-  // One step of groups = [(row, params, options), ...], of the parameters that have a gradient. Returns None, or, with
-  // nothing changed, a pair of lists of (number of the group, parameter): those without state, and those that are not
-  // ordinary tensors. `fresh`: the parameters whose state has just been made. `partial`: leave the second kind out.
+  // One step of groups = [(row, params, options, (seed, step) of stochastic rounding or None), ...], of the parameters that
+  // have a gradient. An option is a number, or a tensor on a CUDA device that holds it. Returns None, or, with nothing
+  // changed, a pair of lists of (number of the group, parameter): those without state, and those that are not ordinary
+  // tensors. `fresh`: the parameters whose state has just been made, `started`: whose average has. `partial`: leave the
+  // second kind out.
   // `check_only`: change nothing at all. `ema_weight`: what of the new parameters goes into the averages that are kept
   // under "ema"; everything, the first time. `max_grad_norm`: scale the gradients so that their norm is no more, and leave
   // the norm in `grad_norm`; returns False, with nothing changed, where the norm is not for the kernels to take.
   py::object step(const py::dict& state, const py::list& groups, const std::optional<Tensor>& grad_scale,
-                  const std::optional<Tensor>& found_inf, const py::object& fresh, bool partial, bool check_only,
+                  const std::optional<Tensor>& found_inf, const py::list& fresh, const py::list& started, bool partial,
+                  bool check_only,
                   std::optional<double> ema_weight, std::optional<double> max_grad_norm) {
     ema_weight_ = ema_weight;
     sweep_.clear();
-    options_.clear();
     fresh_.clear();
-    if (!fresh.is_none())
-      for (const auto& p : fresh) fresh_.insert(p.ptr());
+    started_.clear();
+    for (const auto& p : fresh) fresh_.insert(p.ptr());
+    for (const auto& p : started) started_.insert(p.ptr());
     std::vector<std::pair<size_t, PyObject*>> missing, others;
 
     groups_.clear();
     size_t wanted = 0;
     for (const auto& item : groups) {
-      const auto [row, params, options] = py::cast<std::tuple<size_t, py::list, py::tuple>>(item);
+      const auto [row, params, options, rounding] =
+          py::cast<std::tuple<size_t, py::list, py::tuple, std::optional<std::pair<int64_t, uint32_t>>>>(item);
       const StepRow& r = tables(c10::DeviceType::CPU).step.data[row];
-      TORCH_CHECK(options.size() == static_cast<size_t>(count_options(r)), r.name, " takes ", r.options);
-      groups_.push_back({row, params, options_.size()});
-      for (const auto& option : options) options_.push_back(py::cast<double>(option));
+      const size_t count = options.size();
+      TORCH_CHECK(count == static_cast<size_t>(count_options(r.options)), r.name, " takes ", r.options);
+      Group& group = groups_.emplace_back(Group{{}, params});
+      group.options.row = row;
+      for (size_t k = 0; k < count; ++k) {
+        if (THPVariable_Check(options[k].ptr())) {
+          const Tensor& t = THPVariable_Unpack(options[k].ptr());
+          TORCH_CHECK(t.numel() == 1 && t.is_cuda(), r.name, ": an option that is a tensor must be one number on a CUDA device");
+          group.options.memory.resize(count);
+          group.options.memory[k] = t;
+        } else {
+          group.options.values[k] = py::cast<double>(options[k]);
+        }
+      }
+      if (rounding) {
+        group.options.stochastic = true;
+        std::tie(group.options.seed, group.options.step) = *rounding;
+      }
       wanted += params.size();
     }
     if (hints_.size() != wanted) hints_.assign(wanted, 0);
@@ -675,7 +798,7 @@ class StepPlan {
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++k) {
         PyObject* p = PyList_GET_ITEM(params, i);
         sweep_.expect(sweep_.size() + kAhead);
-        switch (collect(group.row, options_.data() + group.options, p, state.ptr(), hints_[k])) {
+        switch (collect(group.options, static_cast<uint32_t>(i), p, state.ptr(), hints_[k])) {
           case Found::kMissing:
             missing.emplace_back(number, p);
             break;
@@ -698,13 +821,10 @@ class StepPlan {
     if (check_only) return py::none();
     std::optional<Tensor> scale = grad_scale;
     if (max_grad_norm && sweep_.size() > 0) {
-      if (grad_scale && !grad_scale->is_cpu()) return py::bool_(false);
-      const auto norm = sweep_.grad_norm(/*holds_interpreter=*/true);
-      if (!norm) return py::bool_(false);
-      const float given = grad_scale ? grad_scale->item<float>() : 1.0f, own = *norm / given;
-      const float excess = (own + 1e-6f) / static_cast<float>(*max_grad_norm);
-      grad_norm = at::scalar_tensor(own, at::dtype(at::kFloat));
-      scale = at::scalar_tensor((excess < 1.0f ? 1.0f : excess) * given, at::dtype(at::kFloat));
+      const Tensor clip = sweep_.clip(grad_scale, *max_grad_norm, /*holds_interpreter=*/true);
+      if (!clip.defined()) return py::bool_(false);
+      grad_norm = clip.select(0, 0);
+      scale = clip.select(0, 1);
     }
     sweep_.run(scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
     return py::none();
@@ -714,12 +834,11 @@ class StepPlan {
  private:
   enum class Found { kReady, kMissing, kOther };
   struct Group {
-    size_t row;
+    Options options;
     py::list params;
-    size_t options;  // where in options_
   };
 
-  Found collect(size_t row, const double* options, PyObject* param, PyObject* state, Py_ssize_t& hint) {
+  Found collect(const Options& options, uint32_t number, PyObject* param, PyObject* state, Py_ssize_t& hint) {
     if (!THPVariable_CheckExact(param)) {
       // A subclass may have a `grad` of its own; the class of Parameter hooks and buffers is for Python to look at.
       return Found::kOther;
@@ -731,7 +850,7 @@ class StepPlan {
     TensorImpl* g = grad.unsafeGetTensorImpl();
     if (!plain(g)) return Found::kOther;
 
-    const StepRow& r = rows_.data[row];
+    const StepRow& r = rows_.data[options.row];
     TensorImpl *s[kMaxStates] = {}, *counter = nullptr;
     TensorImpl* average = nullptr;
     const bool first = !fresh_.empty() && fresh_.count(param);
@@ -744,11 +863,12 @@ class StepPlan {
         TORCH_CHECK(THPVariable_Check(t),
                     "API has changed, `state_steps` argument must contain a list of singleton tensors");
         counter = THPVariable_Unpack(t).unsafeGetTensorImpl();
-        if (!plain(counter) || !counter->is_cpu()) return Found::kOther;
+        if (!plain(counter) || (!counter->is_cpu() && counter->device() != p->device())) return Found::kOther;
       }
       for (int k = 0; k < r.states; ++k) {
-        PyObject* t = value_of(own, state_keys_[row][k].ptr(), at);
-        if (t == Py_None) return Found::kMissing;
+        // Where steps are counted, a state that lacks one is broken; else it may be that there was no need for one so far.
+        PyObject* t = value_of(own, state_keys_[options.row][k].ptr(), at, /*optional=*/!r.counts);
+        if (!t || t == Py_None) return Found::kMissing;
         if (!THPVariable_CheckExact(t)) return Found::kOther;
         s[k] = THPVariable_Unpack(t).unsafeGetTensorImpl();
         if (!plain(s[k])) return Found::kOther;
@@ -762,7 +882,10 @@ class StepPlan {
         if (!plain(average)) return Found::kOther;
       }
     }
-    sweep_.add(row, options, first, p, g, counter, s, average, first ? 1.0 : ema_weight_.value_or(0));
+    // Numbers of the step are made in one place.
+    if (!options.memory.empty() && (p->is_cpu() || (counter && counter->is_cpu()))) return Found::kOther;
+    sweep_.add(options, number, first, p, g, counter, s, average,
+               started_.count(param) ? 1.0 : ema_weight_.value_or(0));
     return Found::kReady;
   }
 
@@ -785,14 +908,15 @@ class StepPlan {
     return value;
   }
 
-  // d[key], which is most often the entry at position `at`. Raises KeyError as Python does.
-  static PyObject* value_of(PyObject* d, PyObject* wanted, Py_ssize_t& at) {
+  // d[key], which is most often the entry at position `at`. Raises KeyError as Python does, or returns null.
+  static PyObject* value_of(PyObject* d, PyObject* wanted, Py_ssize_t& at, bool optional = false) {
     PyObject *key, *value;
     const Py_ssize_t before = at;
     if (PyDict_Next(d, &at, &key, &value) && key == wanted) return value;
     at = before;
     value = PyDict_GetItemWithError(d, wanted);
     if (!value) {
+      if (optional && !PyErr_Occurred()) return nullptr;
       if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, wanted);
       throw py::error_already_set();
     }
@@ -802,10 +926,9 @@ class StepPlan {
   const Rows<StepRow> rows_ = tables(c10::DeviceType::CPU).step;
   Sweep sweep_;
   std::vector<Group> groups_;
-  std::vector<double> options_;
   std::vector<Py_ssize_t> hints_;
   std::unordered_map<PyObject*, Py_ssize_t> positions_;
-  std::unordered_set<PyObject*> fresh_;
+  std::unordered_set<PyObject*> fresh_, started_;
   bool looked_ = false;
   py::object counter_key_, average_key_;
   std::optional<double> ema_weight_;
@@ -818,7 +941,8 @@ void bind_step(pybind11::module_& m) {
   py::class_<StepPlan>(m, "StepPlan", "Steps the parameters of an optimizer as they stand in its dictionaries.")
       .def(py::init<>())
       .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"), py::arg("grad_scale") = std::nullopt,
-           py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::none(), py::arg("partial") = false, py::arg("check_only") = false,
+           py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::list(),
+           py::arg("started") = py::list(), py::arg("partial") = false, py::arg("check_only") = false,
            py::arg("ema_weight") = std::nullopt, py::arg("max_grad_norm") = std::nullopt)
       .def_readonly("grad_norm", &StepPlan::grad_norm);
   // name, names of the states, whether steps are counted, options as a schema writes them

@@ -2,7 +2,7 @@
 
 import torch
 
-from .step import ROWS, FusedStep
+from .step import ROWS, FusedStep, _number
 
 
 class _AdamRows(FusedStep):
@@ -14,9 +14,9 @@ class _AdamRows(FusedStep):
             ROWS["adam_amsgrad" if group["amsgrad"] else "adam"],
             group["params"],
             (
-                float(group["lr"]),
-                float(beta1),
-                float(beta2),
+                _number(group, group["lr"]),
+                _number(group, beta1),
+                _number(group, beta2),
                 float(group["eps"]),
                 float(group["weight_decay"]),
                 float(group["maximize"]),
@@ -48,8 +48,19 @@ class Adam(_AdamRows, torch.optim.Adam):
             :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` has it. A parameter that is not stepped keeps its average.
             :meth:`swap_ema` puts the averages in the parameters' place. They are part of the state_dict.
 
-    ``foreach`` and ``fused`` are accepted and change nothing but what torch
-    documents beside speed; ``capturable`` and ``differentiable`` groups are stepped by torch.
+        state_dtype: ``torch.bfloat16`` keeps the moments of float32 parameters in half the memory; ``torch.float32`` keeps
+            those of bfloat16 and float16 parameters in full. What is computed is computed in float32 either way.
+        rounding: ``"stochastic"``, per group: what is stored in bfloat16, parameters and states, is rounded up or down
+            with the probability of how near it is, so that updates too small for bfloat16 count on average, and a second
+            moment in bfloat16 decays (0.999 of it is rounded to itself otherwise). An element's random bits are Philox
+            4x32-10 of the group's ``rounding_seed``, the step, the parameter's number in the group and the element's place
+            in memory: the same for any number of threads, instruction set and device, and after a checkpoint. The seed is
+            drawn from torch's default generator where the optimizer is constructed; where several processes keep copies
+            of the parameters (DistributedDataParallel), give their groups the same one.
+
+    ``foreach`` and ``fused`` are accepted and change nothing but what torch documents beside speed: with ``fused=True`` or
+    ``capturable=True`` step counts are on the GPU, learning rate and betas may be tensors there, and a step, AMP's skipped
+    ones too, waits for nothing. ``differentiable`` groups are stepped by torch.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)

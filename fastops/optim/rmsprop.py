@@ -2,13 +2,13 @@
 
 import torch
 
-from .step import ROWS, FusedStep
+from .step import ROWS, FusedStep, _number
 
 
 class RMSprop(FusedStep, torch.optim.RMSprop):
     """RMSprop (Tieleman and Hinton, 2012), centered (`Graves, 2013 <https://arxiv.org/abs/1308.0850>`_) and with momentum
-    where asked, all parameters in one sweep over memory. As :class:`torch.optim.RMSprop`, with ``l1``, ``l1_mode`` and
-    ``max_grad_norm`` as every optimizer here; see :class:`Adam` for the rest.
+    where asked, all parameters in one sweep over memory. As :class:`torch.optim.RMSprop`, with what every optimizer
+    here has beyond torch; see :class:`Adam`.
 
     Example:
         >>> optimizer = fastops.optim.RMSprop(model.parameters(), lr=1e-3, momentum=0.9)
@@ -23,7 +23,7 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
             ROWS[name],
             group["params"],
             (
-                float(group["lr"]),
+                _number(group, group["lr"]),
                 float(group["alpha"]),
                 float(group["eps"]),
                 float(group["weight_decay"]),

@@ -2,7 +2,7 @@
 
 import torch
 
-from .step import ROWS, FusedStep
+from .step import ROWS, FusedStep, _number
 
 
 class SGD(FusedStep, torch.optim.SGD):
@@ -20,7 +20,7 @@ class SGD(FusedStep, torch.optim.SGD):
             ROWS["sgd_momentum" if momentum else "sgd"],
             group["params"],
             (
-                float(group["lr"]),
+                _number(group, group["lr"]),
                 momentum,
                 float(group["dampening"]),
                 float(group["weight_decay"]),

@@ -19,6 +19,7 @@ except ImportError:  # a torch without distributed
 
 ROWS = {name: row for row, (name, *_) in enumerate(_C.step_rows())}
 STATES = [[sys.intern(s) for s in states.split()] for _, states, _, _ in _C.step_rows()]
+NAMES = {name for names in STATES for name in names}
 COUNTS = [counts for _, _, counts, _ in _C.step_rows()]
 # (type, name) of every option, from "float lr, bool maximize=False"
 OPTIONS = [[o.split("=")[0].split() for o in options.split(", ")] for *_, options in _C.step_rows()]
@@ -59,12 +60,27 @@ class _Exchanged:
             self._optimizer.swap_ema()
 
 
-def _check_penalty(group):
+def _number(group, value):
+    """An option as the kernels take it: a float, or a tensor on a GPU as it is where the host must not wait for it."""
+    if (
+        isinstance(value, Tensor)
+        and value.is_cuda
+        and (group.get("capturable") or group.get("fused"))
+    ):
+        return value
+    return float(value)
+
+
+def _check_options(group):
+    """Of what a group has beyond torch's."""
     l1, mode = group.get("l1", 0.0), group.get("l1_mode", "subgradient")
+    rounding = group.get("rounding", "nearest")
     if not l1 >= 0:
         raise ValueError(f"Invalid l1 value: {l1}; it must not be negative")
     if mode not in ("subgradient", "proximal"):
         raise ValueError(f"Invalid l1_mode: {mode!r}; it is 'subgradient' or 'proximal'")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"Invalid rounding: {rounding!r}; it is 'nearest' or 'stochastic'")
 
 
 class FusedStep(Optimizer):
@@ -72,8 +88,8 @@ class FusedStep(Optimizer):
 
     Derive from this and from a class of torch.optim, in this order, and say in `_row` which row of the kernels' table a
     group takes. Everything else (options, checks, state_dict) is the torch class's. Parameters that the kernels cannot
-    take (``differentiable=True``, ``capturable=True``, sparse gradients, tensor subclasses with a ``__torch_dispatch__``,
-    other devices) are stepped by the torch class.
+    take (``differentiable=True``, sparse gradients, tensor subclasses with a ``__torch_dispatch__``, other devices) are
+    stepped by the torch class.
     """
 
     _no_sparse: str | None = (
@@ -81,6 +97,7 @@ class FusedStep(Optimizer):
     )
     max_grad_norm: float | None = None
     ema_decay: float | None = None
+    state_dtype: torch.dtype | None = None
     _put_aside: list | None = None  # the parameters' own values, while their averages stand in
     grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is given
 
@@ -107,6 +124,8 @@ class FusedStep(Optimizer):
         l1_mode: str = "subgradient",
         max_grad_norm: float | None = None,
         ema_decay: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
         **kwargs,
     ):
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -114,12 +133,17 @@ class FusedStep(Optimizer):
         self.ema_decay = ema_decay
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0")
-        _check_penalty({"l1": l1, "l1_mode": l1_mode})
-        penalty = {"l1": l1, "l1_mode": l1_mode}
-        self._penalty_defaults = penalty
+        if state_dtype not in (None, torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"Invalid state_dtype: {state_dtype}; it is torch.bfloat16, torch.float32 or None"
+            )
+        self.state_dtype = state_dtype
+        own = {"l1": l1, "l1_mode": l1_mode, "rounding": rounding}
+        _check_options(own)
+        self._own_defaults = own
         self.max_grad_norm = max_grad_norm
         super().__init__(*args, **kwargs)
-        self.defaults.update(penalty)
+        self.defaults.update(own)
 
     def __getstate__(self):
         state = super().__getstate__()
@@ -127,17 +151,57 @@ class FusedStep(Optimizer):
             **state,
             "max_grad_norm": self.max_grad_norm,
             "ema_decay": self.ema_decay,
+            "state_dtype": self.state_dtype,
             "_put_aside": self._put_aside,
-            "_penalty_defaults": self._penalty_defaults,
+            "_own_defaults": self._own_defaults,
         }
 
     def add_param_group(self, param_group):
-        """Adds a group, with ``l1`` and ``l1_mode`` of its own where it has them; see :class:`torch.optim.Optimizer`."""
+        """Adds a group, with ``l1``, ``l1_mode`` and ``rounding`` of its own where it has them; see
+        :class:`torch.optim.Optimizer`."""
         if isinstance(param_group, dict):
-            _check_penalty({**self._penalty_defaults, **param_group})
-            for key, value in self._penalty_defaults.items():
+            _check_options({**self._own_defaults, **param_group})
+            for key, value in self._own_defaults.items():
                 param_group.setdefault(key, value)
         super().add_param_group(param_group)
+        try:
+            for p in self.param_groups[-1]["params"]:
+                self._dtype_of_states(p)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._noise(self.param_groups[-1])
+
+    def _dtype_of_states(self, p):
+        """What the states of a parameter are kept in."""
+        if self.state_dtype is None:
+            return p.dtype
+        known = {torch.bfloat16: (torch.float32, torch.bfloat16)}.get(
+            self.state_dtype, (torch.float32, torch.bfloat16, torch.float16)
+        )
+        if p.dtype not in known:
+            raise ValueError(
+                f"state_dtype={self.state_dtype} is for parameters of {', '.join(map(str, known))}; one of shape "
+                f"{tuple(p.shape)} is {p.dtype}"
+            )
+        return self.state_dtype
+
+    @staticmethod
+    def _noise(group, counts=True):
+        """(seed, step) that the group's rounding draws from, or None; the step is of rows that do not count their own."""
+        if group.get("rounding", "nearest") == "nearest":
+            return None
+        _check_options(group)
+        if "rounding_seed" not in group:
+            group["rounding_seed"] = torch.randint(2**63 - 1, ()).item()
+        if counts:
+            return group["rounding_seed"], 0
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                'rounding="stochastic": this optimizer counts its steps on the host, so that a CUDA graph would replay '
+                "the same rounding; use Adam, AdamW or RMSprop with capturable=True"
+            )
+        return group["rounding_seed"], group.setdefault("rounding_steps", 0) & 0x7FFFFFFF
 
     @staticmethod
     def _penalty(group):
@@ -145,7 +209,7 @@ class FusedStep(Optimizer):
         l1 = group.get("l1", 0.0)
         if not l1:
             return 0.0, 0.0
-        _check_penalty(group)
+        _check_options(group)
         return float(l1), float(group.get("l1_mode") == "proximal")
 
     def _takes_first_step(self, row, options):
@@ -202,15 +266,25 @@ class FusedStep(Optimizer):
         return _Exchanged(self)
 
     def load_state_dict(self, state_dict):
-        """As :meth:`torch.optim.Optimizer.load_state_dict`; averages keep their precision."""
+        """As :meth:`torch.optim.Optimizer.load_state_dict`; states of a dtype of their own and averages keep it."""
+        seeds = [g.get("rounding_seed") for g in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, seed in zip(self.param_groups, seeds, strict=True):
+            if seed is not None:
+                group.setdefault("rounding_seed", seed)
         saved = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
         for i, p in zip(saved, params, strict=True):
-            average = state_dict["state"].get(i, {}).get("ema")
-            if average is not None and average.dtype != self.state[p]["ema"].dtype:
-                kept = torch.empty_like(self.state[p]["ema"], dtype=_real(p.dtype))
-                self.state[p]["ema"] = kept.copy_(average)
+            for name, value in state_dict["state"].get(i, {}).items():
+                if name == "ema":
+                    dtype = _real(p.dtype)
+                elif self.state_dtype is None or name not in NAMES:
+                    continue
+                else:
+                    dtype = self._dtype_of_states(p)
+                if isinstance(value, Tensor) and self.state[p][name].dtype != dtype:
+                    kept = torch.empty_like(self.state[p][name], dtype=dtype)
+                    self.state[p][name] = kept.copy_(value)
 
     def _row(self, group):
         """(row, parameters, options): the number of the row, and its options as floats in the row's order."""
@@ -222,9 +296,11 @@ class FusedStep(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.__dict__.setdefault("_penalty_defaults", {"l1": 0.0, "l1_mode": "subgradient"})
+        self.__dict__.setdefault(
+            "_own_defaults", {"l1": 0.0, "l1_mode": "subgradient", "rounding": "nearest"}
+        )
         for group in self.param_groups:  # a state_dict of torch.optim's knows nothing of them
-            for key, value in self._penalty_defaults.items():
+            for key, value in self._own_defaults.items():
                 group.setdefault(key, value)
         # A checkpoint from a model of another memory format: its states take the parameters' order once, not at each step.
         for p, values in self.state.items():
@@ -259,27 +335,43 @@ class FusedStep(Optimizer):
                 loss = closure()
         sources, groups, for_torch = [], [], []
         for group in self.param_groups:
-            if group["differentiable"] or group.get("capturable"):
+            if group["differentiable"] or (
+                group.get("capturable") and not all(p.is_cuda for p in group["params"])
+            ):
                 for_torch.append(group)
             else:
+                row = self._row(group)
                 sources.append(group)
-                groups.append(self._row(group))
+                groups.append((*row, self._noise(group, COUNTS[row[0]])))
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and groups and found_inf.item():
-            groups = []
+        if found_inf is not None and groups and not found_inf.is_cuda and found_inf.item():
+            sources, groups = [], []
         left = None
         if not for_torch:
             left = self._plan.step(
-                self.state, groups, scale, ema_weight=self._ema_weight, max_grad_norm=self.max_grad_norm
+                self.state, groups, scale, found_inf,
+                ema_weight=self._ema_weight, max_grad_norm=self.max_grad_norm,
             )  # fmt: skip
             if left is None:
                 if self.max_grad_norm is not None and groups:
                     self.grad_norm = self._plan.grad_norm
+                self._count_roundings(sources)
                 return loss
+        if found_inf is not None and groups and found_inf.item():
+            if not for_torch:
+                return loss
+            sources, groups = [], []
         if self.max_grad_norm is not None:
             scale = self._clip(scale)
         self._step_apart(sources, groups, for_torch, scale, *(left or ()))
+        self._count_roundings(sources)
         return loss
+
+    @staticmethod
+    def _count_roundings(groups):
+        for group in groups:
+            if "rounding_steps" in group:
+                group["rounding_steps"] += 1
 
     @property
     def _ema_weight(self):
@@ -288,7 +380,8 @@ class FusedStep(Optimizer):
 
     def _step_apart(self, sources, groups, for_torch, scale, missing=None, others=None):
         """The step of an optimizer some of whose parameters lack states or are not for the kernels."""
-        made, averaged = [], []
+        made = {}  # what was in the state of the parameters that get one, before
+        averaged = []
         weight = self._ema_weight
         try:
             if missing is None:
@@ -296,15 +389,17 @@ class FusedStep(Optimizer):
                     self.state, groups, check_only=True, ema_weight=weight
                 ) or ((), ())
             for k, p in missing:
-                self._make_state(groups[k][0], p, made, averaged)
+                self._make_state(sources[k], groups[k][0], p, made, averaged)
             unwrapped, wrapped = {}, {}
             for k, p in others:
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse and self._no_sparse:
                     raise RuntimeError(self._no_sparse)
-                if (tensors := self._unwrap(groups[k][0], groups[k][2], p, made)) is None:
+                if (tensors := self._unwrap(sources[k], *groups[k][::2], p, made)) is None:
                     wrapped.setdefault(k, []).append(p)
+                elif groups[k][3] is not None:
+                    self._refuse('rounding="stochastic"', "DTensors")
                 else:
                     unwrapped.setdefault(k, []).append((p, *tensors))
             self._plan.step(self.state, groups, partial=True, check_only=True, ema_weight=weight)
@@ -316,10 +411,15 @@ class FusedStep(Optimizer):
                 self._step_lists(*groups[k], lists, scale)
                 if weight is not None:
                     self._average([p for p, *_ in lists], made, averaged)
-            self._plan.step(self.state, groups, scale, fresh=made, partial=True, ema_weight=weight)
+            started = [p for p, before in made.items() if before.get("ema") is None]
+            self._plan.step(
+                self.state, groups, scale, fresh=list(made), started=started, partial=True, ema_weight=weight,
+            )  # fmt: skip
         except BaseException:
-            for p in made:
+            for p, before in made.items():
                 self.state.pop(p, None)
+                if before:
+                    self.state[p] = before
             for p in averaged:
                 if p in self.state:
                     self.state[p].pop("ema", None)
@@ -334,7 +434,8 @@ class FusedStep(Optimizer):
             value, average = p.detach(), self.state[p]["ema"]
             if _is_dtensor(p):
                 value, average = value.to_local(), average.to_local()
-            weight = 1.0 if p in made else self._ema_weight
+            fresh = p in made and made[p].get("ema") is None
+            weight = 1.0 if fresh else self._ema_weight
             average.lerp_(value.to(average.dtype), weight)
 
     def _make_average(self, p, averaged):
@@ -342,7 +443,7 @@ class FusedStep(Optimizer):
         averaged.append(p)
         self.state[p]["ema"] = p.detach().clone().to(_real(p.dtype))
 
-    def _make_state(self, row, p, made, averaged):
+    def _make_state(self, group, row, p, made, averaged):
         """Makes the states that a parameter has before its first step, as torch does, or what a state_dict without
         averages lacks."""
         state = self.state[p]
@@ -352,28 +453,41 @@ class FusedStep(Optimizer):
             and all(state.get(n) is not None for n in STATES[row])
         ):
             return self._make_average(p, averaged)
-        made.append(p)
-        if self.ema_decay is not None:
+        made[p] = dict(state)
+        if self.ema_decay is not None and state.get("ema") is None:
             state["ema"] = torch.zeros_like(
                 p, memory_format=torch.preserve_format, dtype=_real(p.dtype)
             )
         if COUNTS[row]:
-            double = torch.get_default_dtype() == torch.float64
-            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+            double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            there = p.is_cuda and (group.get("capturable") or group.get("fused"))
+            state["step"] = torch.zeros(
+                (),
+                dtype=torch.float64 if double else torch.float32,
+                device=p.device if there else "cpu",
+            )
+        dtype = self._dtype_of_states(p)
         for name in STATES[row]:
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
 
     def _only_torchs(self, groups):
         """Raises where a group that torch is to step asks for what torch has not."""
         if (
             self.max_grad_norm is not None
             or self.ema_decay is not None
-            or any(g.get("l1") for g in groups)
+            or self.state_dtype is not None
+            or any(g.get("l1") or g.get("rounding", "nearest") != "nearest" for g in groups)
         ):
-            raise RuntimeError(
-                f"{type(self).__name__}: l1, max_grad_norm and ema_decay are not available for what torch steps: differentiable=True, "
-                "capturable=True, sparse gradients, tensor subclasses, and optimizers under torch.compile or FASTOPS_DISABLE"
+            self._refuse(
+                "l1, max_grad_norm, ema_decay, state_dtype and rounding",
+                "what torch steps: differentiable=True, capturable=True on other devices than CUDA, sparse gradients, "
+                "tensor subclasses, and optimizers under torch.compile or FASTOPS_DISABLE",
             )
+
+    def _refuse(self, what, where):
+        raise RuntimeError(
+            f"{type(self).__name__}: {what} {'are' if ', ' in what else 'is'} not available for {where}"
+        )
 
     def _step_by_torch(self, groups):
         every = self.param_groups
@@ -383,7 +497,7 @@ class FusedStep(Optimizer):
         finally:
             self.param_groups = every
 
-    def _unwrap(self, row, options, p, made):
+    def _unwrap(self, group, row, options, p, made):
         """[parameter, gradient, states ..., step] as ordinary tensors that share the parameter's memory, or None."""
         grad = p.grad
         if _is_dtensor(p):
@@ -400,7 +514,7 @@ class FusedStep(Optimizer):
         if (STATES[row] or COUNTS[row]) and not self.state.get(p):
             if not self._takes_first_step(row, options):
                 return None
-            self._make_state(row, p, made, [])
+            self._make_state(group, row, p, made, [])
         state = self.state[p] if p in self.state else {}
         tensors = [p, grad, *(state[name] for name in STATES[row])]
         tensors = [t.to_local() if _is_dtensor(t) else t for t in tensors]
@@ -413,11 +527,11 @@ class FusedStep(Optimizer):
         return tensors
 
     @torch.no_grad()
-    def _step_lists(self, row, _, options, lists, scale):
+    def _step_lists(self, row, _, options, noise, lists, scale):
         name = next(n for n, r in ROWS.items() if r == row)
         params, *tensors = (list(column) for column in zip(*lists, strict=True))
         named = {
-            n: bool(v) if t == "bool" else v
+            n: bool(v) if t == "bool" else float(v)
             for (t, n), v in zip(OPTIONS[row], options, strict=True)
         }
         getattr(torch.ops.fastops, name + "_")(*tensors, **named, grad_scale=scale)

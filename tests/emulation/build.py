@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -72,16 +73,27 @@ def _object(source: Path, flags: list[str]) -> Path:
     return _run([*ccache, COMPILER, *flags, *includes, "-x", "c++", "-c", source], made)
 
 
-def build(name: str, sources: list[Path], variant: str = "plain", *, shared: bool = False) -> Path:
-    """The program, or shared library, `name` made of `sources`; MAX_JOBS compilers at a time, or two."""
-    flags = [*FLAGS, *VARIANTS[variant]]
+def objects(sources: list[Path], variant: str = "plain", extra: Sequence[str] = ()) -> list[Path]:
+    """Compiles them; MAX_JOBS compilers at a time, or two."""
+    flags = [*FLAGS, *VARIANTS[variant], *extra]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-        objects = list(pool.map(lambda source: _object(source, flags), sources))
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    made = BUILD / f"{name}-{variant}-{digest}{'.so' if shared else ''}"
+        return list(pool.map(lambda source: _object(source, flags), sources))
+
+
+def link(name: str, made_of: list[Path], flags: list[str]) -> Path:
+    """The program, or with -shared among the flags the library, `name`."""
+    parts = [f"{path} {path.stat().st_mtime_ns}" for path in made_of]
+    digest = hashlib.sha256(" ".join([*parts, *flags]).encode()).hexdigest()[:16]
+    made = BUILD / f"{name}-{digest}{'.so' if '-shared' in flags else ''}"
     if made.exists():
         return made
-    return _run([COMPILER, *VARIANTS[variant], *(["-shared"] if shared else []), *objects], made)
+    return _run([COMPILER, *made_of, *flags], made)
+
+
+def build(name: str, sources: list[Path], variant: str = "plain", *, shared: bool = False) -> Path:
+    """The program, or shared library, `name` made of `sources`."""
+    flags = [*VARIANTS[variant], *(["-shared"] if shared else [])]
+    return link(f"{name}-{variant}", objects(sources, variant), flags)
 
 
 def kernels() -> list[Path]:

@@ -169,9 +169,51 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
       tensors.push_back(t);
     }
     const auto* ones = static_cast<const float*>(b.values(1, c10::ScalarType::Float));
-    StepArgs a{d.type, state, static_cast<int64_t>(tensors.size()), tensors.data(), ones, nullptr, nullptr};
+    StepArgs a{};
+    a.dtype = d.type;
+    a.state_dtype = state;
+    a.count = static_cast<int64_t>(tensors.size());
+    a.tensors = tensors.data();
+    a.grad_scale = ones;
     expect(row.name, "step", row.step(a));
+    // Rounded stochastically, with numbers made on the device.
+    const std::vector<StepNoise> noise(tensors.size(), {7, 1, 2});
+    std::vector<void*> counts;
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      auto* step = static_cast<float*>(b.raw(sizeof(float)));
+      *step = 1;
+      counts.push_back(row.counts ? step : nullptr);
+    }
+    const bool first[] = {false, true, false, true};
+    StepOnDevice on_device{};
+    for (double& option : on_device.options) option = 0.5;
+    auto* lr = static_cast<double*>(b.raw(sizeof(double)));
+    *lr = 0.25;
+    on_device.option_at[0] = lr;
+    on_device.counts = counts.data();
+    on_device.first = first;
+    on_device.numbers = b.raw(tensors.size() * static_cast<size_t>(kNumbersBytes));
+    a.noise = noise.data();
+    a.on_device = &on_device;
+    expect(row.name, "step on the device", row.step(a));
   }
+}
+
+void norm(const Dtype& d, Buffers b) {
+  std::vector<StepTensor> tensors;
+  int64_t chunks = 0;
+  for (const int64_t n : {1, 0, 70, 17'000}) {
+    tensors.push_back({n, nullptr, b.values(n, d.type), {}, nullptr, nullptr, 0});
+    chunks += norm_chunks(n);
+  }
+  StepArgs a{};
+  a.dtype = d.type;
+  a.count = static_cast<int64_t>(tensors.size());
+  a.tensors = tensors.data();
+  auto* sums = static_cast<double*>(b.raw(static_cast<size_t>(chunks) * sizeof(double)));
+  expect("norm", "sums", cuda::norm_row.sums(a, sums));
+  auto* out = static_cast<float*>(b.raw(2 * sizeof(float)));
+  expect("norm", "clip", cuda::norm_row.clip({chunks, sums, nullptr, 1.0, out, out + 1, nullptr}));
 }
 
 }  // namespace
@@ -196,6 +238,8 @@ int main(int count, char** arguments) {
       random(d, fresh);
       step(d, d.type, fresh);
       if (d.real != d.type) step(d, d.real, fresh);
+      if (d.type == c10::ScalarType::Float) step(d, c10::ScalarType::BFloat16, fresh);
+      norm(d, fresh);
     }
   }
   std::printf(failures ? "%d failures\n" : "nothing found\n", failures);

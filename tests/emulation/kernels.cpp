@@ -270,6 +270,58 @@ const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t 
   a.tensors = tensors.data();
   return row.step(a);
 }
+
+// The same, rounded stochastically where `seed` is given (tensor k has number k), and where `counts` is given with numbers
+// made on the device: from options[k] or *option_at[k], and the step counts, floats.
+const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
+                              void* const* pointers, const double* numbers, const int64_t* seed, uint32_t step,
+                              void* const* counts, const bool* first, const double* options,
+                              const double* const* option_at, void* workspace, const float* found_inf) {
+  const StepRow& row = tables().step.data[index];
+  std::vector<StepTensor> tensors(count);
+  std::vector<StepNoise> noise(count);
+  for (int64_t k = 0; k < count; ++k) {
+    void* const* each = pointers + k * (2 + row.states);
+    tensors[k] = {n[k], each[0], each[1], {}, numbers, nullptr, 0};
+    for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
+    if (seed) noise[k] = {*seed, step, static_cast<uint32_t>(k)};
+  }
+  StepArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.state_dtype = static_cast<c10::ScalarType>(state_dtype);
+  a.count = count;
+  a.tensors = tensors.data();
+  a.found_inf = found_inf;
+  if (seed) a.noise = noise.data();
+  StepOnDevice on_device{};
+  if (counts) {
+    const int taken = count_options(row.options);
+    for (int k = 0; k < taken; ++k) on_device.options[k] = options[k], on_device.option_at[k] = option_at[k];
+    on_device.counts = counts;
+    on_device.first = first;
+    on_device.numbers = workspace;
+    a.on_device = &on_device;
+  }
+  return row.step(a);
+}
+const char* step_options(size_t index) { return tables().step.data[index].options; }
+bool step_counts(size_t index) { return tables().step.data[index].counts; }
+void derive(size_t index, const double* options, double step, bool first, double* numbers) {
+  tables().step.data[index].derive(options, step, first, numbers);
+}
+int64_t numbers_bytes() { return kNumbersBytes; }
+
+const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gradients, double* sums, int64_t chunks,
+                     const float* grad_scale, double max_norm, float* norm, float* divisor) {
+  std::vector<StepTensor> tensors(count);
+  for (int64_t k = 0; k < count; ++k) tensors[k].n = n[k], tensors[k].g = gradients[k];
+  StepArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.count = count;
+  a.tensors = tensors.data();
+  const char* error = tables().norm.sums(a, sums);
+  return error ? error : tables().norm.clip({chunks, sums, grad_scale, max_norm, norm, divisor, nullptr});
+}
 bool step_in_double(const char* name, const double* numbers, int64_t n, double* p, const double* g, double* const* s) {
   return step_formula(Optimizers{}, name, numbers, n, p, g, s);
 }

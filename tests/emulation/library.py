@@ -32,7 +32,11 @@ def sources():
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build("kernels", sources(), shared=True)))
-    lib.run_step_averaged.restype = TEXT
+    lib.run_step_averaged.restype = lib.run_step_extended.restype = lib.run_norm.restype = TEXT
+    lib.step_options.restype = TEXT
+    lib.step_counts.restype = BOOL
+    lib.numbers_bytes.restype = I64
+    lib.derive.restype = None
     lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
     for kind in KINDS:
         getattr(lib, f"{kind}_name").restype = TEXT
@@ -71,6 +75,8 @@ def rows(kind: str) -> list[SimpleNamespace]:
             row.inputs = lib.random_inputs(index)
         if kind == "step":
             row.states, row.numbers = lib.step_states(index), lib.step_numbers(index)
+            row.options = lib.step_options(index).decode().split(", ")
+            row.counts = lib.step_counts(index)
         found.append(row)
     return found
 

@@ -1,0 +1,48 @@
+"""csrc/torch's CUDA paths, and the tests marked cuda, run on a device made of this process's memory (emulation/device.py),
+in processes of their own: the extension there is the emulated one, and torch.cuda answers for that device."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from emulation import device
+from emulation.build import ROOT
+
+# What only a GPU can answer for: an assertion that ends its process, and 12 GB of its memory.
+NOT_HERE = ["test_a_target_out_of_range_stops_the_device", "test_beyond_31_bits"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    try:
+        device.library()
+    except device.Missing as reason:
+        pytest.skip(str(reason))
+
+
+def run(*arguments):
+    """pytest on the emulated device, on one thread; (exit code, output)."""
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "pytest", "-p", "emulation.device", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_tests_marked_cuda_pass():
+    chosen = " and ".join(f"not {name}" for name in NOT_HERE)
+    status, output = run("-m", "cuda", "-k", chosen, "tests/test_cuda_device.py")
+    assert status == 0, output[-4000:]
+    assert " passed" in output
+
+
+def test_where_launches_go():
+    status, output = run("tests/emulation/checks_of_device.py")
+    assert status == 0, output[-4000:]
