@@ -34,6 +34,7 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build("kernels", sources(), shared=True)))
     lib.run_step_averaged.restype = TEXT
     lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
+    lib.run_divisor.restype = TEXT
     for kind in KINDS:
         getattr(lib, f"{kind}_name").restype = TEXT
         getattr(lib, f"run_{kind}").restype = TEXT
