@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastops._op import OPS
 
+from . import peers
 from .cases import BOTH, FORWARD, STEP, Case
 
 Call = Callable[[], Any]
@@ -145,6 +146,16 @@ def function_contenders(case: Case, device: str, with_compile: bool) -> Contende
             made.theirs["compile"] = call
         except Exception as error:
             made.notes.append(f"torch.compile failed: {first_line(error)}")
+    try:
+        for name, function in peers.functions(case, device).items():
+            # On a copy: some write the gradient where the logits were.
+            own = {k: x.clone() for k, x in inputs.items()}
+            call, _ = function_call(function, case, own, dy)
+            with torch.set_grad_enabled(case.mode == BOTH):
+                call()
+            made.theirs[name] = call
+    except Exception as error:
+        made.notes.append(f"a peer failed: {first_line(error)}")
     return made
 
 
@@ -196,6 +207,8 @@ def optimizer_contenders(case: Case, device: str) -> Contenders:
             p.grad = g.clone() if case.beyond else g  # clip_grad_norm_ writes it
         if cls is theirs:
             return native_step(case, cls(parameters, **case.arguments, **options))[0]
+        if not isinstance(cls, type):  # a peer's, which has its arguments
+            return cls(parameters).step
         return cls(parameters, **case.arguments, **options).step
 
     made = Contenders(stepper(ours, **case.beyond), {})
@@ -204,6 +217,11 @@ def optimizer_contenders(case: Case, device: str) -> Contenders:
             made.theirs[name] = stepper(theirs, **options)
         except (RuntimeError, TypeError, ValueError) as error:
             made.notes.append(f"torch has no {name}: {first_line(error)}")
+    try:
+        if peer := peers.optimizer(case, device):
+            made.theirs[peer[0]] = stepper(peer[1])
+    except Exception as error:
+        made.notes.append(f"a peer failed: {first_line(error)}")
     return made
 
 
