@@ -2,6 +2,7 @@
 
 FASTOPS_CPU_ONLY=1   leave the CUDA kernels out
 FORCE_CUDA=1         fail where they cannot be built, instead of leaving them out
+FASTOPS_WERROR=1     fail on any warning of nvcc's
 TORCH_CUDA_ARCH_LIST the GPUs to compile for (default "8.0;9.0;10.0;12.0+PTX")
 """
 
@@ -116,7 +117,14 @@ else:
         define_macros=macros + [("FASTOPS_CUDA", None)],
         extra_compile_args={
             "cxx": GLUE,
-            "nvcc": ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden", "-lineinfo"],
+            "nvcc": [
+                "-O3",
+                "-std=c++20",
+                "-Xcompiler",
+                "-fvisibility=hidden",
+                "-lineinfo",
+                *(["-Werror", "all-warnings"] if flag("FASTOPS_WERROR") else []),
+            ],
         },
         extra_link_args=link,
     )

@@ -127,6 +127,7 @@ struct CrossEntropyRow {
   CrossEntropyKernel forward;  // loss, and the gradient in the same visit where `grad` is given
   CrossEntropyKernel forward_probability;  // the same, with `probability` for `target`
   // Writes sum(weight[target[r]]) over the rows not ignored (a count where weight is null) to `divisor_out`, one real.
+  // `loss` may be written to on the way.
   // On CPU the target is also checked: returns the first row out of range in *bad_row, else -1; CUDA asserts on device.
   Error (*divisor)(const CrossEntropyArgs&, void* divisor_out, int64_t* bad_row);
 };

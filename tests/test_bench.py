@@ -350,6 +350,7 @@ def peer(monkeypatch):
         library = types.ModuleType("a_library_of_others")
         library.TheirAdam = cls
         monkeypatch.setitem(sys.modules, library.__name__, library)
+        monkeypatch.setattr(peers, "installed", lambda module: module in sys.modules)
         entry = peers.Peer(library.__name__, {"Adam": "TheirAdam"}, ("cpu",))
         monkeypatch.setattr(peers, "PEERS", {"theirs": entry})
 
@@ -380,7 +381,7 @@ def test_a_wrong_peer_is_named_and_not_timed(tmp_path, peer):
     peer(Wrong)
     code, (row,) = bench_json(tmp_path / "out.jsonl", "--filter", "Adam 300x1024")
     assert code == 0 and row["status"] == "ok" and row["peers"] == {}
-    assert any("theirs is not timed" in note and "from torch's" in note for note in row["notes"])
+    assert any("theirs is not timed" in note and "off torch's by" in note for note in row["notes"])
 
 
 def test_a_peer_that_is_missing_is_left_out():

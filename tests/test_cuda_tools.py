@@ -1,14 +1,19 @@
 """`make gpu` and `python -m bench --device cuda` without a GPU, and the report with commands that need none."""
 
+import functools
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from cases import NO_CUDA
 
 import bench.__main__
+import bench.calls
+import bench.cases
 import bench.devices
+import bench.peers
 import fastops
 from tools import gpu
 
@@ -63,3 +68,57 @@ def test_steps_are_commands_that_exist(monkeypatch, tmp_path):
     pytest_arguments = chosen[chosen.index("pytest") + 1 :]
     collected = subprocess.run([sys.executable, "-m", "pytest", *pytest_arguments, "--collect-only"], cwd=gpu.ROOT, capture_output=True, text=True)  # fmt: skip
     assert collected.returncode == 0 and "test_optimizers_are_torchs" in collected.stdout
+
+
+def test_peers_are_timed_where_they_are_installed(monkeypatch):
+    """apex, Liger and quack as stand-ins: each is called with the case's tensors, copies of them, and becomes a column."""
+    cases = {case.label: case for case in bench.cases.all_cases(bench.calls.OPS)}
+    case = cases["cross_entropy 128x1000 float32 forward+backward"]
+    assert bench.peers.functions(case, "cuda") == {} and bench.peers.functions(case, "cpu") == {}
+    seen = []
+
+    def liger(input, target):
+        seen.append(input.data_ptr())
+        return torch.nn.functional.cross_entropy(input, target)
+
+    def quack(input, target, reduction):
+        assert reduction == "mean"
+        return torch.nn.functional.cross_entropy(input, target)
+
+    class Apex(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, input, target, smoothing, padding, half_to_float):
+            raise RuntimeError("apex was built for another torch")
+
+    modules = {
+        "liger_kernel.transformers.functional": {"liger_cross_entropy": liger},
+        "quack.cross_entropy": {"cross_entropy": quack},
+        "quack.softmax": {"softmax": lambda x: x.softmax(-1)},
+        "apex.contrib.xentropy": {"SoftmaxCrossEntropyLoss": Apex},
+        "apex.optimizers": {"FusedAdam": functools.partial(_FusedAdam, torch.optim.AdamW)},
+    }
+    monkeypatch.setattr(bench.peers, "installed", lambda module: module in modules)
+    monkeypatch.setattr(bench.peers, "import_module", lambda m: types.SimpleNamespace(**modules[m]))
+    monkeypatch.setattr(
+        bench.peers, "functions", functools.partial(_on_cuda, bench.peers.functions)
+    )
+    monkeypatch.setattr(bench.peers, "makers", functools.partial(_on_cuda, bench.peers.makers))
+    made = bench.calls.contenders(case, "cpu", False)
+    assert {"liger", "quack"} == set(made.peers) and len(made.notes) == 1
+    assert "apex was built for another torch" in made.notes[0]
+    assert torch.equal(made.peers["liger"](), made.theirs["eager"]()) and len(set(seen)) == 1
+    softmax = cases["softmax 128x1024 float32 forward"]
+    made = bench.calls.contenders(softmax, "cpu", False)
+    assert torch.equal(made.peers["quack"](), made.theirs["eager"]())
+    made = bench.calls.contenders(cases["AdamW 300x1024 float32 step"], "cpu", False)
+    made.peers["apex"]()
+    assert "apex" in made.peers and made.notes == []
+
+
+def _on_cuda(function, case, device):
+    return function(case, "cuda")
+
+
+def _FusedAdam(cls, params, adam_w_mode, **options):
+    assert adam_w_mode and options == {"lr": 1e-3, "weight_decay": 1e-2}
+    return cls(params, **options)

@@ -492,6 +492,33 @@ def test_cross_entropy(row, dtype, shape, smoothing, weighted):
 
 
 @each_row("cross_entropy")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("count, launches", [(8192, 1), (8193, 2), (70_001, 2)])
+def test_divisor_of_many_rows(row, dtype, weighted, count, launches):
+    """Blocks share the targets; their sums are joined in order, in the memory that the losses will have."""
+    generator = torch.Generator().manual_seed(4)
+    target = torch.randint(0, 3, (count, 1), generator=generator)
+    target[::7] = -100
+    weight = torch.tensor([0.25, 1.5, 3.0], dtype=real(dtype)) if weighted else None
+    live = target[target != -100]
+    true = weight.double()[live].sum() if weighted else torch.tensor(float(len(live))).double()
+
+    def run(device):
+        x, t = device.empty((count, 3, 1), dtype), device.constant(target, 0)
+        w = None if weight is None else device.constant(weight)
+        loss, out = device.empty(count, real(dtype)), device.empty(1, real(dtype))
+        extents = [I64(extent) for extent in x.shape]
+        counters()
+        call("run_divisor", row.index, DTYPES[dtype], *extents, address(t), address(w), I64(-100), address(loss), address(out))  # fmt: skip
+        assert counters().launches == launches
+        yield out
+
+    for (out,) in everywhere(run, PLACEMENTS[:2]):
+        check(out, true.view(1).to(out.dtype), true.view(1), out.dtype)
+
+
+@each_row("cross_entropy")
 @pytest.mark.parametrize("shape", [(3, 10, 1), (3, 10, 2)], ids=str)
 @pytest.mark.parametrize("bad", [10, -1])
 def test_cross_entropy_stops_at_a_target_out_of_range(row, shape, bad):

@@ -1,6 +1,7 @@
 """What nvcc makes of csrc/cuda: registers, spills, shared memory, occupancy and widths of accesses of every kernel.
 
-    python tools/cuda_report.py                         # writes bench/cuda_report.csv; a few minutes
+    python tools/cuda_report.py                         # writes bench/cuda_report.csv: what has changed since
+    python tools/cuda_report.py --all                   # everything; a few minutes
     python tools/cuda_report.py --arch 90 --output FILE
 
 Needs nvcc and no GPU. Widths are read from SASS where nvdisasm is found (the toolkit's, PyPI's
@@ -107,13 +108,30 @@ def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-def digest() -> str:
-    """Of everything of ours that the kernels are made from."""
+def made_from(path: Path) -> set[Path]:
+    """A file and all of ours that it includes."""
+    found, left = set(), [path]
+    while left:
+        if (file := left.pop()) in found:
+            continue
+        found.add(file)
+        names = re.findall(r'^#include "(.*)"', file.read_text(), re.MULTILINE)
+        left += [p for p in ((file.parent / name).resolve() for name in names) if p.exists()]
+    return found
+
+
+def digest(source: Path) -> str:
+    """Of everything of ours that the kernels of a file are made from, but for comments."""
     made = hashlib.sha256(" ".join(FLAGS).encode())
-    for pattern in ("csrc/*.h", "csrc/formulas/*", "csrc/cuda/*"):
-        for path in sorted(ROOT.glob(pattern)):
-            made.update(path.name.encode() + path.read_bytes())
-    return made.hexdigest()[:16]
+    for path in sorted(made_from(source)):
+        code = re.sub(r"\s*//.*", "", path.read_text())
+        made.update(path.name.encode() + code.encode())
+    return made.hexdigest()[:12]
+
+
+def digests() -> dict[str, str]:
+    """Of every file that is compiled, by its name."""
+    return {source.stem: digest(source) for source in sources()}
 
 
 # ---------------------------------------------------------------------------------------------- what is read
@@ -238,35 +256,53 @@ def compile_one(source: Path, arch: str, home: Path) -> list[Line]:
     return found
 
 
-def make(architectures: list[str], home: Path) -> list[Line]:
-    """The table, sorted; one compiler at a time."""
+def make(architectures: list[str], home: Path, stale: set[str]) -> list[Line]:
+    """The lines of the files that are named, sorted; one compiler at a time."""
     lines: dict[tuple, Line] = {}
     for source in sources():
-        for arch in architectures:
+        for arch in architectures if source.stem in stale else []:
             print(f"{source.name} for sm_{arch}", file=sys.stderr, flush=True)
             for line in compile_one(source, arch, home):
-                key = line["source"], line["kernel"], line["dtype"]
-                lines[key] = lines.get(key, {}) | line
+                lines[key_of(line)] = lines.get(key_of(line), {}) | line
     return [lines[key] for key in sorted(lines)]
+
+
+def key_of(line: Line) -> tuple[str, ...]:
+    """What a line is of."""
+    return line["source"], line["kernel"], line["dtype"]
+
+
+def release(home: Path) -> str:
+    """Of nvcc: "13.0"."""
+    return first(r"release (\S+),", run(home / "bin" / "nvcc", "--version").stdout)
 
 
 def write(path: Path, lines: list[Line], home: Path) -> None:
     """A comment with what the table was made from, then CSV."""
-    release = first(r"release (\S+),", run(home / "bin" / "nvcc", "--version").stdout)
-    tool = nvdisasm(home)
+    made = " ".join(f"{name}={value}" for name, value in digests().items())
+    tool = "SASS" if nvdisasm(home) else "PTX"
     with path.open("w", newline="") as file:
-        file.write(
-            f"# sources {digest()}, nvcc {release}, widths from {'SASS' if tool else 'PTX'}\n"
-        )
+        file.write(f"# sources {made}, nvcc {release(home)}, widths from {tool}\n")
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
 
 
-def read(path: Path = TABLE) -> tuple[str, list[Line]]:
-    """The digest of the sources that a table was made from, and its lines."""
+def read(path: Path = TABLE) -> tuple[dict[str, str], list[Line]]:
+    """The digests of the sources that a table was made from, and its lines."""
     comment, *rest = path.read_text().splitlines()
-    return first(r"^# sources (\w+)", comment), list(csv.DictReader(rest))
+    made = dict(re.findall(r"(\w+)=(\w+)", comment))
+    return made, list(csv.DictReader(rest))
+
+
+def kept(path: Path, architectures: list[str], home: Path) -> list[Line]:
+    """The lines of a table that are still right: of sources that have not changed, by this nvcc."""
+    if not path.exists() or f"nvcc {release(home)}, " not in path.read_text().partition("\n")[0]:
+        return []
+    made, lines = read(path)
+    if {c.split()[1] for c in lines[0] if c.startswith("spills ")} != set(architectures):
+        return []
+    return [line for line in lines if made.get(line["source"]) == digests().get(line["source"])]
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong
@@ -290,6 +326,7 @@ PACKS = {
 SINGLE = {
     "join_kernel",
     "divisor_kernel",
+    "join_divisor_kernel",
     "softmax_columns_kernel",
     "softmax_columns_backward_kernel",
     "cross_entropy_columns_kernel",
@@ -342,13 +379,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--output", type=Path, default=TABLE)
+    parser.add_argument("--all", action="store_true", help="also what has not changed since")
     options = parser.parse_args()
     home = cuda_home()
     if home is None:
         sys.exit(
             "no CUDA toolkit: bin/nvcc and include/cuda_runtime.h under CUDA_HOME, or nvcc on PATH"
         )
-    write(options.output, make(options.arch, home), home)
+    old = [] if options.all else kept(options.output, options.arch, home)
+    stale = {source.stem for source in sources()} - {line["source"] for line in old}
+    lines = sorted([*old, *make(options.arch, home, stale)], key=key_of)
+    write(options.output, lines, home)
     _, lines = read(options.output)
     found = complaints(lines)
     print("\n".join([*found, f"{len(lines)} kernels, {len(found)} complaints: {options.output}"]))

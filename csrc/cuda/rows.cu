@@ -12,6 +12,7 @@ namespace {
 constexpr int kWarpBlock = 128;    // threads of a block whose warps take a row each
 constexpr int kRowBlock = 512;     // threads of a block that takes a row and holds it
 constexpr int kColumnBlock = 256;  // threads of a block that takes up to 32 columns
+constexpr int64_t kDivisorRows = 8192;  // targets that a block adds up
 
 // Threads of a block that takes a row and reads it again: exp and log in double want more registers than 512 can have.
 template <class scalar_t>
@@ -536,17 +537,27 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
   });
 }
 
-// One block: its order of summation is the same in every run.
+// A block per kDivisorRows rows, whose sums join_divisor_kernel adds, one after the other: the order of summation is the
+// same in every run.
 template <class scalar_t>
 __global__ void __launch_bounds__(kRowBlock, kResident)
-    divisor_kernel(int64_t rows, Targets<scalar_t> targets, real_of<scalar_t>* out) {
+    divisor_kernel(int64_t rows, int64_t each, Targets<scalar_t> targets, real_of<scalar_t>* out) {
   double sum = 0;
-  for (int64_t r = threadIdx.x; r < rows; r += kRowBlock) {
+  const int64_t begin = blockIdx.x * each, end = begin + each < rows ? begin + each : rows;
+  for (int64_t r = begin + threadIdx.x; r < end; r += kRowBlock) {
     const int64_t t = targets[r];
     if (t != targets.ignore_index) sum += static_cast<double>(targets.weight_of(t));
   }
   sum = Team<kRowBlock>().sum(sum);
-  if (threadIdx.x == 0) store(out, static_cast<real_of<scalar_t>>(sum));
+  if (threadIdx.x == 0) store(out + blockIdx.x, static_cast<real_of<scalar_t>>(sum));
+}
+
+template <class real>
+__global__ void __launch_bounds__(kRowBlock, kResident) join_divisor_kernel(int64_t count, const real* part, real* out) {
+  double sum = 0;
+  for (int64_t k = threadIdx.x; k < count; k += kRowBlock) sum += static_cast<double>(load(part + k));
+  sum = Team<kRowBlock>().sum(sum);
+  if (threadIdx.x == 0) store(out, static_cast<real>(sum));
 }
 
 // ------------------------------------------------------------------------------------------------ launchers
@@ -666,8 +677,15 @@ Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
   *bad_row = -1;  // a target out of range stops the kernel
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    return launch(divisor_kernel<scalar_t>, 1, kRowBlock, a.stream, a.outer * a.inner, targets_of<scalar_t>(a),
-                  static_cast<real_of<scalar_t>*>(divisor_out));
+    using real = real_of<scalar_t>;
+    const int64_t rows = a.outer * a.inner, each = a.loss ? kDivisorRows : std::max<int64_t>(rows, 1);
+    const int64_t blocks = std::max<int64_t>((rows + each - 1) / each, 1);
+    auto* out = static_cast<real*>(divisor_out);
+    auto* part = blocks == 1 ? out : static_cast<real*>(a.loss);  // which holds nothing yet
+    const Error error =
+        launch(divisor_kernel<scalar_t>, blocks, kRowBlock, a.stream, rows, each, targets_of<scalar_t>(a), part);
+    if (error || blocks == 1) return error;
+    return launch(join_divisor_kernel<real>, 1, kRowBlock, a.stream, blocks, part, out);
   });
 }
 

@@ -181,6 +181,21 @@ const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n,
   return row.forward(a);
 }
 
+const char* run_divisor(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner, const int64_t* target,
+                        const void* weight, int64_t ignore_index, void* loss, void* out) {
+  CrossEntropyArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.outer = outer;
+  a.n = n;
+  a.inner = inner;
+  a.target = target;
+  a.weight = weight;
+  a.ignore_index = ignore_index;
+  a.loss = loss;
+  int64_t bad_row = 0;
+  return tables().cross_entropy.data[index].divisor(a, out, &bad_row);
+}
+
 const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner,
                                           const void* x, const void* probability, const void* weight,
                                           double label_smoothing, void* loss, void* grad, double scale) {
