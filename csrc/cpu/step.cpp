@@ -11,6 +11,8 @@ namespace fastops::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kChunk = 16384;  // elements of one tensor that are worked on in one go
+constexpr int64_t kAhead = 256;    // elements ahead that are asked for: the processor by itself stops at the end of a page
+constexpr int64_t kNext = 2;       // tensors ahead whose beginning is asked for
 constexpr int64_t kGrain = 65536;  // elements a thread takes at least: less is over before another has woken up
 
 // What elements of T are computed in; those of a group, of whatever dtype, are `count` vectors of it.
@@ -118,6 +120,11 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, Real
     }
   };
   auto group = [&](int64_t i, auto n, auto& words) {
+    if (i + kAhead < end) {
+      __builtin_prefetch(p + i + kAhead, 1);
+      __builtin_prefetch(g + i + kAhead, 0);
+      for (int k = 0; k < Op::states; ++k) __builtin_prefetch(s[k] + i + kAhead, 1);
+    }
     V vp[count], vg[count], vs[state_slots<Op>][count];
     load_group(p + i, n, vp);
     load_group(g + i, n, vg);
@@ -150,6 +157,18 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, Real
   }
 }
 
+// Asks for where a tensor begins: of small ones that is all there is, and the processor cannot guess where the next lies.
+template <class Op, class scalar_t, class state_t>
+FASTOPS_FN void expect(const StepTensor& t) {
+  const auto ask = [elements = t.n < kAhead ? t.n : kAhead](const void* data, size_t size) {
+    const size_t bytes = static_cast<size_t>(elements) * size;
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(data) + at, 1);
+  };
+  ask(t.p, sizeof(scalar_t));
+  ask(t.g, sizeof(scalar_t));
+  for (int k = 0; k < Op::states; ++k) ask(t.s[k], sizeof(state_t));
+}
+
 template <class Op, class scalar_t, class state_t, bool stochastic = false>
 void step_all(const StepArgs& a) {
   using real = Real<scalar_t>;
@@ -167,6 +186,7 @@ void step_all(const StepArgs& a) {
     int64_t offset = 0;
     for (int64_t k = 0; k < count && offset < end; offset += tensors[k].n, ++k) {
       const int64_t n = tensors[k].n;
+      if (offset + n > begin && k + kNext < count) expect<Op, scalar_t, state_t>(tensors[k + kNext]);
       const int64_t from = begin > offset ? begin - offset : 0, to = end - offset < n ? end - offset : n;
       if (from < to)
         step_range<Op, scalar_t, state_t, stochastic>(tensors[k], from, to, inverse_scale, stochastic ? noise + k : nullptr);
