@@ -191,7 +191,7 @@ def run_finetune(options: argparse.Namespace) -> None:
 
     import torch
 
-    from fastops.finetune import ConfigError, FineTuneConfig, finetune, resume
+    from fastops.finetune import ConfigError, FineTuneConfig, finetune, processes, resume
 
     if options.threads is not None:
         if options.threads < 1:
@@ -214,6 +214,8 @@ def run_finetune(options: argparse.Namespace) -> None:
     else:
         config = FineTuneConfig(**given)
         result = finetune(config, show=not options.quiet, dry_run=options.dry_run)
+    if not processes.first():
+        return
     if result.folder is None:
         print("\n".join(result.description))
         return
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(fastops.show_config())
         return 0
     try:
-        from fastops.finetune import FineTuneError
+        from fastops.finetune import FineTuneError, processes
     except ModuleNotFoundError as error:
         print(
             f"{options.command} needs {error.name}: pip install torch-fastops[finetune]",
@@ -251,13 +253,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_finetune(options) if options.command == "finetune" else run_predict(options)
     except FineTuneError as error:
-        print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
+        if processes.first():
+            print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; finished runs are reported in their folder, and --resume FOLDER goes on",
-            file=sys.stderr,
-        )
+        if processes.first():
+            print(
+                "\ninterrupted; finished runs are reported in their folder, and "
+                "--resume FOLDER goes on",
+                file=sys.stderr,
+            )
         return 130
     return 0
 

@@ -36,7 +36,7 @@ class FineTuneConfig:
         steps: optimizer steps of each run; wins over `epochs`.
         epochs: passes over the training images. None and no steps: 120 steps with few images
             (fewer than 1000), else 5 epochs.
-        batch_size: images a step, at least 2.
+        batch_size: images a step, at least 2; in each process where there are several.
         lr: learning rate of the head, and of everything from scratch. None: 0.01 for "small",
             0.001 for the others; ten times that with sgd, a third with rmsprop.
         backbone_rate: the pretrained stages learn at `lr` times this.
@@ -207,13 +207,13 @@ class FineTuneConfig:
         config.check()
         return config
 
-    def count_steps(self, images: int) -> int:
-        """Optimizer steps of a run on this many training images."""
+    def count_steps(self, images: int, processes: int = 1) -> int:
+        """Optimizer steps of a run on this many training images, by so many processes together."""
         if self.steps is not None:
             return self.steps
         if self.epochs is None and images < 1000:
             return 120
-        return max(1, (self.epochs or 5) * images // min(self.batch_size, images))
+        return max(1, (self.epochs or 5) * images // min(self.batch_size * processes, images))
 
 
 def plain(value):
