@@ -12,6 +12,7 @@ from . import processes
 from .config import FineTuneConfig
 from .data import Collection, InputFormat, load_folder, load_raw, load_shipped, sample_per_class
 from .errors import ConfigError, OutputError
+from .journal import Journal, find_writer
 from .model import (
     build,
     count_parameters,
@@ -20,8 +21,16 @@ from .model import (
     load_weights,
     split,
 )
-from .predict import save_classifier
-from .report import describe_keeping, format_table, summarise, write_report, write_text
+from .predict import export_program, load_classifier, save_classifier
+from .report import (
+    best_arm,
+    compare_backends,
+    describe_keeping,
+    format_table,
+    summarise,
+    write_report,
+    write_text,
+)
 from .storage import complete_file, make_run_folder, remove_unfinished
 from .train import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
 
@@ -48,6 +57,7 @@ class Result:
 
     def __str__(self) -> str:
         lines = [format_table(self.summary), describe_keeping(self.summary)]
+        lines += compare_backends(self.summary)
         return "\n".join(line for line in lines if line)
 
 
@@ -120,8 +130,9 @@ def finetune(
 ) -> Result:
     """Fine-tune a pretrained network in several modes, and the same network from scratch.
 
-    Writes into the run's folder: config.json, metrics.json, curves.png, predictions.png, confusion.png,
-    report.html and checkpoints/<mode>.pt (of the first seed; see load_classifier).
+    Writes into the run's folder: config.json, metrics.jsonl (a line for each step, while it runs), metrics.json,
+    curves.png, predictions.png, confusion.png, report.html, checkpoints/<mode>.pt (of the first seed; see
+    load_classifier) and checkpoints/best.pt, that of the mode with the highest accuracy.
 
     Started by torchrun, the processes train together (see Trainer), and the first one writes.
 
@@ -170,6 +181,10 @@ def make_plan(config: FineTuneConfig, show: bool = False) -> Plan:
     """
     config.check()
     find_device(config.device)
+    if config.logdir is not None:
+        find_writer()
+    if config.export is not None and not Path(config.export).parent.is_dir():
+        raise OutputError(f"cannot write {config.export}: there is no such folder")
     weights = None
     if set(config.chosen_modes) != {"scratch"}:
         weights = find_weights(config.arch, config.weights)
@@ -216,6 +231,11 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
     count = processes.count()
     steps = sum(config.count_steps(len(plan.chosen[seed]), count) for _, _, seed in jobs)
     failure = None
+    journal: Journal | None = None
+    with processes.together():
+        if writes:
+            known = [*result.runs, *([Run(**state["run"])] if state else [])]
+            journal = Journal(folder, known, config.logdir)
     try:
         with (
             deferred_interrupt() as stop,
@@ -223,6 +243,8 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
         ):
 
             def advance(run: Run) -> None:
+                if journal is not None:
+                    journal.add(run)
                 bar.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
                 bar.update()
 
@@ -247,28 +269,47 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
                         f"{run.seconds:.1f} s"
                     )
                 if seed == 0 and backend == backends[-1]:
-                    path = folder / "checkpoints" / f"{mode.replace(':', '-')}.pt"
+                    path = folder / "checkpoints" / f"{run.file_name}.pt"
                     with processes.together():
                         if writes:
                             classes = collection.classes
                             save_classifier(path, model, config, classes, plan.format, run)
                 save_progress(folder, result.runs, None)
     finally:
+        if journal is not None:
+            journal.close()
         # Ctrl-C and a failed run leave the report of what was finished.
         if result.runs:
             result.summary = summarise(result.runs)
         if result.runs and writes:
             try:
                 runs, summary = result.runs, result.summary
+                kept = [run for run in runs if run.backend == backends[-1]]
+                keep_best(folder / "checkpoints", kept)
                 write_report(folder, config, collection, runs, summary, result.description)
             except OutputError as error:
                 failure = error
     with processes.together():
         if failure is not None:
             raise failure
+        if writes and config.export is not None:
+            export_program(load_classifier(folder), config.export)
         if writes:
             (folder / PROGRESS).unlink()
     return result
+
+
+def keep_best(checkpoints: Path, runs: list[Run]) -> None:
+    """Copy the checkpoint of the mode with the highest mean accuracy to best.pt.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    kept = [r for r in runs if (checkpoints / f"{r.file_name}.pt").exists()]
+    if kept:
+        content = (checkpoints / f"{best_arm(kept)[0].file_name}.pt").read_bytes()
+        with complete_file(checkpoints / "best.pt") as path:
+            path.write_bytes(content)
 
 
 def default_size(config: FineTuneConfig) -> int | None:

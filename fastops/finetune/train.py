@@ -111,6 +111,11 @@ class Run:
     confidence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
+    def file_name(self) -> str:
+        """The mode as a part of a file's name."""
+        return self.mode.replace(":", "-")
+
+    @property
     def seconds_per_step(self) -> float:
         """The median of `times`."""
         return statistics.median(self.times)
@@ -291,7 +296,7 @@ class Trainer:
         epoch = max(1, len(images) // self.batch)
         self.thaw = thaw_steps(network.pieces, self.steps, epoch) if gradual else {}
         self.ema: AveragedModel | None = None
-        if averages_in_step(config, ops):
+        if config.ema is not None and averages_in_step(config, ops):
             self.ema = StepAverage(network.trained, config.ema, self.optimizer)
         elif config.ema is not None:
             average = get_ema_multi_avg_fn(config.ema)
@@ -347,6 +352,11 @@ class Trainer:
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.network.device)
 
+    def keep_outputs(self) -> InMemory | None:
+        """The frozen stages' outputs, where nothing changes the images on their way."""
+        varied = self.config.augment or self.config.mixup
+        return None if varied else self.network.keep_outputs(self.images)
+
     def set_training(self, step: int) -> None:
         """Freeze what the schedule has not reached at `step`, and the norms that are to stay."""
         for name, piece in self.network.pieces.items():
@@ -358,7 +368,8 @@ class Trainer:
                     module.eval()
         if processes.count() > 1:
             # It takes the parameters that learn now; BatchNorm's statistics are averaged in step().
-            self.replica = DistributedDataParallel(self.network.trained, **{SYNC_BUFFERS: False})
+            options: dict[str, Any] = {SYNC_BUFFERS: False}
+            self.replica = DistributedDataParallel(self.network.trained, **options)
 
     def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, augmented and mixed as the recipe says."""
@@ -380,7 +391,7 @@ class Trainer:
         """One step of the optimizer on this process's part of the batch; the whole batch's loss before it."""
         run, config = self.run, self.config
         self.optimizer.zero_grad()
-        value = torch.zeros(())
+        loss_sum = torch.zeros(())
         # The same number in every process: the smallest part of the batch decides.
         parts = min(config.accumulate, max(1, self.batch // processes.count() // 2))
         chunks = zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
@@ -388,9 +399,9 @@ class Trainer:
             with self.alone() if number < parts else contextlib.nullcontext():
                 loss = self.loss(some, theirs) * (len(theirs) * processes.count() / self.batch)
                 loss.backward()
-            value += loss.item()
-        self.agree(value)
-        value = value.item()
+            loss_sum += loss.item()
+        self.agree(loss_sum)
+        value = loss_sum.item()
         if not math.isfinite(value):
             raise FineTuneError(
                 f"{run.mode}, seed {run.seed}: the loss is {value} at step {len(run.losses) + 1}; "
@@ -443,8 +454,7 @@ class Trainer:
         """The loop itself, then the test; fills in `run`."""
         run, config, network = self.run, self.config, self.network
         started = clock(network.device)
-        varied = config.augment or config.mixup
-        kept = None if varied else network.keep_outputs(self.images)
+        kept = self.keep_outputs()
         keeping = clock(network.device) - started
 
         test_every = max(1, self.steps // 8)
