@@ -35,7 +35,9 @@ def add_finetune(commands) -> None:
             "  python -m fastops finetune\n"
             "  python -m fastops finetune --modes features,last:2 --seeds 5 --shots 5\n"
             "  python -m fastops finetune --data photos/ --arch resnet18 --weights resnet18.pth\n"
-            "  python -m fastops finetune --backend both --modes full"
+            "  python -m fastops finetune --backend both --modes full\n"
+            "  python -m fastops finetune --backend both --modes full --profile\n"
+            "  torchrun --nproc-per-node=2 -m fastops finetune"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +47,7 @@ def add_finetune(commands) -> None:
         metavar="FOLDER",
         default="shipped",
         help="pictures in one sub-folder a class, or train/ and val/ of such; or 'shipped' (the "
-        "default), or 'fashion-mnist' (all images, from Debian's package)",
+        "default), or 'fashion-mnist' (all images, from Debian's package or the network)",
     )
     what.add_argument(
         "--shots",
@@ -165,6 +167,13 @@ def add_finetune(commands) -> None:
     output.add_argument(
         "--save-every", type=int, metavar="N", help="steps between saves (default: half a minute)"
     )
+    output.add_argument("--logdir", metavar="FOLDER", help="write TensorBoard's files below FOLDER")
+    output.add_argument(
+        "--export", metavar="FILE", help="the best network for torch.export.load, needs torch only"
+    )
+    output.add_argument(
+        "--profile", action="store_true", help="only say where the time of a step goes, by op"
+    )
     output.add_argument("--dry-run", action="store_true", help="check and describe, do not train")
     output.add_argument("--quiet", action="store_true", help="print the closing table only")
 
@@ -176,7 +185,9 @@ def add_predict(commands) -> None:
         help="say what is on pictures",
         description="Classify picture files with a network that finetune has trained.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="RUN/checkpoints/MODE.pt")
+    parser.add_argument(
+        "checkpoint", metavar="RUN", help="the run's folder, or one of RUN/checkpoints/MODE.pt"
+    )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
 
 
@@ -191,7 +202,7 @@ def run_finetune(options: argparse.Namespace) -> None:
 
     import torch
 
-    from fastops.finetune import ConfigError, FineTuneConfig, finetune, resume
+    from fastops.finetune import ConfigError, FineTuneConfig, finetune, processes, profile, resume
 
     if options.threads is not None:
         if options.threads < 1:
@@ -206,14 +217,20 @@ def run_finetune(options: argparse.Namespace) -> None:
         flags = [
             name for name, value in given.items() if value != getattr(FineTuneConfig, name, None)
         ]
-        if flags or options.dry_run:
+        flags += [name for name in ("dry_run", "profile") if getattr(options, name)]
+        if flags:
             raise ConfigError(
-                f"--resume takes the options of the run; leave out {', '.join(flags) or 'dry_run'}"
+                f"--resume takes the options of the run; leave out {', '.join(flags)}"
             )
         result = resume(options.resume, show=not options.quiet)
+    elif options.profile:
+        print(profile(FineTuneConfig(**given)))
+        return
     else:
         config = FineTuneConfig(**given)
         result = finetune(config, show=not options.quiet, dry_run=options.dry_run)
+    if not processes.first():
+        return
     if result.folder is None:
         print("\n".join(result.description))
         return
@@ -241,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(fastops.show_config())
         return 0
     try:
-        from fastops.finetune import FineTuneError
+        from fastops.finetune import FineTuneError, processes
     except ModuleNotFoundError as error:
         print(
             f"{options.command} needs {error.name}: pip install torch-fastops[finetune]",
@@ -251,13 +268,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_finetune(options) if options.command == "finetune" else run_predict(options)
     except FineTuneError as error:
-        print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
+        if processes.first():
+            print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; finished runs are reported in their folder, and --resume FOLDER goes on",
-            file=sys.stderr,
-        )
+        if processes.first():
+            print(
+                "\ninterrupted; finished runs are reported in their folder, and "
+                "--resume FOLDER goes on",
+                file=sys.stderr,
+            )
         return 130
     return 0
 

@@ -10,7 +10,8 @@ The command `python -m fastops finetune` only turns its arguments into a FineTun
 from .config import FineTuneConfig
 from .errors import ConfigError, DataError, FineTuneError, OutputError, WeightsError
 from .experiment import Result, finetune, resume
-from .predict import Classifier, load_classifier
+from .predict import Classifier, export_program, load_classifier
+from .profiling import profile
 from .train import Run
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "Result",
     "Run",
     "WeightsError",
+    "export_program",
     "finetune",
     "load_classifier",
+    "profile",
     "resume",
 ]

@@ -19,7 +19,7 @@ class FineTuneConfig:
 
     Attributes:
         data: "shipped" (five Fashion-MNIST classes the checkpoint has not seen), "fashion-mnist"
-            (the same from Debian's raw files, all images), or a folder of pictures with one
+            (the same, all images, from Debian's files or a download), or a folder of pictures with one
             sub-folder a class, or train/ and val/ of such.
         arch: "small" (ResNet-14 for 28 x 28 grey images) or torchvision's resnet18, 34, 50, 101.
         weights: "DEFAULT", "none" or a checkpoint file (.pt, .pth, .safetensors).
@@ -36,7 +36,7 @@ class FineTuneConfig:
         steps: optimizer steps of each run; wins over `epochs`.
         epochs: passes over the training images. None and no steps: 120 steps with few images
             (fewer than 1000), else 5 epochs.
-        batch_size: images a step, at least 2.
+        batch_size: images a step, at least 2; in each process where there are several.
         lr: learning rate of the head, and of everything from scratch. None: 0.01 for "small",
             0.001 for the others; ten times that with sgd, a third with rmsprop.
         backbone_rate: the pretrained stages learn at `lr` times this.
@@ -63,6 +63,9 @@ class FineTuneConfig:
         amp: "off" or "bf16" (autocast).
         device: "auto", "cpu", "cuda", ...
         save_every: steps between checkpoints; None for one every half minute.
+        logdir: TensorBoard's files go below this folder; None for none.
+        export: the best network, as a torch.export program of plain torch ops, goes into this file
+            (.pt2, see predict.export_program); None for no such file.
         out: the run's folder, new or empty; None for ./runs/finetune-<timestamp>.
     """
 
@@ -99,6 +102,8 @@ class FineTuneConfig:
     amp: str = "off"
     device: str = "auto"
     save_every: int | None = None
+    logdir: str | PathLike | None = None
+    export: str | PathLike | None = None
     out: str | PathLike | None = None
 
     def check(self) -> None:
@@ -181,6 +186,9 @@ class FineTuneConfig:
             values["data"] = os.path.abspath(values["data"])
         if values["weights"] not in ("DEFAULT", "none"):
             values["weights"] = os.path.abspath(values["weights"])
+        for name in ("logdir", "export"):
+            if values[name] is not None:
+                values[name] = os.path.abspath(values[name])
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
@@ -207,13 +215,13 @@ class FineTuneConfig:
         config.check()
         return config
 
-    def count_steps(self, images: int) -> int:
-        """Optimizer steps of a run on this many training images."""
+    def count_steps(self, images: int, processes: int = 1) -> int:
+        """Optimizer steps of a run on this many training images, by so many processes together."""
         if self.steps is not None:
             return self.steps
         if self.epochs is None and images < 1000:
             return 120
-        return max(1, (self.epochs or 5) * images // min(self.batch_size, images))
+        return max(1, (self.epochs or 5) * images // min(self.batch_size * processes, images))
 
 
 def plain(value):

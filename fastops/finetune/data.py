@@ -6,6 +6,7 @@ Images stay uint8 in NCHW until a batch is made. No network is known here, only 
 import gzip
 import json
 import os
+import socket
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as transforms
 
@@ -142,9 +144,7 @@ def read_raw_fashion_mnist(part: str, folder: Path = RAW_FASHION_MNIST) -> InMem
         DataError: the folder lacks the files, or they are damaged.
     """
     if not folder.is_dir():
-        raise DataError(
-            f"there is no folder {folder}: install Debian's package dataset-fashion-mnist"
-        )
+        raise DataError(f"there is no folder {folder}")
     images = read_idx(folder / f"{part}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz")
     return InMemory(images.unsqueeze(1), labels.long())
@@ -215,12 +215,37 @@ def load_shipped(format: InputFormat) -> Collection:
     )
 
 
-def load_raw(format: InputFormat, folder: Path = RAW_FASHION_MNIST) -> Collection:
+def find_raw() -> Path:
+    """The folder of Fashion-MNIST's raw files: Debian's, or torchvision's download (kept in torch's
+    cache).
+
+    Raises:
+        DataError: the files are not installed and cannot be downloaded.
+    """
+    if RAW_FASHION_MNIST.is_dir():
+        return RAW_FASHION_MNIST
+    cache = Path(torch.hub.get_dir()) / "datasets"
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(patience or 20)
+    try:
+        FashionMNIST(cache, download=True)
+    except Exception as error:
+        raise DataError(
+            f"cannot download Fashion-MNIST ({error}): install Debian's package dataset-fashion-mnist "
+            "(apt-get install dataset-fashion-mnist), or leave out --data for the shipped part of it"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+    return cache / "FashionMNIST" / "raw"
+
+
+def load_raw(format: InputFormat, folder: Path | None = None) -> Collection:
     """The same five classes with all 30,000 training and 5,000 test images.
 
     Raises:
-        DataError: the raw files are missing or damaged.
+        DataError: the raw files are missing, cannot be downloaded, or damaged.
     """
+    folder = folder or find_raw()
     return Collection(
         "Fashion-MNIST, five classes new to the network (all images)",
         [FASHION_MNIST[c] for c in NEW_CLASSES],

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import processes
 from .config import FineTuneConfig
 from .data import Collection, InputFormat, load_folder, load_raw, load_shipped, sample_per_class
-from .errors import ConfigError
+from .errors import ConfigError, OutputError
+from .journal import Journal, find_writer
 from .model import (
     build,
     count_parameters,
@@ -19,8 +21,16 @@ from .model import (
     load_weights,
     split,
 )
-from .predict import save_classifier
-from .report import describe_keeping, format_table, summarise, write_report, write_text
+from .predict import export_program, load_classifier, save_classifier
+from .report import (
+    best_arm,
+    compare_backends,
+    describe_keeping,
+    format_table,
+    summarise,
+    write_report,
+    write_text,
+)
 from .storage import complete_file, make_run_folder, remove_unfinished
 from .train import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
 
@@ -47,6 +57,7 @@ class Result:
 
     def __str__(self) -> str:
         lines = [format_table(self.summary), describe_keeping(self.summary)]
+        lines += compare_backends(self.summary)
         return "\n".join(line for line in lines if line)
 
 
@@ -55,16 +66,20 @@ PROGRESS = "progress.pt"
 
 
 def save_progress(folder: Path, runs: list[Run], state: dict | None) -> None:
-    """Write what the experiment in `folder` can go on from."""
-    with complete_file(folder / PROGRESS) as path:
-        torch.save({"runs": [asdict(run) for run in runs], "state": state}, path)
+    """Write what the experiment in `folder` can go on from; the first process does."""
+    with processes.together():
+        if processes.rank() == 0:
+            content = {"runs": [asdict(run) for run in runs], "state": state}
+            with complete_file(folder / PROGRESS) as path:
+                torch.save({**content, "processes": processes.count()}, path)
 
 
 def load_progress(folder: Path) -> tuple[list[Run], dict | None]:
     """The finished runs of an experiment, and the state of the unfinished one.
 
     Raises:
-        ConfigError: there is nothing to go on from, or it is damaged.
+        ConfigError: there is nothing to go on from, it is damaged, or of another number of
+            processes.
     """
     path = folder / PROGRESS
     if not path.exists():
@@ -76,21 +91,33 @@ def load_progress(folder: Path) -> tuple[list[Run], dict | None]:
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return [Run(**run) for run in saved["runs"]], saved["state"]
+        runs, state, count = (
+            [Run(**run) for run in saved["runs"]],
+            saved["state"],
+            saved["processes"],
+        )
     except Exception as error:  # what a damaged file makes of torch.load is anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{path} is damaged: {reason}") from error
+    if count != processes.count():
+        raise ConfigError(
+            f"{folder} was begun by {count} process{'es' * (count > 1)}, this is one of "
+            f"{processes.count()}: resume it with torchrun --nproc-per-node={count}"
+        )
+    return runs, state
 
 
 def resume(folder: str | PathLike, *, show: bool = False) -> Result:
     """Go on with an experiment that was interrupted, by whatever: its results are those of one that was not, bit for bit
-    (with the same number of threads).
+    (with the same number of threads and processes).
 
     Raises:
         ConfigError: `folder` is not that of an unfinished experiment, or damaged.
     """
     path = Path(folder)
-    config = FineTuneConfig.from_json(path / "config.json")
+    processes.join()
+    with processes.together():
+        config = FineTuneConfig.from_json(path / "config.json")
     return finetune(config, show=show, _resumed=path)
 
 
@@ -103,8 +130,11 @@ def finetune(
 ) -> Result:
     """Fine-tune a pretrained network in several modes, and the same network from scratch.
 
-    Writes into the run's folder: config.json, metrics.json, curves.png, predictions.png, confusion.png,
-    report.html and checkpoints/<mode>.pt (of the first seed; see load_classifier).
+    Writes into the run's folder: config.json, metrics.jsonl (a line for each step, while it runs), metrics.json,
+    curves.png, predictions.png, confusion.png, report.html, checkpoints/<mode>.pt (of the first seed; see
+    load_classifier) and checkpoints/best.pt, that of the mode with the highest accuracy.
+
+    Started by torchrun, the processes train together (see Trainer), and the first one writes.
 
     Args:
         show: print progress: bars on a terminal, a line for each run anywhere.
@@ -116,60 +146,116 @@ def finetune(
         OutputError: the run's folder cannot be written.
         KeyboardInterrupt: after the finished runs have been reported; `resume` goes on.
     """
+    processes.join()
+    with processes.together():
+        plan = make_plan(config, show and processes.rank() == 0)
+    if dry_run:
+        return Result(config, None, plan.collection.classes, description=plan.description)
+    return carry_out(plan, show, _resumed)
+
+
+@dataclass
+class Plan:
+    """An experiment that has been checked: what can be found wrong before it starts was not."""
+
+    config: FineTuneConfig
+    format: InputFormat
+    collection: Collection
+    weights: dict[str, torch.Tensor] | None
+    chosen: list[torch.Tensor]
+    """Indices of the training images of each seed."""
+    description: list[str]
+
+    def fit(self, mode: str, backend: str, seed: int, **options) -> tuple[Run, torch.nn.Module]:
+        """One run; see train.fit for the options."""
+        parts = self.config, self.collection, self.format, self.weights
+        chosen = self.chosen[seed]
+        return fit(*parts, mode=mode, seed=seed, backend=backend, chosen=chosen, **options)
+
+
+def make_plan(config: FineTuneConfig, show: bool = False) -> Plan:
+    """Check a configuration, read its images and weights.
+
+    Raises:
+        ConfigError, DataError, WeightsError: see finetune.
+    """
     config.check()
-    finished, state = load_progress(_resumed) if _resumed else ([], None)
     find_device(config.device)
-    modes, backends = config.chosen_modes, config.backends
+    if config.logdir is not None:
+        find_writer()
+    if config.export is not None and not Path(config.export).parent.is_dir():
+        raise OutputError(f"cannot write {config.export}: there is no such folder")
     weights = None
-    if set(modes) != {"scratch"}:
+    if set(config.chosen_modes) != {"scratch"}:
         weights = find_weights(config.arch, config.weights)
     format = input_format(config.arch, config.image_size or default_size(config))
     collection = load(config, format, show)
     probe_network(config, collection, weights)
-    labels = collection.train.labels
-    chosen = [choose(config, labels, len(collection.classes), seed) for seed in range(config.seeds)]
-    result = Result(config, None, collection.classes)
-    result.description = describe(config, collection, format, len(chosen[0]))
-    if dry_run:
-        return result
+    labels, classes = collection.train.labels, len(collection.classes)
+    chosen = [choose(config, labels, classes, seed) for seed in range(config.seeds)]
+    if len(chosen[0]) < 2 * processes.count():
+        raise ConfigError(
+            f"{len(chosen[0])} training images are too few for {processes.count()} "
+            f"process{'es' * (processes.count() > 1)}: each needs two"
+        )
+    description = describe(config, collection, format, len(chosen[0]))
+    return Plan(config, format, collection, weights, chosen, description)
 
-    if _resumed:
-        result.folder = _resumed
-        remove_unfinished(_resumed)
-    else:
-        result.folder = make_run_folder(config.out)
-        (result.folder / "checkpoints").mkdir()
-        write_text(result.folder / "config.json", config.to_json())
-        save_progress(result.folder, [], None)
-    folder = result.folder
-    result.runs = finished
+
+def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
+    """Run an experiment from its start, or from where the one in the folder `resumed` stands."""
+    config, collection = plan.config, plan.collection
+    modes, backends = config.chosen_modes, config.backends
+    writes = processes.rank() == 0
+    show = show and writes
+    folder = resumed
+    state = None
+    result = Result(config, None, collection.classes, description=plan.description)
+    with processes.together():
+        if resumed:
+            result.runs, state = load_progress(resumed)
+        elif writes:
+            folder = make_run_folder(config.out)
+            (folder / "checkpoints").mkdir()
+            write_text(folder / "config.json", config.to_json())
+    folder = result.folder = processes.gather(folder)[0]
+    assert folder is not None
+    with processes.together():
+        if resumed and writes:
+            remove_unfinished(folder)
+    if not resumed:
+        save_progress(folder, [], None)
     if show:
         print("\n".join(result.description), flush=True)
     jobs = [(m, b, s) for m in modes for b in backends for s in range(config.seeds)]
-    steps = sum(config.count_steps(len(chosen[seed])) for _, _, seed in jobs)
+    count = processes.count()
+    steps = sum(config.count_steps(len(plan.chosen[seed]), count) for _, _, seed in jobs)
+    failure = None
+    journal: Journal | None = None
+    with processes.together():
+        if writes:
+            known = [*result.runs, *([Run(**state["run"])] if state else [])]
+            journal = Journal(folder, known, config.logdir)
     try:
         with (
             deferred_interrupt() as stop,
             tqdm(total=steps, unit="step", disable=None if show else True) as bar,
         ):
 
-            def advance(loss: float) -> None:
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            def advance(run: Run) -> None:
+                if journal is not None:
+                    journal.add(run)
+                bar.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
                 bar.update()
 
-            done = sum(len(run.losses) for run in finished)
+            done = sum(len(run.losses) for run in result.runs)
             bar.update(done + (len(state["run"]["losses"]) if state else 0))
-            for mode, backend, seed in jobs[len(finished) :]:
+            for mode, backend, seed in jobs[len(result.runs) :]:
                 bar.set_description(f"{mode} seed {seed}")
-                run, model = fit(
-                    config,
-                    collection,
-                    format,
-                    weights,
-                    mode=mode,
-                    seed=seed,
-                    backend=backend,
-                    chosen=chosen[seed],
+                run, model = plan.fit(
+                    mode,
+                    backend,
+                    seed,
                     on_step=advance,
                     state=state,
                     save=lambda state: save_progress(folder, result.runs, state),
@@ -183,24 +269,47 @@ def finetune(
                         f"{run.seconds:.1f} s"
                     )
                 if seed == 0 and backend == backends[-1]:
-                    name = mode.replace(":", "-")
-                    path = folder / "checkpoints" / f"{name}.pt"
-                    save_classifier(path, model, config, collection.classes, format, run)
+                    path = folder / "checkpoints" / f"{run.file_name}.pt"
+                    with processes.together():
+                        if writes:
+                            classes = collection.classes
+                            save_classifier(path, model, config, classes, plan.format, run)
                 save_progress(folder, result.runs, None)
     finally:
+        if journal is not None:
+            journal.close()
         # Ctrl-C and a failed run leave the report of what was finished.
         if result.runs:
             result.summary = summarise(result.runs)
-            write_report(
-                result.folder,
-                config,
-                collection,
-                result.runs,
-                result.summary,
-                result.description,
-            )
-    (folder / PROGRESS).unlink()
+        if result.runs and writes:
+            try:
+                runs, summary = result.runs, result.summary
+                kept = [run for run in runs if run.backend == backends[-1]]
+                keep_best(folder / "checkpoints", kept)
+                write_report(folder, config, collection, runs, summary, result.description)
+            except OutputError as error:
+                failure = error
+    with processes.together():
+        if failure is not None:
+            raise failure
+        if writes and config.export is not None:
+            export_program(load_classifier(folder), config.export)
+        if writes:
+            (folder / PROGRESS).unlink()
     return result
+
+
+def keep_best(checkpoints: Path, runs: list[Run]) -> None:
+    """Copy the checkpoint of the mode with the highest mean accuracy to best.pt.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    kept = [r for r in runs if (checkpoints / f"{r.file_name}.pt").exists()]
+    if kept:
+        content = (checkpoints / f"{best_arm(kept)[0].file_name}.pt").read_bytes()
+        with complete_file(checkpoints / "best.pt") as path:
+            path.write_bytes(content)
 
 
 def default_size(config: FineTuneConfig) -> int | None:
@@ -255,7 +364,9 @@ def describe(
     """What will be done, in sentences for the terminal and the report."""
     with torch.device("meta"):
         parameters = count_parameters(build(config.arch, len(collection.classes)))
-    steps = config.count_steps(images)
+    count = processes.count()
+    steps = config.count_steps(images, count)
+    each = f"{count} processes of {config.batch_size}, " if count > 1 else ""
     start = {
         "none": "random weights",
         "DEFAULT": "the shipped weights" if config.arch == "small" else "torchvision's weights",
@@ -269,7 +380,8 @@ def describe(
         f"{format.size} x {format.size} pixels, {seeds}",
         f"{'ResNet-14' if config.arch == 'small' else config.arch} "
         f"({parameters:,} parameters) from {start}; "
-        f"{steps:,} steps of {min(config.batch_size, images)} images, {config.optimizer}, "
+        f"{steps:,} steps of {min(config.batch_size * count, images)} images, {each}"
+        f"{config.optimizer}, "
         f"{' and '.join(config.backends)}",
     ]
     if collection.skipped:

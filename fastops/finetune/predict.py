@@ -1,5 +1,7 @@
 """A fine-tuned network as a file, and what it says about pictures."""
 
+import copy
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -71,22 +73,60 @@ def save_classifier(
         torch.save(content, file)
 
 
+class Program(nn.Module):
+    """From pixels to probabilities: what `export_program` exports."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.model, format = classifier.model, classifier.format
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(format.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(format.std).view(1, -1, 1, 1))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model((pixels.float() / 255 - self.mean) / self.std).softmax(1)
+
+
+def export_program(classifier: Classifier, path: str | PathLike) -> None:
+    """Write a classifier as a torch.export program, which needs torch and nothing of fastops.
+
+    It takes uint8 images (N, C, size, size), any N, and gives probabilities, float32 (N, classes);
+    the file holds the classes' names as "classes.json".
+
+    >>> files = {"classes.json": ""}
+    >>> program = torch.export.load("out.pt2", extra_files=files).module()
+    >>> program(images).argmax(1)
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    format = classifier.format
+    example = torch.zeros(2, format.channels, format.size, format.size, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1)
+    model = Program(classifier).eval()
+    # What is saved is each weight's memory as a whole, in torch's own order.
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    names = {"classes.json": json.dumps(classifier.classes)}
+    with complete_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
+        torch.export.save(program, file, extra_files=names)
+
+
 def load_classifier(path: str | PathLike) -> Classifier:
     """Read a network that `finetune` saved. It runs on torch's own ops; fastops.patch it at will.
 
     Args:
-        path: a checkpoint, or a run's folder that holds a single one.
+        path: a checkpoint, or a run's folder for the best one in it.
 
     Raises:
         WeightsError: the file is missing, damaged or was not written by `finetune`.
     """
     path = Path(path)
     if path.is_dir():
-        found = sorted((path / "checkpoints").glob("*.pt"))
-        if len(found) != 1:
-            names = ", ".join(str(file.relative_to(path)) for file in found) or "none"
-            raise WeightsError(f"name one of the checkpoints in {path}: {names}")
-        path = found[0]
+        if not (path / "checkpoints" / "best.pt").exists():
+            raise WeightsError(f"{path} is not the folder of a run that has finished a mode")
+        path = path / "checkpoints" / "best.pt"
     content = read_checkpoint(path)
     try:
         format = InputFormat(**content["format"])

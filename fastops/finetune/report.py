@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from .config import FineTuneConfig, plain
 from .data import Collection
+from .measure import spread
 from .storage import complete_file
-from .train import Run, spread
+from .train import Run
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#666666")
 
@@ -42,6 +43,7 @@ def summarise(runs: Sequence[Run]) -> list[dict]:
     arms = group_runs(runs)
     for arm, repeats in arms.items():
         mean, deviation = spread(run.accuracy for run in repeats)
+        peaks = [run.peak_memory for run in repeats if run.peak_memory is not None]
         speedups = [run.epoch_speedup for run in repeats if run.epoch_speedup is not None]
         rows.append(
             {
@@ -57,6 +59,8 @@ def summarise(runs: Sequence[Run]) -> list[dict]:
                 "first_loss": spread(run.losses[0] for run in repeats)[0],
                 "last_loss": spread(run.losses[-1] for run in repeats)[0],
                 "seconds": spread(run.seconds for run in repeats)[0],
+                "seconds_per_step": spread(run.seconds_per_step for run in repeats)[0],
+                "peak_memory": max(peaks) if peaks else None,
                 "images_per_second": spread(run.images_per_second for run in repeats)[0],
                 "epoch_speedup": spread(speedups)[0] if speedups else None,
             }
@@ -64,7 +68,18 @@ def summarise(runs: Sequence[Run]) -> list[dict]:
     return rows
 
 
-HEADINGS = ("mode", "trained values", "accuracy", "lowest", "highest", "seconds", "images/s")
+HEADINGS = (
+    "mode",
+    "trained values",
+    "accuracy",
+    "lowest-highest",
+    "first loss",
+    "last loss",
+    "s/run",
+    "ms/step",
+    "images/s",
+    "peak MB",
+)
 
 
 def table_cells(rows: Sequence[dict]) -> list[tuple[str, ...]]:
@@ -74,10 +89,13 @@ def table_cells(rows: Sequence[dict]) -> list[tuple[str, ...]]:
             row["name"],
             f"{row['parameters']:,}",
             f"{row['accuracy']:.3f} ± {row['accuracy_sd']:.3f}",
-            f"{row['accuracy_min']:.3f}",
-            f"{row['accuracy_max']:.3f}",
+            f"{row['accuracy_min']:.3f}-{row['accuracy_max']:.3f}",
+            f"{row['first_loss']:.4f}",
+            f"{row['last_loss']:.4f}",
             f"{row['seconds']:.2f}",
+            f"{1e3 * row['seconds_per_step']:.2f}",
             f"{row['images_per_second']:,.0f}",
+            "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:,.0f}",
         )
         for row in rows
     ]
@@ -85,8 +103,12 @@ def table_cells(rows: Sequence[dict]) -> list[tuple[str, ...]]:
 
 def format_table(rows: Sequence[dict]) -> str:
     """The closing table as aligned text."""
-    lines = [HEADINGS, *table_cells(rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    return align([HEADINGS, *table_cells(rows)])
+
+
+def align(lines: Sequence[tuple[str, ...]]) -> str:
+    """Cells in columns, the first line ruled off."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
@@ -104,6 +126,22 @@ def describe_keeping(rows: Sequence[dict]) -> str:
         f"{row['epoch_speedup']:.1f}x in {row['name']}" for row in rows if row["epoch_speedup"]
     ]
     return f"Frozen stages ran once; that makes an epoch faster: {', '.join(parts)}." * bool(parts)
+
+
+def compare_backends(rows: Sequence[dict]) -> list[str]:
+    """For each mode that ran on both back ends, a sentence: losses, accuracy and time."""
+    sentences = []
+    for torchs in (row for row in rows if row["backend"] == "torch"):
+        for ours in rows:
+            if ours["mode"] == torchs["mode"] and ours["backend"] == "fastops":
+                apart = abs(ours["first_loss"] / torchs["first_loss"] - 1)
+                ratio = torchs["seconds_per_step"] / ours["seconds_per_step"]
+                sentences.append(
+                    f"{ours['mode']}: first losses {apart:.0e} apart, accuracy "
+                    f"{ours['accuracy'] - torchs['accuracy']:+.3f}, torch's time for a step over "
+                    f"fastops' {ratio:.2f}."
+                )
+    return sentences
 
 
 def best_arm(runs: Sequence[Run]) -> list[Run]:
