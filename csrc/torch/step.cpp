@@ -646,6 +646,10 @@ class StepPlan {
   py::object step(const py::dict& state, const py::list& groups, const std::optional<Tensor>& grad_scale,
                   const std::optional<Tensor>& found_inf, const py::object& fresh, bool partial, bool check_only,
                   std::optional<double> ema_weight, std::optional<double> max_grad_norm) {
+    // The kernels run without the interpreter's lock: another thread could come in here, and pull the lists from
+    // under them.
+    TORCH_CHECK(!stepping_, "step() of this optimizer is under way in another thread; one step at a time");
+    const Flag stepping(stepping_);
     ema_weight_ = ema_weight;
     sweep_.clear();
     options_.clear();
@@ -713,6 +717,11 @@ class StepPlan {
 
  private:
   enum class Found { kReady, kMissing, kOther };
+  struct Flag {
+    bool& up;
+    explicit Flag(bool& flag) : up(flag) { up = true; }
+    ~Flag() { up = false; }
+  };
   struct Group {
     size_t row;
     py::list params;
@@ -806,7 +815,7 @@ class StepPlan {
   std::vector<Py_ssize_t> hints_;
   std::unordered_map<PyObject*, Py_ssize_t> positions_;
   std::unordered_set<PyObject*> fresh_;
-  bool looked_ = false;
+  bool looked_ = false, stepping_ = false;
   py::object counter_key_, average_key_;
   std::optional<double> ema_weight_;
   std::vector<std::vector<py::object>> state_keys_;
