@@ -212,8 +212,12 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 void bind_fused(pybind11::module_& m) {
   size_t i = 0;
   for (const FusedRow& r : table(c10::DeviceType::CPU)) {
-    m.def(r.name, [i](const Tensor& input, const Tensor& other) { return ops(i).forward.call(input, other); });
+    m.def(r.name, [i](const Tensor& input, const Tensor& other) {
+      const Unlocked unlocked(input);
+      return ops(i).forward.call(input, other);
+    });
     m.def((std::string(r.name) + "_").c_str(), [i](Tensor self, const Tensor& other) {
+      const Unlocked unlocked(self);
       ops(i).inplace.call(self, other);
       return self;
     });

@@ -309,8 +309,12 @@ void define(torch::Library& m, size_t row, const MapRow& r) {
 
 template <class... P>
 void bind(pybind11::module_& m, size_t row, const MapRow& r) {
-  m.def(r.name, [row](const Tensor& input, P... p) { return ops<P...>(row).forward.call(input, p...); });
+  m.def(r.name, [row](const Tensor& input, P... p) {
+    const Unlocked unlocked(input);
+    return ops<P...>(row).forward.call(input, p...);
+  });
   m.def((std::string(r.name) + "_").c_str(), [row](Tensor self, P... p) {
+    const Unlocked unlocked(self);
     ops<P...>(row).inplace.call(self, p...);
     return self;
   });

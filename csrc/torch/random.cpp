@@ -269,6 +269,7 @@ Tensor bias_dropout_add_autograd(DispatchKeySet ks, const Tensor& input, const T
 
 // torch.nn.functional.dropout's own cases around the op: nothing to do, and nothing left.
 Tensor user_dropout(Tensor input, double p, bool training, bool inplace, std::optional<at::Generator> generator) {
+  const Unlocked unlocked(input);
   TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
   if (!training || p == 0 || input.sym_numel() == 0) return input;
   if (p == 1) {
@@ -312,14 +313,17 @@ void bind_random(pybind11::module_& m) {
   m.def("dropout", &user_dropout, pybind11::arg("input"), pybind11::arg("p"), pybind11::arg("training"),
         pybind11::arg("inplace") = false, pybind11::arg("generator") = pybind11::none());
   m.def("relu_dropout", [](const Tensor& input, double p, const Tensor& seed) {
+    const Unlocked unlocked(input);
     return relu_dropout_op().call(input, p, seed);
   });
   m.def("relu_dropout_", [](Tensor self, double p, const Tensor& seed) {
+    const Unlocked unlocked(self);
     relu_dropout_inplace_op().call(self, p, seed);
     return self;
   });
   m.def("bias_dropout_add", [](const Tensor& input, const Tensor& bias, const Tensor& residual, double p,
                                const Tensor& seed) {
+    const Unlocked unlocked(input);
     return bias_dropout_add_op().call(input, bias, residual, p, seed);
   });
 }

@@ -366,6 +366,7 @@ void define(torch::Library& m, size_t row, const ReduceRow& r) {
 template <class... P>
 void bind(pybind11::module_& m, size_t row, const ReduceRow& r) {
   m.def(r.name, [row](const Tensor& input, const Tensor& target, int64_t reduction, P... p) {
+    const Unlocked unlocked(input);
     return ops<P...>(row).forward.call(input, target, reduction, false, p...);
   });
 }
