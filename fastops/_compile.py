@@ -22,7 +22,22 @@ def rows_of(kind: str) -> list[str]:
 
 
 def fake(name: str):
-    return torch.library.register_fake(f"fastops::{name}")
+    """Registers a shape function, which raises where the tensors are on several devices: a meta tensor among others
+    brings a real call here, whose result would be uninitialised memory."""
+
+    def register(shape):
+        def checked(*args):
+            devices = {a.device for a in args if isinstance(a, Tensor)}
+            if len(devices) > 1:
+                found = " and ".join(sorted(map(str, devices)))
+                raise RuntimeError(
+                    f"fastops::{name}: expected all tensors on one device, got {found}"
+                )
+            return shape(*args)
+
+        return torch.library.register_fake(f"fastops::{name}")(checked)
+
+    return register
 
 
 def like(x: Tensor) -> Tensor:
