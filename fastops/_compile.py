@@ -26,17 +26,25 @@ def rows_of(kind: str) -> list[str]:
 
 def fake(name: str):
     """Registers the shape function of an op. It refuses what the kernels refuse, so that a call with tensors without
-    values goes where one with values does."""
+    values goes where one with values does; and tensors on several devices: a meta tensor among others brings a real call
+    here, whose result would be uninitialised memory."""
 
     def register(shape_of):
         def checked(*args, **kwargs):
-            if refused(*args, *kwargs.values()):
+            given = (*args, *kwargs.values())
+            if refused(*given):
                 raise NotImplementedError(
                     f"fastops::{name}: not float64, float32, bfloat16, float16"
                 )
+            devices = {a.device for a in given if isinstance(a, Tensor)}
+            if len(devices) > 1:
+                found = " and ".join(sorted(map(str, devices)))
+                raise RuntimeError(
+                    f"fastops::{name}: expected all tensors on one device, got {found}"
+                )
             return shape_of(*args, **kwargs)
 
-        torch.library.register_fake(f"fastops::{name}", checked)
+        return torch.library.register_fake(f"fastops::{name}", checked)
 
     return register
 

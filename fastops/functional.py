@@ -5,6 +5,8 @@ by that torch function."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -442,8 +444,6 @@ def mse_loss(
 
 def _warn_of_broadcasting(input, target):
     if input.shape != target.shape:
-        import warnings
-
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
@@ -537,7 +537,7 @@ def smooth_l1_loss(
         return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if beta < 0:
+    if not beta >= 0:
         raise RuntimeError(f"smooth_l1_loss does not support negative values for beta, got {beta}.")
     kernel, params = (_C.l1_loss, ()) if beta == 0 else (_C.smooth_l1_loss, (beta,))
     if input.shape != target.shape:
@@ -733,6 +733,8 @@ def cross_entropy(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"cross_entropy: target must be a Tensor, got {type(target).__name__}")
     if target.is_floating_point() and target.dtype != input.dtype:
         dtype = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(dtype), target.to(dtype)
@@ -772,7 +774,7 @@ def softmax(
         )
     if dim is None:
         dim = _softmax_dim("softmax", input.dim(), _stacklevel)
-    return _C.softmax(input if dtype is None else input.to(dtype), dim)
+    return _C.softmax(input if dtype is None else input.to(dtype=dtype), dim)
 
 
 @op(kind="rows", reference=F.log_softmax)
@@ -790,7 +792,7 @@ def log_softmax(
         )
     if dim is None:
         dim = _softmax_dim("log_softmax", input.dim(), _stacklevel)
-    return _C.log_softmax(input if dtype is None else input.to(dtype), dim)
+    return _C.log_softmax(input if dtype is None else input.to(dtype=dtype), dim)
 
 
 # ---------------------------------------------------------------------------------------------- dropout
@@ -840,15 +842,22 @@ def _features_dropped(input, p, training, inplace, generator):
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or p == 0 or input.numel() == 0:
         return input
+    if input.dim() < 2:
+        raise RuntimeError(
+            f"Feature dropout requires at least 2 dimensions in the input, got {input.dim()}"
+        )
     ones = input.new_ones((*input.shape[:2], *(1,) * (input.dim() - 2)))
     noise = dropout(ones, p, generator=generator)
     return input.mul_(noise) if inplace else input * noise
 
 
-def _of_dims(name, input, unbatched):
+def _warn_of_dims(name, input, unbatched):
+    """Where torch still takes an input of other dimensions."""
     if input.dim() not in (unbatched, unbatched + 1):
-        raise RuntimeError(
-            f"{name}: Expected {unbatched}D or {unbatched + 1}D input, but received a {input.dim()}D input."
+        warnings.warn(
+            f"{name}: Received a {input.dim()}-D input to {name}, which is deprecated and will result in an error in a "
+            "future release. To retain the behavior and silence this warning, please use dropout instead.",
+            stacklevel=3,
         )
 
 
@@ -868,7 +877,10 @@ def dropout1d(
     Raises:
         RuntimeError: an input of other dimensions. ValueError: `p` is not in [0, 1].
     """
-    _of_dims("dropout1d", input, 2)
+    if input.dim() not in (2, 3):
+        raise RuntimeError(
+            f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input."
+        )
     batched = input if input.dim() == 3 else input.unsqueeze(0)
     result = _features_dropped(batched, p, training, inplace, generator)
     return result if input.dim() == 3 else input if result is batched else result.squeeze(0)
@@ -884,14 +896,14 @@ def dropout2d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Zeroes whole channels of an input (N, C, H, W) with probability p and scales the others by 1 / (1 - p). An input
-    of three dimensions is taken as (N, C, L), as torch does.
+    of three dimensions is taken as (N, C, L), as torch does; one of two, or of more than four, with a warning.
 
     Arguments as :func:`dropout`. Same in distribution as :func:`torch.nn.functional.dropout2d`.
 
     Raises:
-        RuntimeError: an input of other dimensions. ValueError: `p` is not in [0, 1].
+        RuntimeError: an input of fewer than two dimensions. ValueError: `p` is not in [0, 1].
     """
-    _of_dims("dropout2d", input, 3)
+    _warn_of_dims("dropout2d", input, 3)
     return _features_dropped(input, p, training, inplace, generator)
 
 
@@ -905,14 +917,14 @@ def dropout3d(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Zeroes whole channels of an input (N, C, D, H, W) or (C, D, H, W) with probability p and scales the others by
-    1 / (1 - p).
+    1 / (1 - p). An input of other dimensions is taken as (C, ...), with a warning, as torch does.
 
     Arguments as :func:`dropout`. Same in distribution as :func:`torch.nn.functional.dropout3d`.
 
     Raises:
-        RuntimeError: an input of other dimensions. ValueError: `p` is not in [0, 1].
+        RuntimeError: an input of no dimensions. ValueError: `p` is not in [0, 1].
     """
-    _of_dims("dropout3d", input, 4)
+    _warn_of_dims("dropout3d", input, 4)
     batched = input if input.dim() == 5 else input.unsqueeze(0)
     result = _features_dropped(batched, p, training, inplace, generator)
     return result if input.dim() == 5 else input if result is batched else result.squeeze(0)
@@ -1067,12 +1079,22 @@ def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     if has_torch_function_variadic(input, bias):
         return handle_torch_function(bias_gelu, (input, bias), input, bias, approximate=approximate)
     if input.dtype != bias.dtype or not input.is_contiguous():
+        _check_row("bias_gelu", bias, input)
         return gelu(input + bias, approximate=approximate)
     if approximate == "none":
         return _C.bias_gelu(input, bias)
     if approximate == "tanh":
         return _C.bias_gelu_tanh(input, bias)
     raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}")
+
+
+def _check_row(name: str, bias: Tensor, input: Tensor) -> None:
+    """What the kernels check themselves, for the ways around them."""
+    if input.dim() < 1 or bias.shape != input.shape[-1:]:
+        raise RuntimeError(
+            f"{name}: expected a bias of as many elements as the input's last dimension has, got {list(bias.shape)} "
+            f"for an input of {list(input.shape)}"
+        )
 
 
 def _seed(input: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -1154,6 +1176,12 @@ def bias_dropout_add(
             bias_dropout_add, (input, bias, residual), input, bias, residual, p=p, training=training, generator=generator
         )  # fmt: skip
     _check_p(p)
+    if bias is not None:
+        _check_row("bias_dropout_add", bias, input)
+    if residual.shape != input.shape:
+        raise RuntimeError(
+            f"bias_dropout_add: expected a residual of the input's shape {list(input.shape)}, got {list(residual.shape)}"
+        )
     if (
         bias is None
         or p == 1

@@ -60,8 +60,28 @@ def test_bad_arguments_of_dropouts(name):
         with pytest.raises(ValueError, match="between 0 and 1, but got"):
             function(torch.ones(4, 4, 4, *[2] * (name == "dropout3d")), p, True)
     if name != "alpha_dropout":
-        with pytest.raises(RuntimeError, match="but received a 1D input"):
-            function(torch.ones(4), 0.5)
+        short = torch.ones([2] * {"dropout1d": 1, "dropout2d": 1, "dropout3d": 0}[name])
+        with pytest.raises(RuntimeError, match="1D input|at least 2 dimensions in the input, got"):
+            function(short, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("dropout2d", (200, 30)), ("dropout3d", (200, 30)), ("dropout3d", (20, 5, 4))],
+    ids=str,
+)  # fmt: skip
+def test_dimensions_that_torch_warns_of(name, shape):
+    """A model that trains with torch's does not stop with ours: the same entries go together, with the same warning."""
+    torch.manual_seed(0)
+    x = torch.ones(shape)
+    with pytest.warns(UserWarning, match="deprecated and will result in an error"):
+        ours_ = getattr(ours, name)(x, 0.5)
+    with pytest.warns(UserWarning, match="deprecated and will result in an error"):
+        theirs = getattr(torch.nn.functional, name)(x, 0.5)
+    together = [y.flatten(1) if name == "dropout3d" else y for y in (ours_, theirs)]
+    for y in together:
+        assert set(y.unique().tolist()) == {0.0, 2.0}
+        uniform = (y == y[:, :1]).all(1).double().mean().item()
+        assert uniform == (1.0 if name == "dropout3d" else 0.0)
 
 
 def test_alpha_dropout_keeps_mean_and_variance():

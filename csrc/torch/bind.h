@@ -1,13 +1,30 @@
 // What module.cpp calls: each kind adds its functions to the extension module. What a function's kernels do not take is
 // handed to torch's function here, for all kinds.
 #pragma once
+#include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <string>
 
 namespace fastops {
+
+// Lets other Python threads run while a kernel does, where it takes long enough to be worth the two switches.
+class Unlocked {
+ public:
+  template <class... A>
+  explicit Unlocked(const at::Tensor& t, const A&...) {
+    if (t.defined() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && t.numel() >= kWorthwhile)
+      released_.emplace();
+  }
+
+ private:
+  static constexpr int64_t kWorthwhile = 1 << 14;
+  std::optional<pybind11::gil_scoped_release> released_;
+};
+
 void bind_map(pybind11::module_& m);
 void bind_fused(pybind11::module_& m);
 void bind_reduce(pybind11::module_& m);
@@ -34,6 +51,7 @@ void def(pybind11::module_& m, const std::string& name, F f, R (F::*)(A...) cons
           return result.cast<R>();
         };
         try {
+          const Unlocked unlocked(a...);
           return f(a...);
         } catch (const c10::NotImplementedError&) {
           return handed_over([] { throw; });

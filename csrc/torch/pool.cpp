@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <list>
@@ -13,6 +14,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <system_error>
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -106,17 +108,22 @@ class Pool final : public c10::Allocator {
     size_t memory = size_t{8} << 30;
 #if defined(__linux__)
     memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
-    // A fork may happen while another thread holds the lock; the child would wait for it for ever.
-    pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
 #endif
     limit_ = memory / 8;
     if (const char* text = std::getenv("FASTOPS_CPU_POOL_LIMIT")) {
-      char* end = nullptr;
-      const unsigned long long bytes = std::strtoull(text, &end, 10);
-      TORCH_CHECK(end != text && *end == '\0', "FASTOPS_CPU_POOL_LIMIT must be a number of bytes, got '", text, "'");
+      size_t bytes = 0;
+      const char* const end = text + std::strlen(text);
+      const auto [stop, error] = std::from_chars(text, end, bytes);  // unlike strtoull, takes no sign
+      TORCH_CHECK(error == std::errc() && stop == end, "FASTOPS_CPU_POOL_LIMIT must be a number of bytes, got '", text,
+                  "'");
       limit_ = bytes;
       enabled_ = bytes > 0;
     }
+#if defined(__linux__)
+    // A fork may happen while another thread holds the lock; the child would wait for it for ever. Last: the handlers
+    // must not meet a pool that failed to be made.
+    pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
+#endif
   }
 
   Block take(size_t size) {

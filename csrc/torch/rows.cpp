@@ -215,6 +215,9 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
   const int64_t dim = input.dim() == 1 ? 0 : 1, n = input.size(dim);
   auto expected = input.sizes().vec();
   expected.erase(expected.begin() + dim);
+  if (input.dim() > 1 && target.dim() >= 1)
+    TORCH_CHECK_VALUE(input.size(0) == target.size(0), "Expected input batch_size (", input.size(0),
+                      ") to match target batch_size (", target.size(0), ").");
   if (is_distribution(target)) {
     TORCH_CHECK(target.sizes() == input.sizes(), "cross_entropy: expected class probabilities of size ", input.sizes(),
                 " like the logits, got ", target.sizes(), "; class indices are int64");
@@ -222,9 +225,6 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
                 c10::toString(input.scalar_type()), ", got ", c10::toString(target.scalar_type()));
     TORCH_CHECK(ignore_index < 0, "ignore_index is not supported for floating point target");
   } else {
-    if (input.dim() > 1 && target.dim() >= 1)
-      TORCH_CHECK_VALUE(input.size(0) == target.size(0), "Expected input batch_size (", input.size(0),
-                        ") to match target batch_size (", target.size(0), ").");
     TORCH_CHECK(target.sizes() == c10::IntArrayRef(expected), "cross_entropy: expected a target of size ",
                 c10::IntArrayRef(expected), " for logits of size ", input.sizes(), ", got ", target.sizes());
     TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
@@ -238,6 +238,8 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
     TORCH_CHECK(weight->dim() == 1 && weight->numel() == n,
                 "cross_entropy: weight tensor should be defined either for all ", n, " classes or no classes but got weight tensor of shape: ",
                 weight->sizes());
+    TORCH_CHECK(at::isFloatingType(weight->scalar_type()), "cross_entropy: expected a floating point weight, got ",
+                c10::toString(weight->scalar_type()));
     TORCH_CHECK(weight->device() == input.device(), "cross_entropy: expected logits and weight on one device, got ",
                 input.device(), " and ", weight->device());
     p.weight = weight->to(real_of(input.scalar_type())).contiguous();
@@ -368,6 +370,12 @@ Tensor divisor_of(const Tensor& target, const Tensor& weight, const Attributes& 
   return (w * live.reshape(-1).to(options.dtype())).sum();
 }
 
+// Its reciprocal; 1 where no row counts, so that their gradients of 0 stay 0 as torch's do.
+Tensor mean_factor(const Tensor& target, const Tensor& weight, const Attributes& a, at::TensorOptions options) {
+  const Tensor divisor = divisor_of(target, weight, a, options);
+  return at::where(live_rows(target, a.ignore_index).any(), divisor.reciprocal(), at::ones({}, options));
+}
+
 int64_t class_dim(const Tensor& grad) { return grad.dim() == 1 ? 0 : 1; }
 
 // 1 / number of rows, as the mean over distributions has it.
@@ -378,7 +386,7 @@ Tensor scale_of_saved(const Tensor& grad, const Tensor& target, const Tensor& we
   if (a.reduction != at::Reduction::Mean || grad.scalar_type() != at::kHalf) return Tensor();
   const auto options = grad.options().dtype(at::kFloat);
   if (is_distribution(target)) return at::scalar_tensor(per_row(target), options);
-  return divisor_of(target, weight, a, options).reciprocal();
+  return mean_factor(target, weight, a, options);
 }
 
 // saved gradient x upstream gradient of the loss
@@ -401,7 +409,7 @@ Tensor scale_in_saved(const Tensor& grad, const Tensor& target, const Tensor& we
                       at::TensorOptions options) {
   if (a.reduction != at::Reduction::Mean || grad.scalar_type() == at::kHalf) return Tensor();
   if (is_distribution(target)) return at::scalar_tensor(per_row(target), options);
-  return divisor_of(target, weight, a, options).reciprocal();
+  return mean_factor(target, weight, a, options);
 }
 
 // The derivative of the gradient G, applied to v. With q the target distribution times the row's scale s, G = p S - q

@@ -753,6 +753,10 @@ class StepPlan {
                   const std::optional<Tensor>& found_inf, const py::list& fresh, const py::list& started, bool partial,
                   bool check_only,
                   std::optional<double> ema_weight, std::optional<double> max_grad_norm) {
+    // The kernels run without the interpreter's lock: another thread could come in here, and pull the lists from
+    // under them.
+    TORCH_CHECK(!stepping_, "step() of this optimizer is under way in another thread; one step at a time");
+    const Flag stepping(stepping_);
     ema_weight_ = ema_weight;
     sweep_.clear();
     fresh_.clear();
@@ -833,6 +837,11 @@ class StepPlan {
 
  private:
   enum class Found { kReady, kMissing, kOther };
+  struct Flag {
+    bool& up;
+    explicit Flag(bool& flag) : up(flag) { up = true; }
+    ~Flag() { up = false; }
+  };
   struct Group {
     Options options;
     py::list params;
@@ -929,7 +938,7 @@ class StepPlan {
   std::vector<Py_ssize_t> hints_;
   std::unordered_map<PyObject*, Py_ssize_t> positions_;
   std::unordered_set<PyObject*> fresh_, started_;
-  bool looked_ = false;
+  bool looked_ = false, stepping_ = false;
   py::object counter_key_, average_key_;
   std::optional<double> ema_weight_;
   std::vector<std::vector<py::object>> state_keys_;

@@ -206,13 +206,13 @@ class FineTuneConfig:
             if values.get("modes") is not None:
                 values["modes"] = tuple(values["modes"])
             config = cls(**values)
+            config.check()
         except FileNotFoundError as error:
             raise ConfigError(f"there is no {path}: name the folder of a run") from error
         except (OSError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{path} is damaged: {error}") from error
-        config.check()
         return config
 
     def count_steps(self, images: int, processes: int = 1) -> int:

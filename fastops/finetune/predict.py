@@ -132,7 +132,7 @@ def load_classifier(path: str | PathLike) -> Classifier:
         format = InputFormat(**content["format"])
         model = build(content["arch"], len(content["classes"]), content["dropout"])
         load_weights(model, content["model"], head=True)
-    except (KeyError, TypeError, ConfigError) as error:
+    except (AttributeError, KeyError, TypeError, ConfigError) as error:
         raise WeightsError(f"{path} was not written by finetune: {error!r}") from error
     model.to(memory_format=torch.channels_last).eval()
     return Classifier(model, content["classes"], format)

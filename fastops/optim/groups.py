@@ -37,6 +37,7 @@ def param_groups(
         A list of the groups that are not empty, as an optimizer takes them.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: a negative weight_decay or l1, or a model of which no parameter requires grad.
 
     Example: ``fastops.optim.AdamW(param_groups(model, weight_decay=0.05), lr=1e-3)``.
@@ -44,6 +45,8 @@ def param_groups(
     for name, value in (("weight_decay", weight_decay), ("l1", l1)):
         if not value >= 0:
             raise ValueError(f"param_groups: {name} must not be negative, got {value}")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"param_groups: expected a torch.nn.Module, got {type(model).__name__}")
     rule = no_decay or _is_bias_or_norm
     decayed: list[torch.nn.Parameter] = []
     spared: list[torch.nn.Parameter] = []

@@ -266,9 +266,38 @@ class FusedStep(Optimizer):
         return _Exchanged(self)
 
     def load_state_dict(self, state_dict):
-        """As :meth:`torch.optim.Optimizer.load_state_dict`; states of a dtype of their own and averages keep it."""
+        """As :meth:`torch.optim.Optimizer.load_state_dict`; states of a dtype of their own and
+        averages keep it.
+
+        Raises where torch does, and ValueError for states that no parameter of this optimizer could have had (torch
+        takes them and fails at the next step). The optimizer is then as it was.
+        """
+        before = {key: self.__dict__[key] for key in ("state", "param_groups")}
+        try:
+            self._load(state_dict)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def _check_loaded(self):
+        for number, p in enumerate(p for g in self.param_groups for p in g["params"]):
+            own = self.state.get(p, {})
+            if not isinstance(own, dict):
+                raise ValueError(
+                    f"load_state_dict: the state of parameter {number} is a {type(own).__name__}, not a dict"
+                )
+            for key in {*(name for names in STATES for name in names), "ema"} & own.keys():
+                t = own[key]
+                if t is not None and getattr(t, "shape", None) != p.shape:
+                    given = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+                    raise ValueError(
+                        f"load_state_dict: {key} of parameter {number} is {given}; the parameter has shape {tuple(p.shape)}"
+                    )
+
+    def _load(self, state_dict):
         seeds = [g.get("rounding_seed") for g in self.param_groups]
         super().load_state_dict(state_dict)
+        self._check_loaded()
         for group, seed in zip(self.param_groups, seeds, strict=True):
             if seed is not None:
                 group.setdefault("rounding_seed", seed)
