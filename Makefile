@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: test finetune bench build env lint clean cuda-report sanitize gpu
+.PHONY: test finetune bench build env lint clean cuda-report sanitize gpu zoo
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
@@ -45,6 +45,11 @@ sanitize: env
 # On a machine with a GPU: the tests marked cuda, compute-sanitizer, the bench, and one dated report of them.
 gpu: build
 	$(BIN)/python tools/gpu.py $(ARGS)
+
+# Every torchvision classification model, timm's families and Hugging Face's, patched and compared with themselves.
+zoo: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check timm transformers
+	FASTOPS_ZOO=1 $(BIN)/python -m pytest tests/test_zoo.py $(ARGS)
 
 clean:
 	rm -rf build fastops/*.so *.egg-info

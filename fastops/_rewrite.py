@@ -33,6 +33,9 @@ from torch.overrides import TorchFunctionMode, get_testing_overrides
 from . import functional
 from ._guard import DISABLED, usable
 from ._op import COMPOSED, OPS
+from .nn import MODULES
+
+RELUS = (nn.ReLU, MODULES[nn.ReLU])
 
 
 class Refused(Exception):
@@ -273,6 +276,8 @@ def mentions(module: nn.Module, words: frozenset[str] | set[str], helpers: bool 
                 value = _lookup(function, [node.id])
                 if _hashable(value) and value in NAMES:
                     found.add(NAMES[value])
+                elif isinstance(value, type) and value in MODULES:  # made and called in one
+                    read(value.forward, depth + 1)
                 elif helpers and not str(getattr(value, "__module__", "")).startswith(
                     ("torch.", "builtins")
                 ):
@@ -724,16 +729,3 @@ def restore(cls: type, recipe: Recipe) -> nn.Module:
     """What copy and pickle make a rewritten module from."""
     made: Any = rewritten(cls, recipe)
     return made.__new__(made)
-
-
-RELUS: tuple[type, ...] = ()
-
-
-def _set_relus() -> None:
-    global RELUS
-    from .nn import ReLU
-
-    RELUS = (nn.ReLU, ReLU)
-
-
-_set_relus()
