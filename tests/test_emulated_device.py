@@ -2,6 +2,7 @@
 in processes of their own: the extension there is the emulated one, and torch.cuda answers for that device."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -22,11 +23,10 @@ def built():
 
 
 def run(*arguments):
-    """pytest on the emulated device, on one thread; (exit code, output)."""
+    """python on the emulated device, on one thread; (exit code, output)."""
     path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-p", "emulation.device", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -36,13 +36,30 @@ def run(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+def run_tests(*arguments):
+    return run("-m", "pytest", "-p", "emulation.device", "-p", "no:cacheprovider", *arguments)
+
+
 def test_the_tests_marked_cuda_pass():
     chosen = " and ".join(f"not {name}" for name in NOT_HERE)
-    status, output = run("-m", "cuda", "-k", chosen, "tests/test_cuda_device.py")
+    status, output = run_tests("-m", "cuda", "-k", chosen, "tests/test_cuda_device.py")
     assert status == 0, output[-4000:]
     assert " passed" in output
 
 
 def test_where_launches_go():
-    status, output = run("tests/emulation/checks_of_device.py")
+    status, output = run_tests("tests/emulation/checks_of_device.py")
     assert status == 0, output[-4000:]
+
+
+def test_bench_runs():
+    """Every row is verified against torch and timed, in the way of CUDA; the figures say nothing."""
+    program = (
+        "import sys, emulation.device as device; device.install(); import bench.__main__ as bench; "
+        "options = ['--device', 'cuda', '--quick', '--time', '0.01', '--filter']; "
+        "rows = ['cross_entropy 128x1000', 'dropout 128x1024', 'Adam 300x1024']; "
+        "sys.exit(max(bench.main([*options, each]) for each in rows))"
+    )
+    status, output = run("-c", program)
+    assert status == 0, output[-4000:]
+    assert re.findall(r"(\d+) of (\d+) rows timed", output) == [("2", "2"), ("2", "2"), ("1", "1")]

@@ -6,6 +6,7 @@
 #include <ATen/core/stack.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -77,7 +78,8 @@ Tensor alias(const Tensor& t, Device device) {
   const c10::Storage& storage = t.storage();
   c10::DataPtr data(const_cast<void*>(storage.data()), new c10::Storage(storage),
                     [](void* p) { delete static_cast<c10::Storage*>(p); }, device);
-  c10::Storage same(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data), nullptr, false);
+  auto* allocator = device.is_cpu() ? c10::GetCPUAllocator() : nullptr;  // what torch resizes, it resizes on the host
+  c10::Storage same(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data), allocator, allocator);
   const auto key = device.is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU;
   Tensor made = at::detail::make_tensor<c10::TensorImpl>(std::move(same), c10::DispatchKeySet(key), t.dtype());
   auto* impl = made.unsafeGetTensorImpl();
@@ -155,6 +157,12 @@ void on_the_host(const OperatorHandle& op, Stack* stack) {
           results[i].toTensor().copy_(again[i].toTensor());
       return true;
     });
+  }
+  for (const auto& [original, host] : aliases) {  // that an op resized
+    if (host.sizes() == original.sizes() && host.data_ptr() == original.data_ptr()) continue;
+    auto* impl = original.unsafeGetTensorImpl();
+    impl->set_storage_keep_dtype(alias(host, original.device()).storage());
+    impl->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
   }
   const auto from_host = [&](const Tensor& t) {
     if (!t.defined()) return t;

@@ -12,6 +12,7 @@ import importlib.util
 import shutil
 import sys
 import sysconfig
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,6 +105,22 @@ class DefaultStream(Stream):
         self.id = 0
 
 
+class Event:
+    """The clock's time."""
+
+    def __init__(self, enable_timing=False):
+        self.time = 0.0
+
+    def record(self, stream=None):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return (later.time - self.time) * 1e3
+
+    def synchronize(self):
+        """Nothing is left to wait for."""
+
+
 def index_of(device=None) -> int:
     """The number of a device, or of the current one."""
     if isinstance(device, int):
@@ -161,6 +178,9 @@ def install() -> None:
     cuda.Stream, cuda.stream, cuda.current_stream = Stream, stream, DefaultStream
     cuda.CUDAGraph, cuda.graph = DEVICE.Graph, capture
     cuda.set_sync_debug_mode = lambda mode: sync(mode in (2, "error"))
+    cuda.default_generators = (torch.default_generator,) * cuda.device_count()
+    cuda.get_device_name = lambda device=None: "this process's memory"
+    cuda.Event = Event
     cuda.mem_get_info = lambda device=None: (0, 0)
     cuda._sleep = lambda cycles: None
     DEVICE.install()
