@@ -36,7 +36,9 @@ def test_every_op_is_in_the_table():
     expected = {
         "map_kernel": 3 * 4 * len(rows("map")),  # forward, backward, second; dtypes
         "each_kernel": 6 * 4 * losses,  # values and five derivatives
-        "step_kernel": 6 * len(rows("step")),  # and two dtypes of states for 16-bit parameters
+        # Dtypes of parameters and states; each also extended (rounding, numbers of the device).
+        "step_kernel": sum(2 * (7 if row.states else 4) for row in rows("step")),
+        "derive_kernel": 2 * len(rows("step")),
         "softmax_kernel": 3
         * 4
         * len(rows("softmax")),  # warps, blocks that hold a row, blocks that do not

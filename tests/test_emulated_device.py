@@ -42,7 +42,8 @@ def run_tests(*arguments):
 
 def test_the_tests_marked_cuda_pass():
     chosen = " and ".join(f"not {name}" for name in NOT_HERE)
-    status, output = run_tests("-m", "cuda", "-k", chosen, "tests/test_cuda_device.py")
+    files = ["tests/test_cuda_device.py", "tests/test_optim_cuda.py"]
+    status, output = run_tests("-m", "cuda", "-k", chosen, *files)
     assert status == 0, output[-4000:]
     assert " passed" in output
 

@@ -134,6 +134,63 @@ def test_lasso_has_the_zeros_of_coordinate_descent(name, options):
     torch.testing.assert_close(w.detach(), expected, rtol=0.02, atol=0.02)
 
 
+def sparse_problem():
+    x = rand(60, 12, seed=1)
+    true = torch.zeros(12, dtype=torch.float64)
+    true[:4] = torch.tensor([2.0, -3.0, 1.5, 0.8], dtype=torch.float64)
+    return x, x @ true + 0.1 * rand(60, seed=2)
+
+
+def ista(x, y, l1, l2=0.0, steps=5000):
+    """min |x w - y|^2 / 2n + l1 |w| + l2 |w|^2 / 2, by proximal gradient descent in float64 (Beck and Teboulle, 2009)."""
+    n = len(y)
+    lr = 1 / (torch.linalg.matrix_norm(x, 2) ** 2 / n + l2)
+    w = torch.zeros(x.shape[1], dtype=torch.float64)
+    for _ in range(steps):
+        moved = w - lr * (x.T @ (x @ w - y) / n + l2 * w)
+        w = moved.sign() * (moved.abs() - lr * l1).clamp(min=0)
+    return w
+
+
+def fitted(name, x, y, steps=3000, **options):
+    w = nn.Parameter(torch.full((x.shape[1],), 0.5, dtype=torch.float64))
+    optimizer = getattr(fastops.optim, name)([w], l1_mode="proximal", **options)
+    for _ in range(steps):
+        w.grad = x.T @ (x @ w.detach() - y) / len(y)
+        optimizer.step()
+    return w.detach()
+
+
+@pytest.mark.parametrize("l1", [0.05, 0.2, 0.8])
+@pytest.mark.parametrize("l2", [0.0, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_proximal_gradient_descent(l1, l2, momentum):
+    """The lasso, and with weight_decay the elastic net: the zeros are the reference's, and the values to 1e-9."""
+    x, y = sparse_problem()
+    expected = ista(x, y, l1, l2)
+    assert 0 < (expected == 0).sum() < 12
+    # A buffer of momentum m comes to 1 / (1 - m) times the gradient, and the threshold with it where l1 does.
+    given = l1 / (1 - momentum)
+    w = fitted("SGD", x, y, lr=0.1 * (1 - momentum), momentum=momentum, l1=given, weight_decay=l2)
+    assert torch.equal(w == 0, expected == 0)
+    torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_lasso_and_elastic_net_are_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")  # fmt: skip
+    x, y = sparse_problem()
+    exact = {"fit_intercept": False, "tol": 1e-12, "max_iter": 100_000}
+    for l1, l2 in ((0.05, 0.0), (0.2, 0.0), (0.2, 0.3)):
+        if l2:
+            model = linear_model.ElasticNet(alpha=l1 + l2, l1_ratio=l1 / (l1 + l2), **exact)
+        else:
+            model = linear_model.Lasso(alpha=l1, **exact)
+        expected = torch.from_numpy(model.fit(x.numpy(), y.numpy()).coef_)
+        w = fitted("SGD", x, y, lr=0.1, l1=l1, weight_decay=l2)
+        assert torch.equal(w == 0, expected == 0) and (w == 0).any()
+        torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("limit", [0.5, 1e6])
 def test_clipping_is_clip_grad_norm(configured, limit):
     theirs, ours, options = configured
@@ -412,3 +469,164 @@ def test_a_norm_that_is_not_finite_is_torchs(bad):
     fastops.optim.SGD(b, lr=1.0, max_grad_norm=1.0).step()
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p, q, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ schedules, scalers, rollbacks
+
+MOMENTUM = [("Adam", {}), ("AdamW", {}), ("SGD", {"momentum": 0.9}), ("RMSprop", {"momentum": 0.9})]
+
+
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "CyclicLR"])
+@pytest.mark.parametrize(("name", "options"), MOMENTUM, ids=lambda v: str(v))
+def test_schedulers_move_the_momentum(name, options, schedule):
+    """Also to 0 and back, where the buffers rest meanwhile."""
+    results, seen = [], []
+    for package in (torch.optim, fastops.optim):
+        params = parameters()
+        optimizer = getattr(package, name)(params, lr=0.01, foreach=False, **options)
+        base = 0.0 if name != "RMSprop" else 0.5  # torch's RMSprop cannot start a momentum late
+        if schedule == "OneCycleLR":
+            s = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=16, base_momentum=base, max_momentum=0.9)  # fmt: skip
+        else:
+            s = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.001, 0.1, step_size_up=4, base_momentum=base, max_momentum=0.9)  # fmt: skip
+        for step in range(15):
+            group = optimizer.param_groups[0]
+            seen.append(group["momentum"] if "momentum" in group else group["betas"][0])
+            gradients(params, step)
+            optimizer.step()
+            s.step()
+        results.append(params)
+    assert_equal(*results)
+    assert max(seen) > 0.8 and min(seen) < 0.6
+
+
+def test_momentum_that_comes_late_leaves_the_average():
+    """SGD begins without momentum, keeping averages: the first buffer is the gradient, and the average goes on."""
+    a, b = parameters(), parameters()
+    theirs = torch.optim.SGD(a, lr=0.1, foreach=False)
+    ours = fastops.optim.SGD(b, lr=0.1, ema_decay=0.9)
+    expected = None
+    for step in range(6):
+        for o in (theirs, ours):
+            o.param_groups[0]["momentum"] = 0.0 if step < 3 else 0.9
+            o.param_groups[0]["dampening"] = 0.5
+        gradients(a, step)
+        gradients(b, step)
+        theirs.step()
+        ours.step()
+        now = [p.detach().clone() for p in a]
+        expected = now if expected is None else [e.lerp(p, 0.1) for e, p in zip(expected, now, strict=True)]  # fmt: skip
+    assert_equal(a, b)
+    assert_equal([ours.state[p]["ema"] for p in b], expected)
+
+
+def test_an_error_restores_a_state_that_was_to_be_completed():
+    params = parameters()
+    optimizer = fastops.optim.SGD(params, lr=0.1, ema_decay=0.9)
+    gradients(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[0]["momentum"] = 0.9
+    params[2].grad = None
+    params[2].grad_dtype = None
+    params[2].grad = torch.ones(37, 29)  # float32
+    values = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="gradient"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+    assert_equal(params, values)
+
+
+@pytest.mark.parametrize(("name", "options"), CHECKPOINTED, ids=str)
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler(name, options, unscale):
+    results = []
+    for package in (torch.optim, fastops.optim):
+        params = [nn.Parameter(p.detach().float()) for p in parameters()]
+        optimizer = getattr(package, name)(params, foreach=False, **options)
+        assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        for step in range(5):
+            optimizer.zero_grad()
+            loss = sum((p * (p + step)).sum() for p in params)
+            scaler.scale(loss * float("inf") if step in (0, 2) else loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((params, scaler.get_scale()))
+    assert results[0][1] == results[1][1]
+    for p, q in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_grad_scaler_leaves_the_scaling_to_a_fused_sgd():
+    """_step_supports_amp_scaling is torch's: with fused=True alone, which then gets grad_scale and found_inf."""
+    params = [nn.Parameter(torch.ones(3))]
+    optimizer = fastops.optim.SGD(params, lr=0.5, fused=True)
+    assert optimizer._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler.scale(params[0].sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(params[0].grad, torch.full((3,), 256.0))  # divided by within the step
+    assert torch.equal(params[0].detach(), torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize(("name", "options"), [*CHECKPOINTED, ("Adam", {"amsgrad": True})], ids=str)
+def test_equal_bits_for_any_number_of_threads(name, options):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            params = [nn.Parameter(rand(n, seed=n).float()) for n in (100_003, 70_001, 5, 90_300)]
+            optimizer = getattr(fastops.optim, name)(params, max_grad_norm=1.0, ema_decay=0.9, **options)  # fmt: skip
+            for step in range(2):
+                for k, p in enumerate(params):
+                    p.grad = rand(*p.shape, seed=10 * step + k).float()
+                optimizer.step()
+            results.append([*params, *(v for s in optimizer.state.values() for v in s.values())])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize(("name", "options"), CHECKPOINTED, ids=str)
+def test_a_parameter_listed_twice(name, options):
+    ps = [nn.Parameter(rand(30)) for _ in range(2)]
+    for p, package in zip(ps, (torch.optim, fastops.optim), strict=True):
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = getattr(package, name)([p, p], foreach=False, **options)
+        for step in range(3):
+            p.grad = rand(30, seed=step)
+            optimizer.step()
+    assert_equal(ps[:1], ps[1:])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")  # fmt: skip
+def test_averages_of_dtensors(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)  # fmt: skip
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        ps = [nn.Parameter(distribute_tensor(rand(6, 4, seed=k), mesh, [Shard(0)])) for k in range(3)]  # fmt: skip
+        qs = [nn.Parameter(rand(6, 4, seed=k)) for k in range(3)]
+        a, b = (fastops.optim.Adam(x, ema_decay=0.9) for x in (ps, qs))
+        for step in range(3):
+            gradients(qs, step)
+            for p, q in zip(ps, qs, strict=True):
+                p.grad = distribute_tensor(q.grad.clone(), mesh, [Shard(0)])
+            a.step()
+            b.step()
+        assert_equal([p.detach().full_tensor() for p in ps], [q.detach() for q in qs])
+        assert_equal([a.state[p]["ema"].full_tensor() for p in ps], [b.state[q]["ema"] for q in qs])
+        c = fastops.optim.Adam(ps, rounding="stochastic")
+        with pytest.raises(
+            RuntimeError, match='rounding="stochastic" is not available for DTensors'
+        ):
+            c.step()
+        assert not c.state
+    finally:
+        torch.distributed.destroy_process_group()

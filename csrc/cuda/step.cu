@@ -304,14 +304,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (threadIdx.x == 0) store(batch.sums + block, total);
 }
 
+template <class real>
 __global__ void __launch_bounds__(kThreads, kResident) clip_kernel(const ClipArgs __grid_constant__ a) {
   double sum = 0;
   for (int64_t k = threadIdx.x; k < a.count; k += kThreads) sum += load(a.sums + k);
   sum = Team<kThreads>().sum(sum);
   if (threadIdx.x != 0) return;
   const Clip made(sum, a.grad_scale ? load(a.grad_scale) : 1.0f, static_cast<float>(a.max_norm));
-  store(a.norm, made.norm);
-  store(a.divisor, made.divisor);
+  store(a.norm, static_cast<real>(made.norm));
+  store(a.divisor, static_cast<real>(made.divisor));
 }
 
 // ------------------------------------------------------------------------------------------------ launchers
@@ -455,7 +456,7 @@ Error sums_of_squares(const StepArgs& a, double* sums) {
   });
 }
 
-Error clip(const ClipArgs& a) { return launch(clip_kernel, 1, kThreads, a.stream, a); }
+Error clip(const ClipArgs& a) { return launch(clip_kernel<float>, 1, kThreads, a.stream, a); }
 
 // ------------------------------------------------------------------------------------------------ table
 

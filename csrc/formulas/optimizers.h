@@ -130,7 +130,7 @@ struct SGD {
     return {.sign = o[5] != 0 ? -1.0 : 1.0,
             .weight_decay = o[3],
             .lr = o[0],
-            .momentum = o[1],
+            .momentum = first ? 0.0 : o[1],  // also where a parameter that is listed twice has its first two
             .fresh = first ? 1.0 : 1.0 - o[2],
             .nesterov = o[4] != 0 ? o[1] : 0.0,
             .l1 = proximal ? 0.0 : o[6],

@@ -356,7 +356,7 @@ class FusedStep(Optimizer):
         if DISABLED or torch.compiler.is_compiling():
             self._only_torchs(self.param_groups)
             return _torch_step(self)(self, closure)
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized() and "capturable" in self.defaults:  # as in torch: not SGD
             self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
