@@ -333,7 +333,7 @@ class FusedStep(Optimizer):
             value, average = p.detach(), self.state[p]["ema"]
             if _is_dtensor(p):
                 value, average = value.to_local(), average.to_local()
-            weight = 1.0 if p in made else self._ema_weight
+            weight = 1.0 if any(p is q for q in made) else self._ema_weight
             average.lerp_(value.to(average.dtype), weight)
 
     def _make_average(self, p, averaged):
