@@ -12,10 +12,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
-def run(name: str) -> str:
+def run(name: str, *launcher: str) -> str:
     root = EXAMPLES.parents[1]
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=300, cwd=root,
+        [sys.executable, *launcher, EXAMPLES / name], capture_output=True, text=True, timeout=300, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -51,3 +51,21 @@ def test_keras_primer():
     assert last < first
     again, moved = re.search(r"low rate: loss ([\d.]+), (\d+) of", out).groups()
     assert float(again) < first and int(moved) > 0
+
+
+def test_fsdp2_in_two_processes_is_one_process():
+    """Parameters in shards: losses, weights, averages and the clipped norm are those of one process."""
+    outputs = [
+        run("fsdp2.py"),
+        run("fsdp2.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    ]
+    alone, both = (
+        {name: rest.split() for name, _, rest in (line.partition(" ") for line in out.splitlines())}
+        for out in outputs
+    )
+    for name in ("losses", "weights", "averages"):
+        values = [float(v) for v in alone[name]]
+        assert [float(v) for v in both[name]] == pytest.approx(values, rel=1e-4, abs=1e-5)
+    assert alone["weights"] != alone["averages"] and float(alone["losses"][-1]) < 0.1
+    *shards, _, every = both["shards"]
+    assert len(shards) == 2 and sum(map(int, shards)) == int(every) and max(map(int, shards)) < 4000

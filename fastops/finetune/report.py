@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -145,8 +146,10 @@ def compare_backends(rows: Sequence[dict]) -> list[str]:
 
 
 def best_arm(runs: Sequence[Run]) -> list[Run]:
-    """The runs of the arm with the highest mean accuracy."""
-    return max(group_runs(runs).values(), key=lambda runs: spread(r.accuracy for r in runs)[0])
+    """The runs of the arm with the highest mean accuracy, the last of several."""
+    return max(
+        reversed(group_runs(runs).values()), key=lambda runs: spread(r.accuracy for r in runs)[0]
+    )
 
 
 def draw_curves(runs: Sequence[Run]) -> Figure:
@@ -154,8 +157,12 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     arms = group_runs(runs)
-    for number, (arm, repeats) in enumerate(arms.items()):
-        style = {"color": COLOURS[number % len(COLOURS)]}
+    for arm, repeats in arms.items():
+        # The two back ends lie on each other: torch's line is drawn dashed and dark above.
+        modes = list(dict.fromkeys(mode for mode, _ in arms))
+        style: dict = {"color": COLOURS[modes.index(arm[0]) % len(COLOURS)]}
+        if arm[1] == "torch" and len(arms) > len(modes):
+            style = {"color": "#222222", "linestyle": (0, (1, 3)), "zorder": 3}
         name = name_arm(arm, list(arms))
         # Runs that stopped early are shorter.
         length = min(len(run.losses) for run in repeats)
@@ -170,6 +177,8 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
         mean, low, high = (v.tolist() for v in (values.mean(0), values.amin(0), values.amax(0)))
         accuracies.plot(steps, mean, marker="o", markersize=3, label=name, **style)
         accuracies.fill_between(steps, low, high, alpha=0.15, linewidth=0, **style)
+    for axes in (losses, accuracies):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     losses.set(xlabel="step", ylabel="training loss", ylim=(0, None))
     accuracies.set(xlabel="step", ylabel="accuracy on part of the test images", ylim=(None, 1))
     for axes in (losses, accuracies):
@@ -261,7 +270,7 @@ def write_report(
         OutputError: a file cannot be written; the others are whole.
     """
     best = best_arm(runs)
-    metrics = {
+    metrics: dict[str, Any] = {
         "config": {name: plain(value) for name, value in asdict(config).items()},
         "versions": {"torch": torch.__version__},
         "threads": torch.get_num_threads(),
@@ -292,7 +301,7 @@ def write_report(
         pictures[name] = buffer.getvalue()
         with complete_file(folder / f"{name}.png") as path:
             path.write_bytes(pictures[name])
-    write_text(folder / "report.html", make_page(summary, description, pictures))
+    write_text(folder / "report.html", make_page(summary, description, pictures, metrics["config"]))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -305,44 +314,78 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Fine-tuning report</title>
 <meta name="viewport" content="width=device-width">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff }}
-table {{ border-collapse: collapse; width: 100% }}
-th, td {{ padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 2rem 1.5rem;
+  color: #1c2430; background: #f4f6f8 }}
+h1 {{ font-size: 1.9rem; margin: 0 0 .5rem }}
+h2 {{ font-size: 1.15rem; margin: 0 0 .8rem }}
+header p {{ margin: .1rem 0; color: #4a5563 }}
+section, .cards div {{ background: #fff; border: 1px solid #e1e5ea; border-radius: 10px }}
+section {{ padding: 1.2rem 1.4rem; margin-top: 1.2rem; overflow-x: auto }}
+.cards {{ display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1.4rem }}
+.cards div {{ flex: 1 1 11rem; padding: .8rem 1.2rem; color: #4a5563; font-size: .9rem }}
+.cards b {{ display: block; font-size: 1.7rem; color: #0b5cad; font-variant-numeric: tabular-nums }}
+table {{ border-collapse: collapse; width: 100%; font-size: .9rem; white-space: nowrap }}
+th, td {{ padding: .4rem .45rem; text-align: right; border-bottom: 1px solid #e6e9ed }}
+th {{ color: #4a5563; font-weight: 600 }}
 th:first-child, td:first-child {{ text-align: left }}
 td {{ font-variant-numeric: tabular-nums }}
-img {{ max-width: 100%; height: auto }}
-p.small {{ color: #555; font-size: .9rem }}
+tr.best td {{ background: #eaf3fc; font-weight: 600 }}
+img {{ display: block; max-width: 100%; height: auto; margin: 0 auto }}
+p.small {{ color: #4a5563; font-size: .85rem; margin: .9rem 0 0; white-space: normal }}
+pre {{ font-size: .8rem; overflow-x: auto }}
+summary {{ cursor: pointer; font-weight: 600 }}
 </style>
-<h1>Fine-tuning report</h1>
-{paragraphs}
-<table><thead><tr>{headings}</tr></thead><tbody>
+<header><h1>Fine-tuning report</h1>
+{paragraphs}</header>
+<div class="cards">{cards}</div>
+<section><table><thead><tr>{headings}</tr></thead><tbody>
 {rows}
 </tbody></table>
-<p class="small">Accuracy: mean ± standard deviation over the seeds, all test images, after the last
-step. Seconds: training one network, without evaluation. {keeping}</p>
-<h2>Training</h2>
-<img alt="Loss and accuracy by step" src="data:image/png;base64,{curves}">
-<h2>Test images and what the best mode makes of them</h2>
-<img alt="Test images with predictions" src="data:image/png;base64,{predictions}">
-<h2>Which classes are mistaken for which</h2>
-<img alt="Confusion matrix" src="data:image/png;base64,{confusion}">
+<p class="small">Accuracy: mean ± standard deviation over the seeds, lowest and highest; all test
+images, after the last step. s/run: training one network, without evaluation. ms/step: median. Peak MB:
+how far the memory in use rose. {keeping}</p></section>
+<section><h2>Training</h2>
+<img alt="Loss and accuracy by step" src="data:image/png;base64,{curves}"></section>
+<section><h2>Test images and what the best mode makes of them</h2>
+<img alt="Test images with predictions" src="data:image/png;base64,{predictions}"></section>
+<section><h2>Which classes are mistaken for which</h2>
+<img alt="Confusion matrix" src="data:image/png;base64,{confusion}"></section>
+<section><details><summary>Options</summary><pre>{options}</pre></details></section>
 </html>
 """
 
 
 def make_page(
-    summary: Sequence[dict], description: Sequence[str], pictures: dict[str, bytes]
+    summary: Sequence[dict],
+    description: Sequence[str],
+    pictures: dict[str, bytes],
+    options: dict,
 ) -> str:
     """The report as one page of HTML that needs no other file."""
+    best = max(reversed(summary), key=lambda row: row["accuracy"])
+    figures = [
+        (f"{best['accuracy']:.1%}", f"accuracy of {best['name']}, the best mode"),
+        (f"{1e3 * best['seconds_per_step']:.1f} ms", "for a step of it"),
+        (f"{best['images_per_second']:,.0f}", "images a second"),
+    ]
+    speedups = [row["epoch_speedup"] for row in summary if row["epoch_speedup"]]
+    if speedups:
+        figures.append((f"{max(speedups):.0f} times", "faster epochs on kept outputs"))
     cells = [
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table_cells(summary)
+        f"<tr{' class=best' * (row is best)}>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row_cells)
+        + "</tr>"
+        for row, row_cells in zip(summary, table_cells(summary), strict=True)
     ]
     return PAGE.format(
         paragraphs="\n".join(f"<p>{html.escape(line)}</p>" for line in description),
         headings="".join(f"<th>{heading}</th>" for heading in HEADINGS),
         rows="\n".join(cells),
-        keeping=html.escape(describe_keeping(summary)),
+        cards="".join(
+            f"<div><b>{html.escape(figure)}</b>{html.escape(what)}</div>"
+            for figure, what in figures
+        ),
+        keeping=html.escape(" ".join([describe_keeping(summary), *compare_backends(summary)])),
+        options=html.escape(json.dumps(options, indent=2)),
         **{name: base64.b64encode(content).decode() for name, content in pictures.items()},
     )
