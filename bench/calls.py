@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastops._op import OPS
+from fastops.selfcheck import example_inputs
 
 from . import peers
 from .cases import BOTH, FORWARD, STEP, Case
@@ -56,29 +56,10 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
     Raises:
         TypeError: a parameter of a name that is not known here.
     """
-    generator = seeded(case)
     (shape,) = case.shapes
-    inputs = {}
-    for name, parameter in OPS[case.op].signature.parameters.items():
-        if parameter.default is not inspect.Parameter.empty or name in case.arguments:
-            continue
-        if name == "target" and case.kind == "rows" and case.probabilities:
-            inputs[name] = normal(shape, case, generator, device).softmax(1)
-        elif name == "target" and case.kind == "rows":
-            target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
-            inputs[name] = target.to(device)
-        elif name in ("input", "target"):
-            values = normal(shape, case, generator, device)
-            inputs[name] = (
-                values.sigmoid() if case.probabilities and case.kind == "reduce" else values
-            )
-        elif name in ("other", "residual"):
-            inputs[name] = normal(shape, case, generator, device)
-        elif name == "bias":
-            inputs[name] = normal(shape[-1:], case, generator, device)
-        else:
-            raise TypeError(f"bench/calls.py cannot make an argument {name!r}")
-    return inputs
+    return example_inputs(
+        OPS[case.op], shape, case.dtype, seeded(case), device, case.arguments, case.probabilities
+    )
 
 
 def as_leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
-"""Decides whether a case may be timed: values, gradients, masks and optimizer states against torch in float64.
-
-The rule for each element: error <= 2 x torch's own largest error in the same dtype + 4 eps x its value.
-"""
+"""Decides whether a case may be timed: values, gradients, masks and optimizer states against torch in float64, by the rule
+of fastops.selfcheck."""
 
 from __future__ import annotations
 
@@ -10,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fastops._op import OPS
+from fastops.selfcheck import Masked, Wrong, compare
 
 from .calls import (
     function_call,
@@ -26,33 +24,6 @@ from .calls import (
 from .cases import BOTH, STEP, Case
 
 STEPS = 3
-
-
-class Wrong(Exception):
-    """Our result differs from torch's by more than the rule allows."""
-
-
-def compare(what: str, ours: Tensor, native: Tensor, exact: Tensor) -> None:
-    """Applies the rule: `native` is torch's result in the dtype of ours, `exact` torch's in float64.
-
-    Raises:
-        Wrong: shape or dtype differ, or an element is off by more than allowed.
-    """
-    if ours.shape != native.shape or ours.dtype != native.dtype:
-        raise Wrong(
-            f"{what}: {ours.dtype} {tuple(ours.shape)} where torch gives "
-            f"{native.dtype} {tuple(native.shape)}"
-        )
-    own = (native.double() - exact).abs_().max().item() if exact.numel() else 0.0
-    error = (ours.double() - exact).abs_()
-    allowed = exact.abs().mul_(4 * torch.finfo(ours.dtype).eps).add_(2 * own)
-    bad = ~(error <= allowed)  # so that NaN is bad
-    if bad.any():
-        at = bad.flatten().nonzero()[0].item()
-        raise Wrong(
-            f"{what}: {int(bad.sum())} of {bad.numel()} differ, the first by "
-            f"{error.flatten()[at].item():.2g} where {allowed.flatten()[at].item():.2g} is allowed"
-        )
 
 
 def compute(
@@ -81,20 +52,6 @@ def verify_function(case: Case, device: str) -> None:
     compare("value", y, y_native, y_exact)
     for name in dx_exact:
         compare(f"gradient of {name}", dx[name], dx_native[name], dx_exact[name])
-
-
-class Masked(TorchFunctionMode):
-    """Makes torch's dropout keep what `keep` says."""
-
-    def __init__(self, keep: Tensor):
-        super().__init__()
-        self.keep = keep
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.dropout:
-            x, p = args[0], kwargs["p"] if "p" in (kwargs or {}) else args[1]
-            return x * self.keep.to(x.dtype) / (1 - p)
-        return function(*args, **(kwargs or {}))
 
 
 def verify_random(case: Case, device: str) -> None:

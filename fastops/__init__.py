@@ -11,22 +11,30 @@ fastops.memory       the pool behind large CPU results
 FASTOPS_DISABLE=1 in the environment sends everything to torch.
 """
 
+import os as _os
+import sys as _sys
+
 import torch as _torch
 
+from . import _abi
+
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it here
+
 try:
-    from . import _C
-except ImportError as error:
-    raise ImportError(
-        f"fastops._C does not load under torch {_torch.__version__}: {error}. It is built for one torch version; "
-        "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
-    ) from error
+    _C = _abi.load(_torch.__version__)
+except ImportError as _error:
+    # `python -m fastops doctor` and `fastops doctor` are for what does not load, too.
+    if [_os.path.basename(word) for word in _sys.orig_argv[-2:]] == ["fastops", "doctor"]:
+        from .doctor import main as _doctor
+
+        raise SystemExit(_doctor(_error)) from None
+    raise
 
 from . import _compile, autograd, functional, memory, nn, optim  # noqa: E402
 from ._explain import Explanation, explain  # noqa: E402
 from ._guard import DISABLED, DISABLED_REASON  # noqa: E402
 from .patch import PatchReport, patch, patched, unpatch  # noqa: E402
 
-__version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "PatchReport",

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import fastops
+from fastops import doctor
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -13,7 +13,10 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m fastops", description="Fused kernels for PyTorch."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="show what is installed and what it can use")
+    commands.add_parser(
+        "doctor",
+        help="show what is installed, what it can use, and whether it computes what torch does",
+    )
     add_finetune(commands)
     add_predict(commands)
     return parser
@@ -255,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = make_parser().parse_args(arguments)
     if options.command == "doctor":
-        print(fastops.show_config())
-        return 0
+        return doctor.main()
     try:
         from fastops.finetune import FineTuneError, processes
     except ModuleNotFoundError as error:

@@ -196,7 +196,7 @@ def test_an_argument_that_nobody_makes_is_an_error_that_says_where(tmp_path, mon
     monkeypatch.setitem(OPS, "relu", replace(OPS["relu"], function=other))
     code, (row, _) = bench_json(tmp_path / "out.jsonl", "--filter", RELU)
     assert (code, row["status"]) == (1, "ERROR")
-    assert "bench/calls.py cannot make an argument 'x'" in row["notes"][0]
+    assert "fastops/selfcheck.py cannot make an argument 'x'" in row["notes"][0]
 
 
 @pytest.fixture

@@ -7,6 +7,10 @@
 
 namespace py = pybind11;
 
+// fastops/_abi.py finds this in the file, where the extension does not load.
+extern "C" __attribute__((used, visibility("default"))) const char fastops_built_for[] =
+    "fastops built for torch " FASTOPS_TORCH_VERSION "\n";
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastops;
   m.doc() = "Kernels of fastops. Use fastops.functional, fastops.nn and fastops.optim.";
