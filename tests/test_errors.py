@@ -8,6 +8,7 @@ from fastops._op import overload
 
 F = fastops.functional
 
+
 def test_third_derivative_is_refused_not_wrong():
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(F.gelu(x).sum(), x, create_graph=True)

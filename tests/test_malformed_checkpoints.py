@@ -102,7 +102,9 @@ def test_malicious_pickle_is_not_run(reader, form, tmp_path):
     assert harm.exists()
 
 
-@pytest.mark.parametrize("content", [3, None, [1, 2], {"model": {}}, {"model": 3}, {"a": "text"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "content", [3, None, [1, 2], {"model": {}}, {"model": 3}, {"a": "text"}, {}], ids=str
+)
 def test_weights_that_hold_none(content, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save(content, path)
@@ -173,7 +175,10 @@ def test_configurations(text, message, tmp_path):
 def test_the_command_says_so_in_one_line(tmp_path, capsys):
     path = tmp_path / "weights.pt"
     torch.save({"model": Harm(tmp_path / "harm")}, path)
-    for command in (["predict", str(path), "x.png"], ["finetune", "--weights", str(path), "--out", str(tmp_path / "run")]):
+    for command in (
+        ["predict", str(path), "x.png"],
+        ["finetune", "--weights", str(path), "--out", str(tmp_path / "run")],
+    ):
         assert main(command) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "weights.pt is damaged or holds more than weights" in said
