@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: test finetune bench build env lint clean cuda-report sanitize gpu zoo
+.PHONY: test finetune bench build env lint clean cuda-report sanitize gpu zoo abuse
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
@@ -41,6 +41,11 @@ cuda-report: env
 # The CUDA kernels under emulation with ASan and UBSan, TSan, and portable fibers.
 sanitize: env
 	$(BIN)/python tools/sanitize.py $(ARGS)
+
+# What takes too long for every run of the tests: the CPU kernels under ASan, UBSan and TSan, the fuzzers with a large
+# budget, 10,000 calls of every op without growth. ARGS="--part fuzz --examples 5000" for one part of it.
+abuse: build
+	$(BIN)/python tools/abuse.py $(ARGS)
 
 # On a machine with a GPU: the tests marked cuda, compute-sanitizer, the bench, and one dated report of them.
 gpu: build

@@ -18,7 +18,7 @@ import bench.__main__ as bench_command
 import fastops
 from fastops._op import OPS, overload
 
-F, N, O = fastops.functional, fastops.nn, fastops.optim
+F, N, M = fastops.functional, fastops.nn, fastops.optim
 NAN = float("nan")
 
 
@@ -342,7 +342,7 @@ def test_the_check_sees_changes():
         lambda w: w.model.eval(),
     ):
         world = World()
-        stepped(O.Adam)(world)
+        stepped(M.Adam)(world)
         before = world.snapshot()
         assert same(before, world.snapshot())
         change(world)
@@ -397,40 +397,40 @@ def integer_parameter(w):
 
 STEP = lambda w: w.o.step()  # noqa: E731
 CONSTRUCTED = [
-    B("lr", lambda O, w: O.Adam(w.fresh(), lr=-1), ValueError, "Invalid learning rate: -1"),
-    B("lr nan", lambda O, w: O.Adam(w.fresh(), lr=NAN), ValueError, "Invalid learning rate: nan"),
-    B("lr text", lambda O, w: O.Adam(w.fresh(), lr="fast"), TypeError, "str"),
-    B("lr of two", lambda O, w: O.Adam(w.fresh(), lr=torch.ones(2)), ValueError, "1-element"),
-    B("beta 1", lambda O, w: O.Adam(w.fresh(), betas=(1.0, 0.9)), ValueError, "index 0: 1.0"),
-    B("beta 2", lambda O, w: O.AdamW(w.fresh(), betas=(0.9, -1)), ValueError, "index 1: -1"),
-    B("one beta", lambda O, w: O.Adam(w.fresh(), betas=(0.9,)), IndexError, "index"),
-    B("eps", lambda O, w: O.Adam(w.fresh(), eps=-1), ValueError, "Invalid epsilon value: -1"),
-    B("weight_decay", lambda O, w: O.AdamW(w.fresh(), weight_decay=-1), ValueError, "Invalid weight_decay value: -1"),
-    B("momentum", lambda O, w: O.SGD(w.fresh(), momentum=-1), ValueError, "Invalid momentum value: -1"),
-    B("nesterov", lambda O, w: O.SGD(w.fresh(), nesterov=True), ValueError, "Nesterov momentum requires"),
-    B("alpha", lambda O, w: O.RMSprop(w.fresh(), alpha=-1), ValueError, "Invalid alpha value: -1"),
-    B("fused and foreach", lambda O, w: O.Adam(w.fresh(), fused=True, foreach=True), RuntimeError, "cannot be `True` together"),
-    B("no parameters", lambda O, w: O.Adam([]), ValueError, "empty parameter list"),
-    B("a tensor", lambda O, w: O.Adam(torch.ones(3)), TypeError, "iterable of Tensors or dicts"),
-    B("not a leaf", lambda O, w: O.SGD([w.fresh()[0] * 2]), ValueError, "non-leaf"),
-    B("text", lambda O, w: O.SGD(["a"]), TypeError, "one of the params is str"),
-    B("unknown option", lambda O, w: O.Adam(w.fresh(), momentum_decay=1), TypeError, "momentum_decay"),
-    B("group without parameters", lambda O, w: O.Adam([{"lr": 1}]), KeyError, "params"),
-    B("group twice", lambda O, w: O.Adam([{"params": (p := w.fresh())}, {"params": p}]), ValueError,
+    B("lr", lambda M, w: M.Adam(w.fresh(), lr=-1), ValueError, "Invalid learning rate: -1"),
+    B("lr nan", lambda M, w: M.Adam(w.fresh(), lr=NAN), ValueError, "Invalid learning rate: nan"),
+    B("lr text", lambda M, w: M.Adam(w.fresh(), lr="fast"), TypeError, "str"),
+    B("lr of two", lambda M, w: M.Adam(w.fresh(), lr=torch.ones(2)), ValueError, "1-element"),
+    B("beta 1", lambda M, w: M.Adam(w.fresh(), betas=(1.0, 0.9)), ValueError, "index 0: 1.0"),
+    B("beta 2", lambda M, w: M.AdamW(w.fresh(), betas=(0.9, -1)), ValueError, "index 1: -1"),
+    B("one beta", lambda M, w: M.Adam(w.fresh(), betas=(0.9,)), IndexError, "index"),
+    B("eps", lambda M, w: M.Adam(w.fresh(), eps=-1), ValueError, "Invalid epsilon value: -1"),
+    B("weight_decay", lambda M, w: M.AdamW(w.fresh(), weight_decay=-1), ValueError, "Invalid weight_decay value: -1"),
+    B("momentum", lambda M, w: M.SGD(w.fresh(), momentum=-1), ValueError, "Invalid momentum value: -1"),
+    B("nesterov", lambda M, w: M.SGD(w.fresh(), nesterov=True), ValueError, "Nesterov momentum requires"),
+    B("alpha", lambda M, w: M.RMSprop(w.fresh(), alpha=-1), ValueError, "Invalid alpha value: -1"),
+    B("fused and foreach", lambda M, w: M.Adam(w.fresh(), fused=True, foreach=True), RuntimeError, "cannot be `True` together"),
+    B("no parameters", lambda M, w: M.Adam([]), ValueError, "empty parameter list"),
+    B("a tensor", lambda M, w: M.Adam(torch.ones(3)), TypeError, "iterable of Tensors or dicts"),
+    B("not a leaf", lambda M, w: M.SGD([w.fresh()[0] * 2]), ValueError, "non-leaf"),
+    B("text", lambda M, w: M.SGD(["a"]), TypeError, "one of the params is str"),
+    B("unknown option", lambda M, w: M.Adam(w.fresh(), momentum_decay=1), TypeError, "momentum_decay"),
+    B("group without parameters", lambda M, w: M.Adam([{"lr": 1}]), KeyError, "params"),
+    B("group twice", lambda M, w: M.Adam([{"params": (p := w.fresh())}, {"params": p}]), ValueError,
       "appear in more than one parameter group"),
-    B("l1", lambda O, w: O.Adam(w.fresh(), l1=-1), ValueError, "Invalid l1 value: -1", torchs=False),
-    B("l1 nan", lambda O, w: O.SGD(w.fresh(), l1=NAN), ValueError, "Invalid l1 value: nan", torchs=False),
-    B("l1 of a group", lambda O, w: O.SGD([{"params": w.fresh(), "l1": -1}]), ValueError, "Invalid l1 value: -1", torchs=False),
-    B("l1_mode", lambda O, w: O.RMSprop(w.fresh(), l1_mode="lasso"), ValueError, "Invalid l1_mode: 'lasso'", torchs=False),
-    B("max_grad_norm", lambda O, w: O.Adam(w.fresh(), max_grad_norm=0), ValueError, "Invalid max_grad_norm: 0", torchs=False),
-    B("max_grad_norm nan", lambda O, w: O.Adam(w.fresh(), max_grad_norm=NAN), ValueError, "max_grad_norm: nan", torchs=False),
-    B("ema_decay", lambda O, w: O.Adam(w.fresh(), ema_decay=1), ValueError, "Invalid ema_decay: 1", torchs=False),
-    B("param_groups", lambda O, w: O.param_groups(w.model, weight_decay=-1), ValueError, "negative, got -1", torchs=False),
-    B("param_groups of text", lambda O, w: O.param_groups("model"), TypeError, "torch.nn.Module, got str", torchs=False),
-    B("param_groups of nothing", lambda O, w: O.param_groups(nn.ReLU()), ValueError, "no parameter", torchs=False),
+    B("l1", lambda M, w: M.Adam(w.fresh(), l1=-1), ValueError, "Invalid l1 value: -1", torchs=False),
+    B("l1 nan", lambda M, w: M.SGD(w.fresh(), l1=NAN), ValueError, "Invalid l1 value: nan", torchs=False),
+    B("l1 of a group", lambda M, w: M.SGD([{"params": w.fresh(), "l1": -1}]), ValueError, "Invalid l1 value: -1", torchs=False),
+    B("l1_mode", lambda M, w: M.RMSprop(w.fresh(), l1_mode="lasso"), ValueError, "Invalid l1_mode: 'lasso'", torchs=False),
+    B("max_grad_norm", lambda M, w: M.Adam(w.fresh(), max_grad_norm=0), ValueError, "Invalid max_grad_norm: 0", torchs=False),
+    B("max_grad_norm nan", lambda M, w: M.Adam(w.fresh(), max_grad_norm=NAN), ValueError, "max_grad_norm: nan", torchs=False),
+    B("ema_decay", lambda M, w: M.Adam(w.fresh(), ema_decay=1), ValueError, "Invalid ema_decay: 1", torchs=False),
+    B("param_groups", lambda M, w: M.param_groups(w.model, weight_decay=-1), ValueError, "negative, got -1", torchs=False),
+    B("param_groups of text", lambda M, w: M.param_groups("model"), TypeError, "torch.nn.Module, got str", torchs=False),
+    B("param_groups of nothing", lambda M, w: M.param_groups(nn.ReLU()), ValueError, "no parameter", torchs=False),
 ]  # fmt: skip
 
-Adam, SGD, RMSprop = O.Adam, O.SGD, O.RMSprop
+Adam, SGD, RMSprop = M.Adam, M.SGD, M.RMSprop
 STEPS = [
     B("group that is none", lambda w: w.o.add_param_group(3), TypeError, "must be a dict", prepare=stepped(Adam)),
     B("group with a bad l1", lambda w: w.o.add_param_group({"params": w.fresh(), "l1": -2}), ValueError, "l1 value: -2",
@@ -485,7 +485,7 @@ STEPS = [
 
 @pytest.mark.parametrize("bad", CONSTRUCTED, ids=lambda b: b.name)
 def test_constructing_optimizers(bad):
-    for module in (O, torch.optim) if bad.torchs else (O,):
+    for module in (M, torch.optim) if bad.torchs else (M,):
         check(lambda w: bad.call(module, w), bad)  # noqa: B023
 
 

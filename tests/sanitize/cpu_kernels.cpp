@@ -1,0 +1,315 @@
+// Runs every kernel of csrc/cpu, for one instruction set, under a sanitizer. Every row, dtype, odd sizes and addresses;
+// buffers lie right before or right behind a page that cannot be touched (masked vector loads are not instrumented by
+// the compiler: the page sees them), inputs are read-only. The values are random and nobody looks at the results.
+//
+//   cpu_kernels kernels    one call after another, each cut into parts for several threads
+//   cpu_kernels threads    eight threads call every kernel at once on the same inputs, and use the pool of results
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/parallel.h"
+#include "../../csrc/kernels.h"
+#include "../../csrc/torch/pool.h"
+
+namespace fastops {
+
+namespace cpu {
+// What csrc/torch defines by at::parallel_for: here, threads that ThreadSanitizer sees whole.
+void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  const int64_t parts = std::min<int64_t>(3, (n + grain - 1) / grain), share = (n + parts - 1) / parts;
+  std::vector<std::thread> threads;
+  for (int64_t begin = share; begin < n; begin += share)
+    threads.emplace_back([=] { body(context, begin, std::min(begin + share, n)); });
+  body(context, 0, std::min(share, n));
+  for (auto& t : threads) t.join();
+}
+}  // namespace cpu
+
+namespace {
+
+const Tables kTables = CPU_CAPABILITY::tables();
+constexpr c10::ScalarType kDtypes[] = {c10::ScalarType::Float, c10::ScalarType::Double, c10::ScalarType::BFloat16,
+                                       c10::ScalarType::Half};
+c10::ScalarType real_of(c10::ScalarType t) { return t == c10::ScalarType::Double ? t : c10::ScalarType::Float; }
+
+std::atomic<int> failures{0}, calls{0};
+void expect(const char* row, const char* kernel, Error error) {
+  ++calls;
+  if (!error) return;
+  std::printf("%s %s: %s\n", row, kernel, error);
+  ++failures;
+}
+
+// Memory of one call. `end`: buffers end at the page that cannot be touched; else they begin right behind one.
+class Buffers {
+ public:
+  explicit Buffers(bool end, unsigned seed = 1) : end_(end), random_(seed) {}
+  ~Buffers() {
+    for (const auto& [pages, size] : made_) munmap(pages, size);
+  }
+  Buffers(const Buffers&) = delete;
+
+  char* raw(size_t bytes) {
+    constexpr size_t kPage = 4096;
+    const size_t room = std::max<size_t>((bytes + kPage - 1) / kPage * kPage, kPage), size = room + 2 * kPage;
+    char* pages = static_cast<char*>(mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(pages + kPage, room, PROT_READ | PROT_WRITE);
+    made_.emplace_back(pages, size);
+    return end_ ? pages + kPage + room - bytes : pages + kPage;
+  }
+  // n numbers in (0.1, 0.9), which are probabilities too.
+  void* values(int64_t n, c10::ScalarType type) {
+    char* bytes = raw(static_cast<size_t>(n) * c10::elementSize(type));
+    for (int64_t i = 0; i < n; ++i) {
+      const double value = 0.1 + static_cast<double>(random_() % 1000) / 1250;
+      if (type == c10::ScalarType::Double) reinterpret_cast<double*>(bytes)[i] = value;
+      if (type == c10::ScalarType::Float) reinterpret_cast<float*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::Half) reinterpret_cast<c10::Half*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::BFloat16) reinterpret_cast<c10::BFloat16*>(bytes)[i] = static_cast<float>(value);
+    }
+    return bytes;
+  }
+  const void* input(int64_t n, c10::ScalarType type) {
+    const void* values = this->values(n, type);
+    mprotect(static_cast<char*>(made_.back().first) + 4096, made_.back().second - 8192, PROT_READ);
+    return values;
+  }
+
+ private:
+  bool end_;
+  std::minstd_rand random_;
+  std::vector<std::pair<void*, size_t>> made_;
+};
+
+// ------------------------------------------------------------------------------------------------ kinds
+
+constexpr double kParams[4] = {0.25, 0.75, 0.5, 0.5};
+
+// Inputs are made by one thread and read by all; what is written is each thread's own.
+struct Elementwise {
+  c10::ScalarType type;
+  int64_t n;
+  Buffers fixed;
+  const void* in[3];
+  Elementwise(c10::ScalarType type, int64_t n, bool end) : type(type), n(n), fixed(end) {
+    for (auto& i : in) i = fixed.input(n, type);
+  }
+
+  void operator()(bool end, unsigned seed = 1) const {
+    for (const MapRow& row : kTables.map) {
+      Buffers b(end, seed);
+      MapArgs a{type, n, b.values(n, type), {in[0], in[1], in[2]}, kParams, nullptr};
+      expect(row.name, "forward", row.forward(a));
+      expect(row.name, "backward", row.backward(a));
+      expect(row.name, "second", row.second(a));
+      a.in[0] = a.out;
+      expect(row.name, "in place", row.forward(a));
+    }
+    for (const FusedRow& row : kTables.fused)
+      for (const int64_t period : {n, int64_t{1}, n % 2 ? n : n / 2}) {
+        if (period != n && !row.broadcast) continue;
+        Buffers b(end, seed);
+        FusedArgs a{type, n, period, b.values(n, type), {in[0], in[1], in[2]}, nullptr};
+        expect(row.name, "forward", row.forward(a));
+        if (row.backward) expect(row.name, "backward", row.backward(a));
+        a.in[0] = a.out;
+        expect(row.name, "in place", row.forward(a));
+      }
+    for (const ReduceRow& row : kTables.reduce) {
+      Buffers b(end, seed);
+      ReduceArgs a{};
+      a.dtype = row.values ? type : real_of(type);
+      if (!row.values && a.dtype != type) continue;
+      a.n = n;
+      a.in[0] = in[0], a.in[1] = in[1], a.grad = in[2];
+      a.scale = 0.5;
+      a.params = kParams;
+      a.workspace = b.raw(static_cast<size_t>(reduce_workspace(n)));
+      a.divisor = b.values(1, real_of(type));
+      a.out = b.values(1, real_of(type));
+      expect(row.name, "total", row.total(a));
+      if (!row.values) continue;
+      a.out = b.values(n, type);
+      for (const bool scalar : {false, true})
+        for (const ReduceKernel kernel : {row.values, row.d0, row.d1, row.d00, row.d01, row.d11}) {
+          a.grad_is_scalar = scalar;
+          expect(row.name, "elementwise", kernel(a));
+        }
+    }
+    for (const RandomRow& row : kTables.random) {
+      Buffers b(end, seed);
+      RandomArgs a{};
+      a.dtype = type;
+      a.n = n;
+      a.out = b.values(n, type);
+      std::copy(in, in + 3, a.in);
+      auto* seed = reinterpret_cast<int64_t*>(b.raw(8));
+      *seed = 42;
+      a.seed = seed;
+      a.threshold = 1u << 31;
+      a.scale = 2;
+      a.period = n % 3 ? n : n / 3;
+      a.order = {1, {n}, {1}};
+      expect(row.name, "contiguous", row.forward(a));
+      if (row.backward) expect(row.name, "backward", row.backward(a));
+      if (n % 33 == 0) {
+        a.order = {3, {3, n / 33, 11}, {11, 33, 1}};
+        expect(row.name, "permuted", row.forward(a));
+      }
+      if (row.inputs == 1) {
+        a.in[0] = a.out;
+        expect(row.name, "in place", row.forward(a));
+      }
+    }
+  }
+};
+
+struct Rows3 {
+  c10::ScalarType type;
+  int64_t outer, n, inner;
+  Buffers fixed;
+  const void *x, *dy, *q, *weight;
+  const int64_t* target;
+  Rows3(c10::ScalarType type, std::array<int64_t, 3> shape, bool end)
+      : type(type), outer(shape[0]), n(shape[1]), inner(shape[2]), fixed(end) {
+    const int64_t count = outer * n * inner;
+    x = fixed.input(count, type), dy = fixed.input(count, type), q = fixed.input(count, type);
+    weight = fixed.input(n, real_of(type));
+    auto* t = reinterpret_cast<int64_t*>(fixed.raw(static_cast<size_t>(outer * inner) * 8));
+    for (int64_t r = 0; r < outer * inner; ++r) t[r] = r % 4 == 3 ? -100 : n - 1 - r % n;
+    target = t;
+  }
+
+  void operator()(bool end, unsigned seed = 1) const {
+    const int64_t count = outer * n * inner;
+    for (const SoftmaxRow& row : kTables.softmax) {
+      Buffers b(end, seed);
+      SoftmaxArgs a{type, outer, n, inner, b.values(count, type), {x, dy}, nullptr};
+      expect(row.name, "forward", row.forward(a));
+      expect(row.name, "backward", row.backward(a));
+      a.in[0] = a.out;
+      expect(row.name, "in place", row.forward(a));
+    }
+    for (const CrossEntropyRow& row : kTables.cross_entropy)
+      for (const void* w : {weight, static_cast<const void*>(nullptr)})
+        for (const double smoothing : {0.0, 0.1}) {
+          Buffers b(end, seed);
+          CrossEntropyArgs a{};
+          a.dtype = type;
+          a.outer = outer, a.n = n, a.inner = inner;
+          a.x = x, a.target = target, a.weight = w;
+          a.ignore_index = -100;
+          a.label_smoothing = smoothing;
+          a.loss = b.values(outer * inner, real_of(type));
+          a.scale = 1;
+          void* divisor = b.values(1, real_of(type));
+          int64_t bad_row = 0;
+          expect(row.name, "divisor", row.divisor(a, divisor, &bad_row));
+          if (bad_row != -1) ++failures;
+          a.divisor = divisor;
+          expect(row.name, "loss", row.forward(a));
+          a.grad = b.values(count, type);
+          expect(row.name, "loss and gradient", row.forward(a));
+          a.x = a.grad;
+          expect(row.name, "in place", row.forward(a));
+          a.x = x, a.target = nullptr, a.divisor = nullptr, a.probability = q;
+          expect(row.name, "against probabilities", row.forward_probability(a));
+        }
+  }
+};
+
+void steps(c10::ScalarType type, c10::ScalarType state, Buffers& b) {
+  for (const StepRow& row : kTables.step) {
+    double numbers[kMaxNumbers], options[kMaxNumbers];
+    std::fill(options, options + kMaxNumbers, 0.5);
+    row.derive(options, 3, false, numbers);
+    std::vector<StepTensor> tensors;
+    for (const int64_t n : {1, 0, 70, 5, 40'003, 16, 33}) {
+      StepTensor t{n, b.values(n, type), b.input(n, type), {}, numbers, n % 2 ? b.values(n, real_of(type)) : nullptr, 0.25};
+      for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
+      tensors.push_back(t);
+    }
+    const auto* scale = static_cast<const float*>(b.input(1, c10::ScalarType::Float));
+    for (const float* given : {scale, static_cast<const float*>(nullptr)}) {
+      StepArgs a{type, state, static_cast<int64_t>(tensors.size()), tensors.data(), given, nullptr, nullptr};
+      expect(row.name, "step", row.step(a));
+    }
+    StepArgs a{type, type, static_cast<int64_t>(tensors.size()), tensors.data(), nullptr, nullptr, nullptr};
+    double sum = 0;
+    expect(row.name, "squares", kTables.sum_of_squares(a, &sum));
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ modes
+
+constexpr std::array<int64_t, 3> kShapes[] = {{1, 1, 1}, {5, 10, 1}, {3, 130, 1}, {2, 5003, 1}, {1, 3, 17},
+                                              {2, 9, 35}, {3, 2, 16}, {2, 2100, 3}, {40, 1000, 1}};
+
+void kernels() {
+  for (const auto type : kDtypes) {
+    for (const bool end : {false, true}) {
+      for (const int64_t n : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 127, 1023, 1089, 50'001})
+        Elementwise(type, n, end)(end);
+      for (const auto& shape : kShapes) Rows3(type, shape, end)(end);
+      Buffers own(end);
+      steps(type, type, own);
+      if (real_of(type) != type) steps(type, real_of(type), own);
+    }
+  }
+  // Results that are written past the caches, aligned and not.
+  for (const bool end : {false, true}) {
+    Elementwise(c10::ScalarType::Float, (int64_t{25} << 18) + 3 * end, end)(end);
+    Rows3(c10::ScalarType::Float, {6500, 1024, 1}, end)(end);
+  }
+}
+
+void threads() {
+  for (const auto type : kDtypes) {
+    const Elementwise shared(type, 33'033, true);
+    const Rows3 rows(type, {40, 1000, 1}, true), columns(type, {2, 9, 2500}, true);
+    std::vector<std::thread> workers;
+    for (unsigned k = 0; k < 8; ++k)
+      workers.emplace_back([&, k] {
+        shared(k % 2, k + 1);
+        rows(k % 2, k + 1);
+        columns(k % 2, k + 1);
+        Buffers own(k % 2, k + 1);
+        steps(type, type, own);
+        for (int i = 0; i < 200; ++i) {
+          const size_t size = (size_t{128} << 10) + (size_t{16} << 10) * ((i + k) % 5);
+          c10::DataPtr memory = pool_allocator()->allocate(size);
+          std::memset(memory.get(), static_cast<int>(k), 4096);
+          if (i % 50 == 7) pool_trim();
+          if (i % 50 == 17) pool_set_limit(size_t{1} << 20);
+          if (i % 50 == 27) pool_enable(k % 2);
+          if (i % 50 == 37) pool_enable(true);
+          if (pool_serves(size) && pool_info().limit == 0) ++failures;
+          if (static_cast<const unsigned char*>(memory.get())[4095] != k) ++failures;
+        }
+      });
+    for (auto& w : workers) w.join();
+    if (pool_info().in_use != 0) ++failures;
+  }
+}
+
+}  // namespace
+}  // namespace fastops
+
+int main(int count, char** arguments) {
+  if (count != 2) return 64;
+  const std::string_view mode = arguments[1];
+  if (mode == "kernels") fastops::kernels();
+  else if (mode == "threads") fastops::threads();
+  else return 64;
+  std::printf("%d calls, %d failures\n", fastops::calls.load(), fastops::failures.load());
+  return fastops::failures != 0;
+}
