@@ -142,6 +142,10 @@ void record(const char* name, Backward backward, std::vector<at::Tensor> outputs
 void record_inplace(const char* name, Backward backward, at::Tensor& self, const std::vector<at::Tensor>& inputs,
                     std::vector<Save> saves, std::vector<c10::IValue> attributes) {
   auto node = make_node(name, backward, inputs, std::move(attributes));
+  // A view makes its grad_fn anew when its version has moved. It has moved already, so that make_node has made it anew, of
+  // the history before this op: it has to be made once more, of the history that rebase_history gives the base.
+  if (auto* view = torch::autograd::impl::get_view_autograd_meta(self); view != nullptr && view->has_bw_view())
+    view->set_attr_version(view->get_attr_version() - 1);
   torch::autograd::rebase_history(self, node);
   save(*node, saves, self.is_view());
 }
