@@ -1,14 +1,102 @@
-"""In place on a view: `linear` of three dimensions returns one, so that a ReLU(inplace=True) after it is one of these."""
+"""In place on a view: what autograd makes of the view, of its base, and of its sisters. `linear` of three dimensions
+returns a view, so that a ReLU(inplace=True) after it is one of these."""
 
+import inspect
+
+import pytest
 import torch
 from torch import nn
 
 import fastops
+from fastops._op import OPS
+
+VIEWS = {
+    "whole": lambda b: b.view(6, 4),
+    "part": lambda b: b[1:3],
+    "columns": lambda b: b[:, 1:],
+    "transposed": lambda b: b.t(),
+    "row": lambda b: b.select(0, 2),
+    "of a view": lambda b: b.view(2, 3, 4)[1].unsqueeze(0),
+    "strided": lambda b: b.as_strided((3, 2), (8, 1), 1),
+}
+INPLACE = [
+    name for name, op in OPS.items() if "inplace" in op.signature.parameters and op.kind == "map"
+]
 
 
-def test_relu_in_place_after_a_linear_layer():
+def gradients(function, view, read):
+    """The gradient to what the base is made of, and the values, after `function` has overwritten a view of it; the result
+    is read through the view, through the base, through another view, and through all of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    base = x * 1.5
+    v = VIEWS[view](base)
+    sister = base.flatten()
+    out = function(v)
+    assert out is v
+    w = torch.randn(base.shape, dtype=torch.float64, generator=generator)
+    through = {
+        "view": lambda: (v * VIEWS[view](w)).sum(),
+        "result": lambda: (out**2).sum(),
+        "base": lambda: (base * w).sum(),
+        "sister": lambda: (sister * w.flatten()).sum(),
+    }
+    through["all"] = lambda: sum(f() for name, f in through.items() if name != "all")
+    through[read]().backward()
+    return base.detach(), x.grad
+
+
+@pytest.mark.parametrize("read", ["view", "result", "base", "sister", "all"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", INPLACE)
+def test_gradients_are_torchs(name, view, read):
+    op = OPS[name]
+    ours, theirs = (
+        gradients(lambda v, f=f: f(v, inplace=True), view, read)
+        for f in (op.function, op.reference)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("read", ["view", "result", "base", "sister", "all"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_gradients_of_a_sum_in_place(view, read):
+    torch.manual_seed(1)
+    other = torch.randn(6, 4, dtype=torch.float64)
+    ours = gradients(
+        lambda v: fastops.functional.add_relu(v, VIEWS[view](other), inplace=True), view, read
+    )
+    theirs = gradients(lambda v: v.add_(VIEWS[view](other)).relu_(), view, read)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("read", ["view", "result", "base", "sister", "all"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["dropout", "relu_dropout"])
+def test_gradients_of_dropout_in_place(name, view, read):
+    function = OPS[name].function
+
+    def ours(v):
+        torch.manual_seed(3)
+        return function(v, p=0.4, inplace=True)
+
+    def theirs(v):
+        torch.manual_seed(3)
+        mask = fastops.functional.dropout(torch.ones_like(v), 0.4)
+        return v.mul_(mask * (v.detach() > 0) if name == "relu_dropout" else mask)
+
+    torch.testing.assert_close(gradients(ours, view, read), gradients(theirs, view, read))
+
+
+def test_every_in_place_argument_is_tested():
+    named = {n for n, op in OPS.items() if "inplace" in inspect.signature(op.function).parameters}
+    assert named == {*INPLACE, "add_relu", "dropout", "relu_dropout"}
+
+
+@pytest.mark.parametrize("module", [nn.ReLU, nn.SiLU, nn.Hardswish, nn.ELU])
+def test_in_place_after_a_linear_layer(module):
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2))
+    plain = nn.Sequential(nn.Linear(3, 5), module(inplace=True), nn.Linear(5, 2))
     x = torch.randn(2, 7, 3)
     plain(x).sum().backward()
     expected = [p.grad.clone() for p in plain.parameters()]

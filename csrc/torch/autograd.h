@@ -47,8 +47,12 @@ inline void set_tangent(const at::Tensor& result, const at::Tensor& t) {
 void record(const char* name, Backward backward, std::vector<at::Tensor> outputs,
             const std::vector<at::Tensor>& inputs, std::vector<Save> saves, std::vector<c10::IValue> attributes);
 
-// The same after `self`, which is inputs[0], was overwritten by the op.
-void record_inplace(const char* name, Backward backward, at::Tensor& self, const std::vector<at::Tensor>& inputs,
+// Where a gradient to each of these goes, as they are now.
+torch::autograd::edge_list edges_of(const std::vector<at::Tensor>& inputs);
+
+// The same after `self`, the first of the inputs, was overwritten by the op. `edges` are those that the inputs had before:
+// a view looks for its history anew once it has been written to, and would find its own.
+void record_inplace(const char* name, Backward backward, at::Tensor& self, torch::autograd::edge_list edges,
                     std::vector<Save> saves, std::vector<c10::IValue> attributes);
 
 // Raises where torch raises on an in-place op: leaves that require grad, some views.

@@ -155,6 +155,7 @@ struct InplaceAutograd {
       t = is_dual(self) ? tangent(self) : at::zeros_like(primal(self));
       if (is_dual(other)) t = at::add(t, tangent(other));
     }
+    auto edges = wanted ? edges_of({self, other}) : torch::autograd::edge_list();
     {
       at::AutoDispatchBelowAutograd guard;
       ops(row).inplace.redispatch(ks & c10::after_autograd_keyset, self, other);
@@ -170,7 +171,7 @@ struct InplaceAutograd {
     } else {
       saves = {{self, true}};
     }
-    record_inplace((std::string("fastops::") + cpu_row(row).name + "_").c_str(), &vjp, self, {self, other}, saves,
+    record_inplace((std::string("fastops::") + cpu_row(row).name + "_").c_str(), &vjp, self, std::move(edges), saves,
                    {static_cast<int64_t>(row)});
   }
 };

@@ -203,6 +203,7 @@ struct InplaceAutograd {
     // What backward takes is the input, which is about to be gone: keep a copy, as only correctness can be asked here.
     const Tensor original = !op.from_output && (wanted || dual) ? self.clone() : Tensor();
     const Tensor t = dual ? tangent(self) : Tensor();
+    auto edges = wanted ? edges_of({self}) : torch::autograd::edge_list();
     {
       at::AutoDispatchBelowAutograd guard;
       op.inplace.redispatch(ks & c10::after_autograd_keyset, self, p...);
@@ -212,7 +213,7 @@ struct InplaceAutograd {
       self._set_fw_grad(op.backward.call(s, t, p...), /*level=*/0, /*is_inplace_op=*/true);
     }
     if (wanted)
-      record_inplace(label.c_str(), &forward_vjp<P...>, self, {self},
+      record_inplace(label.c_str(), &forward_vjp<P...>, self, std::move(edges),
                      {op.from_output ? Save{self, true} : Save{original.detach(), false}},
                      {static_cast<int64_t>(row), p...});
   }

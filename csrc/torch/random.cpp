@@ -106,12 +106,13 @@ void dropout_inplace_autograd(DispatchKeySet ks, Tensor& self, double p, const T
   const bool wanted = requires_grad(self), dual = is_dual(self);
   check_inplace(self, wanted);
   const Tensor t = dual ? dropout_op().call(tangent(self), p, seed) : Tensor();
+  auto edges = wanted ? edges_of({self, seed}) : torch::autograd::edge_list();
   {
     at::AutoDispatchBelowAutograd guard;
     dropout_inplace_op().redispatch(ks & c10::after_autograd_keyset, self, p, seed);
   }
   if (dual) self._set_fw_grad(t, /*level=*/0, /*is_inplace_op=*/true);
-  if (wanted) record_inplace("fastops::dropout_", &dropout_vjp, self, {self, seed}, {{seed}}, {p});
+  if (wanted) record_inplace("fastops::dropout_", &dropout_vjp, self, std::move(edges), {{seed}}, {p});
 }
 
 void dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, const Tensor& seed) {
@@ -198,12 +199,13 @@ void relu_dropout_inplace_autograd(DispatchKeySet ks, Tensor& self, double p, co
   const bool wanted = requires_grad(self), dual = is_dual(self);
   check_inplace(self, wanted);
   const Tensor t = dual ? tangent(self) : Tensor();
+  auto edges = wanted ? edges_of({self, seed}) : torch::autograd::edge_list();
   {
     at::AutoDispatchBelowAutograd guard;
     relu_dropout_inplace_op().redispatch(ks & c10::after_autograd_keyset, self, p, seed);
   }
   if (dual) self._set_fw_grad(relu_dropout_derivative(primal(self), t, p), /*level=*/0, /*is_inplace_op=*/true);
-  if (wanted) record_inplace("fastops::relu_dropout_", &relu_dropout_vjp, self, {self, seed}, {{self, true}}, {p});
+  if (wanted) record_inplace("fastops::relu_dropout_", &relu_dropout_vjp, self, std::move(edges), {{self, true}}, {p});
 }
 
 void relu_dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, const Tensor& seed) {
