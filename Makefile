@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: test finetune bench build env lint clean cuda-report sanitize gpu
+.PHONY: test finetune bench build env lint stubs dist docs clean cuda-report sanitize gpu
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
@@ -34,6 +34,21 @@ lint: env
 	$(BIN)/ruff format --check fastops tests bench tools docs setup.py
 	$(BIN)/mypy
 
+# fastops/_C.pyi from the extension that it describes, and stubtest of the two.
+stubs: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mypy ruff
+	$(BIN)/python tools/stubs.py
+
+# dist/: the source distribution, and the wheel for the torch of the environment.
+dist: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --no-isolation
+
+# The site, as site/; a warning is an error.
+docs: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs-material "mkdocstrings[python]"
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 # What nvcc makes of every kernel, as bench/cuda_report.csv: needs nvcc, no GPU.
 cuda-report: env
 	$(BIN)/python tools/cuda_report.py $(ARGS)
@@ -47,4 +62,4 @@ gpu: build
 	$(BIN)/python tools/gpu.py $(ARGS)
 
 clean:
-	rm -rf build fastops/*.so *.egg-info
+	rm -rf build dist site fastops/*.so *.egg-info
