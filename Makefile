@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: test finetune bench build env lint clean cuda-report sanitize gpu zoo abuse
+.PHONY: test finetune bench build env lint stubs dist docs clean cuda-report sanitize gpu zoo abuse
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
@@ -25,7 +25,7 @@ env: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" wheel ninja numpy \
-		pytest hypothesis expecttest tqdm matplotlib pillow rich keras
+		pytest hypothesis expecttest tqdm matplotlib pillow rich keras safetensors
 	touch $@
 
 lint: env
@@ -33,6 +33,21 @@ lint: env
 	$(BIN)/ruff check fastops tests bench tools docs setup.py
 	$(BIN)/ruff format --check fastops tests bench tools docs setup.py
 	$(BIN)/mypy
+
+# fastops/_C.pyi from the extension that it describes, and stubtest of the two.
+stubs: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mypy ruff
+	$(BIN)/python tools/stubs.py
+
+# dist/: the source distribution, and the wheel for the torch of the environment.
+dist: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --no-isolation
+
+# The site, as site/; a warning is an error.
+docs: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check mkdocs-material "mkdocstrings[python]"
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # What nvcc makes of every kernel, as bench/cuda_report.csv: needs nvcc, no GPU.
 cuda-report: env
@@ -57,4 +72,4 @@ zoo: build
 	FASTOPS_ZOO=1 $(BIN)/python -m pytest tests/test_zoo.py $(ARGS)
 
 clean:
-	rm -rf build fastops/*.so *.egg-info
+	rm -rf build dist site fastops/*.so *.egg-info

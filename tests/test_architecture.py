@@ -124,7 +124,11 @@ def test_every_function_has_a_function_class_and_all_names_exist():
 
 
 def test_version_is_in_one_place():
-    assert f'version = "{fastops.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fastops.__version__)
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert 'version = { attr = "fastops.__version__" }' in pyproject
+    assert fastops.__version__ not in pyproject + (ROOT / "setup.py").read_text()
+    assert f"## {fastops.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_no_private_words():

@@ -1,0 +1,67 @@
+"""Writes fastops/_C.pyi from what the extension says of its own functions: `make stubs`, after C++ gained one. Then
+mypy.stubtest compares the two."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fastops import _C  # noqa: E402
+
+STUB = ROOT / "fastops" / "_C.pyi"
+HEAD = "# Written by tools/stubs.py (`make stubs`).\nfrom collections.abc import Callable\n\nimport torch\n"
+PLAIN = {
+    "typing.SupportsFloat | typing.SupportsIndex": "float",
+    "typing.SupportsInt | typing.SupportsIndex": "int",
+    "fastops._C.": "",
+    "collections.abc.Callable": "Callable[..., object]",
+}
+KNOWN = {"pool_info() -> dict": "pool_info() -> dict[str, int | bool]"}  # pybind11 says less
+
+
+def signature(doc: str) -> str:
+    """The first line of a pybind11 docstring as a line of a stub; arguments without a name are positional."""
+    text = doc.splitlines()[0]
+    text = KNOWN.get(text, text)
+    for ours, theirs in PLAIN.items():
+        text = text.replace(ours, theirs)
+    text = re.sub(r"self: \w+", "self", text)
+    text = re.sub(r" = [\w.]+", " = ...", text)
+    if "arg0" in text:
+        text = re.sub(r"\) ->", ", /) ->", text, count=1)
+    return f"def {text}: ..."
+
+
+def stub() -> str:
+    """The text of the file."""
+    classes, functions = [], []
+    for name, value in sorted(vars(_C).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(value, type):
+            classes.append(f"\nclass {name}:")
+            for key, member in sorted(vars(value).items()):
+                if isinstance(member, property):
+                    kind = member.fget.__doc__.split("->")[1].strip()
+                    classes += ["    @property", f"    def {key}(self) -> {kind}: ..."]
+                elif callable(member) and (key == "__init__" or not key.startswith("_")):
+                    classes.append("    " + signature(member.__doc__))
+        elif callable(value):
+            functions.append(signature(value.__doc__))
+    return "\n".join([HEAD, *functions, *classes, ""])
+
+
+def main() -> int:
+    """Writes the file, formats it and has it checked; returns the checker's exit code."""
+    STUB.write_text(stub())
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(STUB)], check=True)
+    return subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "fastops._C"], cwd=ROOT
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
