@@ -148,6 +148,8 @@ def test_samples_and_references(entry, dtype):
     count = 0
     for sample in entry.samples(dtype):
         small = sample.input.numel() <= 20_000
+        if not small and dtype != torch.float32:
+            continue  # the database's million elements differ from others in nothing but the time they take
         results, inputs = [], []
         for function, to in ((entry.ours, None), (entry.theirs, None), (entry.exact(sample), torch.float64)):  # fmt: skip
             own = on_tensors(sample, lambda t: t.detach().to(to if t.is_floating_point() else t.dtype).detach())  # noqa: B023, E501  # fmt: skip
