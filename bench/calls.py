@@ -190,8 +190,6 @@ def optimizer_contenders(case: Case, device: str) -> Contenders:
             p.grad = g.clone() if case.beyond else g  # clip_grad_norm_ writes it
         if cls is theirs:
             return native_step(case, cls(parameters, **case.arguments, **options))[0]
-        if not isinstance(cls, type):  # a peer's, which has its arguments
-            return cls(parameters).step
         return cls(parameters, **case.arguments, **options).step
 
     made = Contenders(stepper(ours, **case.beyond), {})

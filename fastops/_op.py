@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,12 +35,9 @@ class Op:
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     exact: Callable[..., Tensor]
+    signature: inspect.Signature
     # The rows of the kernels' tables behind it, and the arguments that each of them stands for.
     rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-
-    @cached_property
-    def signature(self) -> inspect.Signature:
-        return inspect.signature(self.function)
 
 
 OPS: dict[str, Op] = {}
@@ -58,9 +55,12 @@ def op(
 
     def enter(function):
         name = function.__name__
-        function = bound(name, function, reference)
-        OPS[name] = Op(name, kind, function, reference, exact or reference, rows or {name: {}})
-        return function
+        used = bound(name, function, reference)
+        signature = inspect.signature(function)
+        OPS[name] = Op(
+            name, kind, used, reference, exact or reference, signature, rows or {name: {}}
+        )
+        return used
 
     return enter
 

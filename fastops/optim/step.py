@@ -373,6 +373,11 @@ class FusedStep(Optimizer):
                 sources.append(group)
                 groups.append((*row, self._noise(group, COUNTS[row[0]])))
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for name, given in (("grad_scale", scale), ("found_inf", found_inf)):
+            if given is not None and given.numel() != 1:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {name} must be one number, got {given.numel()} elements"
+                )
         if found_inf is not None and groups and not found_inf.is_cuda and found_inf.item():
             sources, groups = [], []
         left = None
