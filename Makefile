@@ -8,8 +8,9 @@ JOBS ?= 2
 
 .PHONY: test finetune bench build env lint stubs dist docs clean cuda-report sanitize gpu zoo abuse
 
+# OpenMP's threads wait asleep: those of the two test processes share the cores.
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 finetune: build
 	$(BIN)/python -m fastops finetune $(ARGS)
@@ -25,7 +26,7 @@ env: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" wheel ninja numpy \
-		pytest hypothesis expecttest tqdm matplotlib pillow rich keras safetensors
+		pytest pytest-xdist hypothesis expecttest tqdm matplotlib pillow rich keras safetensors
 	touch $@
 
 lint: env

@@ -1,6 +1,7 @@
 """The benchmark: that it covers every op, never times a wrong one, and reports what it did. No time is asserted."""
 
 import gc
+import inspect
 import json
 import sys
 import types
@@ -193,7 +194,9 @@ def test_an_argument_that_nobody_makes_is_an_error_that_says_where(tmp_path, mon
     def other(x):
         return x.relu()
 
-    monkeypatch.setitem(OPS, "relu", replace(OPS["relu"], function=other))
+    signature = inspect.signature(other)
+    entry = replace(OPS["relu"], function=other, signature=signature)
+    monkeypatch.setitem(OPS, "relu", entry)
     code, (row, _) = bench_json(tmp_path / "out.jsonl", "--filter", RELU)
     assert (code, row["status"]) == (1, "ERROR")
     assert "fastops/selfcheck.py cannot make an argument 'x'" in row["notes"][0]
