@@ -32,13 +32,20 @@ def test_pages_are_those_of_the_nav():
     assert sorted(PAGES) == sorted(str(p.relative_to(DOCS).as_posix()) for p in DOCS.rglob("*.md"))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)])
-def test_snippets_run(page, tmp_path):
-    missing = [m for m in NEEDS.get(page, []) if find_spec(m) is None]
+GROUPS = [[p] for p in NEEDS] + [[p for p in PAGES if snippets(p) and p not in NEEDS]]
+
+
+@pytest.mark.parametrize("pages", GROUPS, ids=lambda pages: pages[0])
+def test_snippets_run(pages, tmp_path):
+    """The snippets of a page are one program; pages without needs of their own share a process, and no names."""
+    missing = [m for p in pages for m in NEEDS.get(p, []) if find_spec(m) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
+    programs = {page: "\n".join(snippets(page)) for page in pages}
+    assert all(programs.values())
+    code = f"for page, text in {programs!r}.items(): exec(compile(text, page, 'exec'), {{'__name__': '__main__'}})"
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(snippets(page))], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
