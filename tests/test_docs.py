@@ -1,0 +1,79 @@
+"""The site under docs: its pages are there, its snippets run, its reference is whole, and it builds without a warning."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import fastops.autograd
+import fastops.functional
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+PAGES = re.findall(r": (\S+\.md)$", NAV, re.M)
+NEEDS = {
+    "finetuning.md": ["torchvision"],
+    "api/finetune.md": ["torchvision"],
+    "integrations.md": ["transformers", "accelerate", "lightning", "timm"],
+}
+
+
+def snippets(page: str) -> list[str]:
+    """The Python that stands at the left margin: what is indented is an example with a test of its own."""
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
+
+
+def test_pages_are_those_of_the_nav():
+    assert sorted(PAGES) == sorted(str(p.relative_to(DOCS).as_posix()) for p in DOCS.rglob("*.md"))
+
+
+GROUPS = [[p] for p in NEEDS] + [[p for p in PAGES if snippets(p) and p not in NEEDS]]
+
+
+@pytest.mark.parametrize("pages", GROUPS, ids=lambda pages: pages[0])
+def test_snippets_run(pages, tmp_path):
+    """The snippets of a page are one program; pages without needs of their own share a process, and no names."""
+    missing = [m for p in pages for m in NEEDS.get(p, []) if find_spec(m) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is not installed")
+    programs = {page: "\n".join(snippets(page)) for page in pages}
+    assert all(programs.values())
+    code = f"for page, text in {programs!r}.items(): exec(compile(text, page, 'exec'), {{'__name__': '__main__'}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_formula_that_is_shown_is_the_source():
+    shown = re.search(r"^```cpp\n(.*?)^```$", (DOCS / "architecture.md").read_text(), re.M | re.S)
+    assert shown and shown[1] in (ROOT / "csrc/formulas/activations.h").read_text()
+
+
+def test_autograd_functions_are_listed():
+    text = (DOCS / "api/autograd.md").read_text()
+    listed = text.partition("## The Functions")[2].partition("## Example")[0]
+    assert re.findall(r"`(\w+)`", listed) == fastops.autograd.__all__
+
+
+@pytest.mark.skipif(
+    find_spec("mkdocs") is None or find_spec("mkdocstrings") is None or find_spec("material") is None,
+    reason="mkdocs-material and mkdocstrings[python] are not installed (`make docs` installs them)",
+)  # fmt: skip
+def test_site_builds_without_a_warning_and_has_every_function(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "site/api/functional/index.html").read_text()
+    missing = [n for n in fastops.functional.__all__ if f'id="fastops.functional.{n}"' not in page]
+    assert missing == []
+    for html in (tmp_path / "site").rglob("*.html"):
+        assert ":func:`" not in html.read_text(), html
