@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def run(name: str, *launcher: str) -> str:
@@ -57,7 +58,7 @@ def test_fsdp2_in_two_processes_is_one_process():
     """Parameters in shards: losses, weights, averages and the clipped norm are those of one process."""
     outputs = [
         run("fsdp2.py"),
-        run("fsdp2.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        run("fsdp2.py", *TORCHRUN),
     ]
     alone, both = (
         {name: rest.split() for name, _, rest in (line.partition(" ") for line in out.splitlines())}
@@ -69,3 +70,95 @@ def test_fsdp2_in_two_processes_is_one_process():
     assert alone["weights"] != alone["averages"] and float(alone["losses"][-1]) < 0.1
     *shards, _, every = both["shards"]
     assert len(shards) == 2 and sum(map(int, shards)) == int(every) and max(map(int, shards)) < 4000
+
+
+# ------------------------------------------------------------------------------------------------ training loops
+
+
+def needs(*packages):
+    missing = [name for name in packages if find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
+
+
+def numbers(out: str, name: str) -> list[float]:
+    """Of the one line that starts with `name`."""
+    (line,) = re.findall(rf"^{name} ([-\d. ]+)$", out, re.M)
+    return [float(value) for value in line.split()]
+
+
+def assert_trains(out: str, steps: int, last: float, prefix: str = "") -> list[float]:
+    """The losses that were printed: as many as steps, falling below `last` of the first, and those of torch's classes."""
+    losses = numbers(out, prefix + "fastops")
+    assert len(losses) == steps and losses[-1] < last * losses[0]
+    assert losses == pytest.approx(numbers(out, prefix + "torch"), rel=1e-4)
+    return losses
+
+
+def test_plain_loop():
+    out = run("plain_loop.py")
+    assert out.count("torch.nn.GELU -> fastops.nn.GELU: 1") == 2  # the run, and the resumed one
+    losses = assert_trains(out, 20, last=0.7)
+    assert numbers(out, "resumed") == losses[10:]
+
+
+@needs("accelerate")
+def test_accelerate_loop():
+    out = run("accelerate_loop.py")
+    losses = assert_trains(out, 16, last=0.7)
+    assert numbers(out, "resumed") == losses[8:]
+
+
+@needs("transformers", "accelerate")
+def test_hf_trainer():
+    out = run("hf_trainer.py")
+    assert re.search(r"GELU\w* -> fastops", out, re.I)
+    assert_trains(out, 12, last=0.7)
+
+
+@needs("timm")
+def test_timm_model():
+    out = run("timm_model.py")
+    assert "softmax -> fastops.functional" in out
+    assert "add + relu -> fastops.functional.add_relu" in out
+    for name in ("test_vit", "test_resnet"):
+        assert_trains(out, 6, last=0.7, prefix=name + " ")
+
+
+@needs("lightning")
+def test_lightning_module():
+    out = run("lightning_module.py")
+    losses = assert_trains(out, 4, last=0.95)
+    assert numbers(out, "resumed") == losses
+
+
+def test_ddp_in_two_processes_is_one_process():
+    """Losses and weights of a DDP loop do not depend on the number of processes, which all hold the same weights."""
+    alone, both = run("torchrun_ddp.py"), run("torchrun_ddp.py", *TORCHRUN)
+    for out, processes in ((alone, 1), (both, 2)):
+        assert numbers(out, "processes") == [processes] and "same in all True" in out
+    for name in ("losses", "weights"):
+        values = numbers(alone, name)
+        assert numbers(both, name) == pytest.approx(values, rel=1e-4, abs=1e-5)
+    losses = numbers(alone, "losses")
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("hf_trainer.py", "transformers"),
+        ("accelerate_loop.py", "accelerate"),
+        ("timm_model.py", "timm"),
+        ("lightning_module.py", "lightning"),
+    ],
+)
+def test_a_missing_package_is_one_clear_line(name, package):
+    hide = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
+    root = EXAMPLES.parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", hide], capture_output=True, text=True, timeout=300, cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{name} needs {package}") and "pip install" in line
