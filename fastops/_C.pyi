@@ -26,6 +26,26 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor: ...
+def cross_entropy_lse(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]: ...
+def cross_entropy_(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]: ...
 def dropout(
     input: Tensor,
     p: float,

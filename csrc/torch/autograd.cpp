@@ -109,16 +109,12 @@ struct KindNode final : Node {
   }
 };
 
-c10::intrusive_ptr<KindNode> make_node(const char* name, Backward backward, const std::vector<at::Tensor>& inputs,
+c10::intrusive_ptr<KindNode> make_node(const char* name, Backward backward, torch::autograd::edge_list&& edges,
                                        std::vector<c10::IValue>&& attributes) {
   auto node = c10::make_intrusive<KindNode>();
   node->label = name;
   node->backward = backward;
   node->attributes = std::move(attributes);
-  torch::autograd::edge_list edges;
-  edges.reserve(inputs.size());
-  for (const auto& t : inputs)
-    edges.push_back(t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge());
   node->set_next_edges(std::move(edges));
   return node;
 }
@@ -132,18 +128,37 @@ void save(KindNode& node, std::vector<Save>& saves, bool is_inplace_on_view = fa
 
 }  // namespace
 
+torch::autograd::edge_list edges_of(const std::vector<at::Tensor>& inputs) {
+  torch::autograd::edge_list edges;
+  edges.reserve(inputs.size());
+  for (const auto& t : inputs)
+    edges.push_back(t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge());
+  return edges;
+}
+
 void record(const char* name, Backward backward, std::vector<at::Tensor> outputs,
             const std::vector<at::Tensor>& inputs, std::vector<Save> saves, std::vector<c10::IValue> attributes) {
-  auto node = make_node(name, backward, inputs, std::move(attributes));
+  auto node = make_node(name, backward, edges_of(inputs), std::move(attributes));
   for (auto& out : outputs) torch::autograd::set_history(out, node);
   save(*node, saves);  // after set_history: an output is saved as what it has become
 }
 
 void record_inplace(const char* name, Backward backward, at::Tensor& self, const std::vector<at::Tensor>& inputs,
                     std::vector<Save> saves, std::vector<c10::IValue> attributes) {
-  auto node = make_node(name, backward, inputs, std::move(attributes));
+  auto node = make_node(name, backward, edges_of(inputs), std::move(attributes));
   torch::autograd::rebase_history(self, node);
   save(*node, saves, self.is_view());
+}
+
+void record_overwriting(const char* name, Backward backward, std::vector<at::Tensor> outputs,
+                        torch::autograd::edge_list edges, std::vector<Save> saves, std::vector<c10::IValue> attributes,
+                        at::Tensor& overwritten, const char* message) {
+  auto refusal = c10::make_intrusive<torch::autograd::Error>(
+      message, torch::autograd::edge_list{torch::autograd::impl::gradient_edge(overwritten)});
+  auto node = make_node(name, backward, std::move(edges), std::move(attributes));
+  for (auto& out : outputs) torch::autograd::set_history(out, node);
+  save(*node, saves);
+  torch::autograd::rebase_history(overwritten, std::move(refusal));
 }
 
 void check_inplace(const at::Tensor& self, bool requires_grad) {
@@ -151,10 +166,7 @@ void check_inplace(const at::Tensor& self, bool requires_grad) {
 }
 
 void record_not_implemented(const char* name, const at::Tensor& output, const std::vector<at::Tensor>& inputs) {
-  torch::autograd::edge_list edges;
-  for (const auto& t : inputs)
-    edges.push_back(t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge());
-  auto node = c10::make_intrusive<torch::autograd::NotImplemented>(name, std::move(edges));
+  auto node = c10::make_intrusive<torch::autograd::NotImplemented>(name, edges_of(inputs));
   torch::autograd::set_history(output, node);
 }
 
