@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 import fastops
+from fastops.doctor import processor
 
 from .cases import Case
 from .timing import Measurement, quartiles
@@ -74,17 +75,6 @@ class Row:
         return data
 
 
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def commit() -> str:
     """The commit that is measured, and whether files differ from it; "unknown" outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -105,7 +95,7 @@ def environment(device: str) -> dict[str, str]:
     busy = ": something else is running, do not trust the numbers" if load > cores / 2 else ""
     found = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "CPU": f"{cpu_model()}, {cores} cores, {torch.get_num_threads()} threads",
+        "CPU": f"{processor()}, {cores} cores, {torch.get_num_threads()} threads",
         "instruction set": f"fastops {fastops._C.cpu_capability()}, "
         f"torch {torch.backends.cpu.get_cpu_capability()}",
         "versions": f"fastops {fastops.__version__}, torch {torch.__version__}, "
