@@ -746,7 +746,7 @@ def test_fused(row, dtype, lines, period):
 
 # ------------------------------------------------------------------------------------------------ step
 
-COMBINATIONS = [(dtype, state) for dtype in DTYPES for state in {dtype, real(dtype)}]
+COMBINATIONS = [(dtype, state) for dtype in DTYPES for state in dict.fromkeys((dtype, real(dtype)))]
 
 
 def run_step(row, tensors, numbers, dtype, state, grad_scale=None, found_inf=None):
