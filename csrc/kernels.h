@@ -115,7 +115,9 @@ struct CrossEntropyArgs {
   const void* weight;       // n reals, or null
   int64_t ignore_index;     // of `target`
   double label_smoothing;
+  double z_loss;        // this times log(sum(exp(x)))^2 is added to a row's loss, unless 0
   void* loss;           // outer * inner reals; 0 where ignored
+  void* lse;            // log(sum(exp(x))), as `loss` is laid out, or null
   void* grad;           // d loss[r] / dx * scale / divisor, of dtype, laid out like x, or null. May be x itself
   double scale;
   const void* divisor;  // one real in device memory, or null for 1

@@ -97,6 +97,20 @@ def _fakes() -> None:
     fake("cross_entropy")(cross_entropy)
     fake("cross_entropy_forward")(lambda input, *rest: (cross_entropy(input, *rest), like(input)))
 
+    def with_lse(
+        input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False
+    ):
+        each = cross_entropy(input, target, reduction=NONE)
+        lse = each.new_empty(each.shape, dtype=real(input, True))
+        return cross_entropy(input, target, reduction=reduction, upcast=upcast), lse
+
+    @fake("cross_entropy_lse")
+    def _(input, target, *rest):
+        rest = (*rest, *(None, MEAN, -100, 0.0, False, 0.0, True, False)[len(rest) :])
+        return *with_lse(input, target, *rest[:5]), like(input) if rest[7] else input.new_empty(0)
+
+    fake("cross_entropy_")(lambda input, target, *rest: with_lse(input, target, *rest[:5]))
+
     def contiguous(input, *rest):
         return input.new_empty(input.shape)
 
@@ -221,14 +235,13 @@ def _vmaps() -> None:
     for name in rows_of("softmax"):
         softmaxes(name)
 
-    def calls_of(info, dims, input, target, weight, reduction, ignore_index, smoothing, upcast):
+    def calls_of(info, dims, input, target, weight, *rest):
         """The arguments of one unbatched call per example."""
         x, t = (
             at_front(a, d, info.batch_size) for a, d in zip((input, target), dims[:2], strict=True)
         )
         return [
-            (x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k),
-             reduction, ignore_index, smoothing, upcast)
+            (x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k), *rest)
             for k in range(info.batch_size)
         ]  # fmt: skip
 
@@ -241,6 +254,11 @@ def _vmaps() -> None:
         loss, grad = zip(*(overload("cross_entropy_forward")(*c) for c in calls), strict=True)
         return (torch.stack(loss), torch.stack(grad)), (0, 0)
 
+    def cross_entropy_lse_rule(info, dims, *args):
+        calls = calls_of(info, complete(dims), *complete(args))
+        each = zip(*(overload("cross_entropy_lse")(*c) for c in calls), strict=True)
+        return tuple(torch.stack(values) for values in each), (0, 0, 0)
+
     def complete(given):
         """Arguments (or their batch dimensions, which are then not looked at) left at their defaults are not passed on."""
         defaults = (None, None, None, MEAN, -100, 0.0, False)
@@ -248,6 +266,7 @@ def _vmaps() -> None:
 
     batched("cross_entropy", cross_entropy_rule)
     batched("cross_entropy_forward", cross_entropy_forward_rule)
+    batched("cross_entropy_lse", cross_entropy_lse_rule)
 
     def dropout_rule(info, dims, input, p, seed):
         call = overload("dropout")
@@ -363,6 +382,18 @@ def _polyfills() -> None:
         inplace(name)
     plain("bias_dropout_add")
     plain("cross_entropy")
+    cross_entropy_lse = overload("cross_entropy_lse")
+
+    def with_lse(
+        input, target, weight, reduction, ignore_index, label_smoothing, z_loss, return_lse
+    ):
+        return cross_entropy_lse(
+            input, target, weight, reduction, ignore_index, label_smoothing, False, z_loss, return_lse
+        )[:2]  # fmt: skip
+
+    substitute(_C.cross_entropy_lse)(with_lse)
+    # The compiler plans what memory is used again, and by what.
+    substitute(_C.cross_entropy_)(lambda *args: with_lse(*args))
 
     def loss(name):
         call, torchs = overload(name), reference_of(name)

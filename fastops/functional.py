@@ -698,7 +698,11 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+    *,
+    return_lse: bool = False,
+    z_loss: float = 0.0,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy between logits and targets: -log(softmax(input)[target]).
 
     The loss and its gradient are computed in one visit of the logits when a gradient will be wanted; nothing else is
@@ -713,14 +717,24 @@ def cross_entropy(
         ignore_index: rows with this target count for nothing.
         reduction: ``"none"``, ``"mean"`` (weighted, over rows not ignored) or ``"sum"``.
         label_smoothing: in [0, 1]; how much of the target distribution is spread over all classes.
+        return_lse: also return log(sum(exp(input))) of each row. Its gradient is softmax(input), for which the logits
+            are kept.
+        z_loss: a factor, not negative; z_loss * lse^2 is added to the loss of each row not ignored, before the reduction
+            (`Chowdhery et al., 2022 <https://arxiv.org/abs/2204.02311>`_, section 5). In the same visit.
+        inplace_backward: write the gradient over the logits, which halves the memory: they must be dense, no leaf that
+            requires grad, and of no use to anybody else. Other uses of them raise in backward, as do gradients of the
+            gradient, of target and of lse. Without a gradient to be taken, and under torch.compile, torch.func and
+            forward-mode AD, the logits are left alone.
 
     Returns:
-        A 0-d tensor, or one of target's shape for ``"none"``; of input's dtype, float32 under autocast.
+        A 0-d tensor, or one of target's shape for ``"none"``; of input's dtype, float32 under autocast. With return_lse
+        (loss, lse), lse of the unreduced loss's shape, float64 for float64 and else float32, 0 where a row is ignored.
 
     Raises:
         IndexError: a target out of range (on CUDA a device assertion, as torch's).
-        ValueError: batch sizes that differ, an unknown reduction.
-        RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: batch sizes that differ, an unknown reduction, a z_loss that is negative or not finite.
+        RuntimeError: shapes, dtypes or devices that do not fit; inplace_backward on a leaf that requires grad, or on
+            logits that are not dense.
 
     Same as :func:`torch.nn.functional.cross_entropy`. Example: ``cross_entropy(torch.zeros(1, 10), torch.tensor([3]))``
     is log(10) = 2.3026.
@@ -729,7 +743,8 @@ def cross_entropy(
         return handle_torch_function(
             cross_entropy, (input, target, weight), input, target, weight=weight,
             size_average=size_average, ignore_index=ignore_index, reduce=reduce,
-            reduction=reduction, label_smoothing=label_smoothing,
+            reduction=reduction, label_smoothing=label_smoothing, return_lse=return_lse,
+            z_loss=z_loss, inplace_backward=inplace_backward,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -738,6 +753,12 @@ def cross_entropy(
     if target.is_floating_point() and target.dtype != input.dtype:
         dtype = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(dtype), target.to(dtype)
+    if return_lse or z_loss != 0 or inplace_backward:
+        call = _C.cross_entropy_ if inplace_backward else _C.cross_entropy_lse
+        loss, lse = call(
+            input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, z_loss, return_lse
+        )  # fmt: skip
+        return (loss, lse) if return_lse else loss
     return _C.cross_entropy(
         input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
     )

@@ -231,12 +231,27 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """:func:`fastops.functional.cross_entropy` as a module; arguments of :class:`torch.nn.CrossEntropyLoss`."""
+    """:func:`fastops.functional.cross_entropy` as a module; arguments of :class:`torch.nn.CrossEntropyLoss`, and the
+    function's return_lse, z_loss and inplace_backward."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    return_lse, z_loss, inplace_backward = False, 0.0, False  # of a module that was torch's
+
+    def __init__(
+        self,
+        *args,
+        return_lse: bool = False,
+        z_loss: float = 0.0,
+        inplace_backward: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.return_lse, self.z_loss, self.inplace_backward = return_lse, z_loss, inplace_backward
+
+    def forward(self, input: Tensor, target: Tensor):
         return F.cross_entropy(
             input, target, weight=self.weight, ignore_index=self.ignore_index,
             reduction=self.reduction, label_smoothing=self.label_smoothing,
+            return_lse=self.return_lse, z_loss=self.z_loss, inplace_backward=self.inplace_backward,
         )  # fmt: skip
 
 

@@ -435,10 +435,11 @@ def test_softmax_of_infinities(row, shape):
 
 
 def run_cross_entropy(
-    row, x, target, weight, smoothing, loss, grad, scale=1.0, divisor=None, divisor_out=None
-):
+    row, x, target, weight, smoothing, loss, grad, scale=1.0, divisor=None, divisor_out=None,
+    z_loss=0.0, lse=None,
+):  # fmt: skip
     extents = [I64(extent) for extent in x.shape]
-    call("run_cross_entropy", row.index, DTYPES[x.dtype], *extents, address(x), address(target), address(weight), I64(-100), F64(smoothing), address(loss), address(grad), F64(scale), address(divisor), address(divisor_out))  # fmt: skip
+    call("run_cross_entropy", row.index, DTYPES[x.dtype], *extents, address(x), address(target), address(weight), I64(-100), F64(smoothing), address(loss), address(grad), F64(scale), address(divisor), address(divisor_out), F64(z_loss), address(lse))  # fmt: skip
 
 
 @every_dtype
@@ -569,13 +570,64 @@ def test_cross_entropy_against_probabilities(row, dtype, shape, smoothing, weigh
         grad = device.empty(shape, dtype)
         extents = [I64(extent) for extent in shape]
         for out, gradient in ((alone, None), (loss, grad), (loss, vx)):
-            call("run_cross_entropy_probability", row.index, DTYPES[dtype], *extents, address(vx), address(q), address(w), F64(smoothing), address(out), address(gradient), F64(scale))  # fmt: skip
+            call("run_cross_entropy_probability", row.index, DTYPES[dtype], *extents, address(vx), address(q), address(w), F64(smoothing), address(out), address(gradient), F64(scale), F64(0.0), address(None))  # fmt: skip
         return loss, grad, alone, vx
 
     for loss, grad, alone, in_place in everywhere(run):
         check(loss, torchs[0], true[0], real(dtype))
         check(grad, torchs[1], true[1], dtype)
         assert torch.equal(loss, alone) and torch.equal(bits(grad), bits(in_place))
+
+
+@every_dtype
+@each_row("cross_entropy")
+@every_shape
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropy_with_z_loss(row, dtype, shape, smoothing, probabilities):
+    """log(sum(exp)) of each row, what z_loss adds to the loss and to the gradient; 0 where a row is ignored."""
+    outer, n, inner = shape
+    x, z_loss, scale = random(shape, dtype, 1, 3), 0.05, 0.5
+    target = torch.randint(0, n, (outer, inner), generator=torch.Generator().manual_seed(4))
+    target.view(-1)[1::3] = -100
+    if probabilities:
+        target = random(shape, torch.float64, 2).softmax(1).to(dtype)
+
+    def by_torch(kind):
+        vx = x.to(kind, copy=True).requires_grad_()
+        q = target.to(kind) if probabilities else target
+        loss = reference(row.name)(vx, q, reduction="none", label_smoothing=smoothing)
+        lse = vx.logsumexp(1)
+        if not probabilities:
+            lse = torch.where(target != -100, lse, 0)
+        loss = loss + z_loss * lse**2
+        if outer == 0:
+            return loss.detach(), lse.detach(), torch.zeros_like(vx)
+        return loss.detach(), lse.detach(), torch.autograd.grad(loss.sum() * scale, vx)[0]
+
+    true, single, own = (by_torch(kind) for kind in (torch.float64, torch.float32, judged(dtype)))
+
+    def run(device):
+        vx, t = device.copy(x), device.constant(target, 0)
+        rows = (outer, inner)
+        loss, lse = device.empty(rows, real(dtype)), device.empty(rows, real(dtype))
+        grad = device.empty(shape, dtype)
+        if probabilities:
+            extents = [I64(extent) for extent in shape]
+            for gradient in (grad, vx):
+                call("run_cross_entropy_probability", row.index, DTYPES[dtype], *extents, address(vx), address(t), address(None), F64(smoothing), address(loss), address(gradient), F64(scale), F64(z_loss), address(lse))  # fmt: skip
+        else:
+            for gradient in (grad, vx):
+                run_cross_entropy(
+                    row, vx, t, None, smoothing, loss, gradient, scale, z_loss=z_loss, lse=lse
+                )
+        return loss, lse, grad, vx
+
+    for loss, lse, grad, in_place in everywhere(run):
+        check(loss, single[0], true[0], real(dtype))
+        check(lse, single[1], true[1], real(dtype))
+        check(grad, own[2], true[2], dtype)
+        assert torch.equal(bits(grad), bits(in_place))
 
 
 # ------------------------------------------------------------------------------------------------ random

@@ -352,6 +352,8 @@ struct Target {
   const real* weight;
   int64_t ignore_index;
   real smoothing, soft, scale, mass;  // soft = smoothing / n; scale of the gradient; mass = sum of the weights
+  real z;
+  real* lse;
 
   FASTOPS_FN Target(const CrossEntropyArgs& a)
       : index(a.target),
@@ -361,7 +363,9 @@ struct Target {
         soft(static_cast<real>(a.label_smoothing / static_cast<double>(a.n))),
         scale(static_cast<real>(a.divisor ? a.scale / static_cast<double>(*static_cast<const real*>(a.divisor))
                                           : a.scale)),
-        mass(static_cast<real>(a.n)) {
+        mass(static_cast<real>(a.n)),
+        z(static_cast<real>(a.z_loss)),
+        lse(static_cast<real*>(a.lse)) {
     if (weight) {
       double sum = 0;
       for (int64_t j = 0; j < a.n; ++j) sum += static_cast<double>(weight[j]);
@@ -369,14 +373,24 @@ struct Target {
     }
   }
   FASTOPS_FN real hard(int64_t t) const { return (real(1) - smoothing) * (weight ? weight[t] : real(1)); }
+  // Leaves row r's log(sum(exp(x))), adds what z_loss makes of it to the row's loss, and returns what it adds to `total`.
+  FASTOPS_FN real finish(int64_t r, real peak, real log_sum, real& loss) const {
+    const real value = peak + log_sum;
+    if (lse) lse[r] = value;
+    if (z == real(0)) return real(0);
+    loss = loss + CrossEntropy::z_loss(value, z);
+    return CrossEntropy::z_slope(value, z);
+  }
 };
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* buffer, real* loss, int64_t n, int64_t t,
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* buffer, real* loss, int64_t n, int64_t r,
                                   const Target<real>& q) {
   using V = typename L::V;
+  const int64_t t = q.index[r];
   if (t == q.ignore_index) {
     *loss = 0;
+    if (q.lse) q.lse[r] = 0;
     if (grad) {
       V none[L::count];
       for (auto& v : none) v = V(real(0));
@@ -415,9 +429,10 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
   const real log_sum = static_cast<real>(log(v.sum));
   *loss = CrossEntropy::loss(log_sum, v.peak, x_target, hard);
   if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, q.soft);
+  const real slope = q.finish(r, v.peak, log_sum, *loss);
   if (!grad) return;
 
-  const V inverse(static_cast<real>(1 / v.sum)), total((hard + q.soft * q.mass) * q.scale), none(real(0));
+  const V inverse(static_cast<real>(1 / v.sum)), total((hard + q.soft * q.mass + slope) * q.scale), none(real(0));
   const V soft(q.soft * q.scale);
   const int64_t block_begin = t / L::size * L::size;
   each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
@@ -449,10 +464,11 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
 }
 
 template <class L, class scalar_t, class real, class N>
-FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* loss, const int64_t* target, int64_t n,
-                                      int64_t inner, N count, const Target<real>& q) {
+FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* loss, int64_t r, int64_t n, int64_t inner,
+                                      N count, const Target<real>& q) {
   using V = typename L::V;
   constexpr int64_t size = L::size;
+  const int64_t* const target = q.index + r;
   real hard[size] = {}, x_target[size] = {}, live[size] = {};
   for (int64_t i = 0; i < count; ++i) {
     if (target[i] == q.ignore_index) continue;
@@ -486,18 +502,27 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     }
   });
   V inverse[L::count], total[L::count];
-  real lane[size], out[size];
+  real lane[size], out[size], lse[size];
   for (int k = 0; k < L::count; ++k) {
     const V log_sum = log(row[k].sum), h = V::loadu(hard + k * V::size());
     const V one_hot = CrossEntropy::loss(log_sum, row[k].peak, V::loadu(x_target + k * V::size()), h);
     V value = one_hot;
     if (q.soft != real(0))
       value = value + CrossEntropy::smooth_loss(log_sum, depth[k], V(q.mass), V(q.soft));
+    V slope(real(0));
+    const V log_total = row[k].peak + log_sum;
+    if (q.z != real(0)) {
+      value = value + CrossEntropy::z_loss(log_total, V(q.z));
+      slope = CrossEntropy::z_slope(log_total, V(q.z));
+    }
     value.store(out + k * V::size());
+    log_total.store(lse + k * V::size());
     inverse[k] = V(real(1)) / row[k].sum;
-    total[k] = (h + V(q.soft * q.mass)) * V(q.scale);
+    total[k] = (h + V(q.soft * q.mass) + slope) * V(q.scale);
   }
   for (int64_t i = 0; i < count; ++i) loss[i] = live[i] != real(0) ? out[i] : real(0);
+  if (q.lse)
+    for (int64_t i = 0; i < count; ++i) q.lse[r + i] = live[i] != real(0) ? lse[i] : real(0);
   if (!grad) return;
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
@@ -588,7 +613,8 @@ struct Expect {
 
 template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, scalar_t* grad, scalar_t* buffer, real* loss,
-                                  int64_t n, real scale, const Distribution<L, scalar_t>& distribution) {
+                                  int64_t n, int64_t r, const Target<real>& target,
+                                  const Distribution<L, scalar_t>& distribution) {
   using V = typename L::V;
   scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
   Visit<real> v;
@@ -597,8 +623,9 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, scalar_t
   const real log_sum = static_cast<real>(log(v.sum));
   *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass),
                                     real(1));
+  const real slope = target.finish(r, v.peak, log_sum, *loss), scale = target.scale;
   if (!grad) return;
-  const V inverse(static_cast<real>(1 / v.sum)), total(static_cast<real>(expect.row.mass) * scale), by(scale);
+  const V inverse(static_cast<real>(1 / v.sum)), total((static_cast<real>(expect.row.mass) + slope) * scale), by(scale);
   each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
     V w[L::count];
     distribution.load(q, i, count, w);
@@ -613,10 +640,10 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, scalar_t
 
 template <class L, class scalar_t, class real, class N>
 FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scalar_t* grad, real* loss, int64_t n,
-                                      int64_t inner, N count, real scale,
+                                      int64_t inner, N count, int64_t r, const Target<real>& target,
                                       const Distribution<L, scalar_t>& distribution) {
   using V = typename L::V;
-  const V keep(distribution.keep), soft(distribution.soft), by(scale);
+  const V keep(distribution.keep), soft(distribution.soft), by(target.scale);
   const auto load = [&](int64_t j, V(&w)[L::count]) {
     L::load(q + j * inner, count, w);
     const V class_weight(distribution.weight ? distribution.weight[j] : real(1));
@@ -652,20 +679,31 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
       add_compensated(of[k].depth, lost[k].depth, part[k].depth);
     }
   });
-  V inverse[L::count];
-  real out[L::size];
+  V inverse[L::count], total[L::count];
+  real out[L::size], lse[L::size];
   for (int k = 0; k < L::count; ++k) {
-    CrossEntropy::smooth_loss(log(row[k].sum), of[k].depth, of[k].mass, V(real(1))).store(out + k * V::size());
+    const V log_sum = log(row[k].sum), log_total = row[k].peak + log_sum;
+    V value = CrossEntropy::smooth_loss(log_sum, of[k].depth, of[k].mass, V(real(1)));
+    V all = of[k].mass;
+    if (target.z != real(0)) {
+      value = value + CrossEntropy::z_loss(log_total, V(target.z));
+      all = all + CrossEntropy::z_slope(log_total, V(target.z));
+    }
+    value.store(out + k * V::size());
+    log_total.store(lse + k * V::size());
     inverse[k] = V(real(1)) / row[k].sum;
+    total[k] = all * by;
   }
   for (int64_t i = 0; i < count; ++i) loss[i] = out[i];
+  if (target.lse)
+    for (int64_t i = 0; i < count; ++i) target.lse[r + i] = lse[i];
   if (!grad) return;
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count], w[L::count];
     L::load(x + j * inner, count, u);
     load(j, w);
     for (int k = 0; k < L::count; ++k)
-      u[k] = CrossEntropy::gradient(exp(u[k] - of[k].base) * inverse[k], of[k].mass * by, w[k] * by);
+      u[k] = CrossEntropy::gradient(exp(u[k] - of[k].base) * inverse[k], total[k], w[k] * by);
     L::store(grad + j * inner, count, u);
   }
 }
@@ -699,10 +737,9 @@ struct MakeCrossEntropy {
             for (int64_t r = begin; r < end; ++r) {
               scalar_t* const g = grad ? grad + r * n : nullptr;
               if constexpr (probability) {
-                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, buffer, loss + r, n, target.scale,
-                                     distribution);
+                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, buffer, loss + r, n, r, target, distribution);
               } else {
-                cross_entropy_row<L>(x + r * n, g, buffer, loss + r, n, target.index[r], target);
+                cross_entropy_row<L>(x + r * n, g, buffer, loss + r, n, r, target);
               }
             }
             if (buffer) fence();
@@ -712,10 +749,10 @@ struct MakeCrossEntropy {
             const int64_t at = o * n * inner + i, r = o * inner + i;
             scalar_t* const g = grad ? grad + at : nullptr;
             if constexpr (probability) {
-              cross_entropy_columns<L>(x + at, distribution.q + at, g, loss + r, n, inner, count, target.scale,
+              cross_entropy_columns<L>(x + at, distribution.q + at, g, loss + r, n, inner, count, r, target,
                                        distribution);
             } else {
-              cross_entropy_columns<L>(x + at, g, loss + r, target.index + r, n, inner, count, target);
+              cross_entropy_columns<L>(x + at, g, loss + r, r, n, inner, count, target);
             }
           });
       return nullptr;

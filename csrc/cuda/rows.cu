@@ -348,6 +348,8 @@ struct Targets {
   real scale;            // of the gradient
   const real* divisor;
   real* loss;
+  real* lse;
+  real z;
   const scalar_t* probability;
 
   __device__ __forceinline__ real weight_of(int64_t j) const { return weight ? load(weight + j) : real(1); }
@@ -356,6 +358,22 @@ struct Targets {
   // What the distribution with q at class j has there.
   __device__ __forceinline__ real mix(real q, int64_t j) const {
     return (q * (real(1) - smoothing) + soft) * weight_of(j);
+  }
+  // What finish() leaves, of a row that is ignored.
+  __device__ __forceinline__ void ignore(int64_t r) const {
+    store(loss + r, real(0));
+    if (lse) store(lse + r, real(0));
+  }
+  // Leaves row r's loss, to which z_loss is still to be added, and its log(sum(exp(x))), which is `value`.
+  template <class Op>
+  __device__ __forceinline__ void finish(int64_t r, real loss_of_row, real value) const {
+    store(loss + r, z == real(0) ? loss_of_row : loss_of_row + Op::z_loss(value, z));
+    if (lse) store(lse + r, value);
+  }
+  // What z_loss adds to `total` of the gradient.
+  template <class Op>
+  __device__ __forceinline__ real slope(real value) const {
+    return z == real(0) ? real(0) : Op::z_slope(value, z);
   }
   // The target of row r, which is ignore_index or a class.
   __device__ __forceinline__ int64_t operator[](int64_t r) const {
@@ -373,9 +391,9 @@ __device__ __forceinline__ void join(Expectation<real>& of, const Everyone& ever
 }
 
 template <class Op, class real>
-__device__ __forceinline__ real loss_of(LogSumExp<real> total, real x_target, real hard, real soft,
+__device__ __forceinline__ real loss_of(LogSumExp<real> total, real log_sum, real x_target, real hard, real soft,
                                         const Expectation<real>& smooth) {
-  const real log_sum = log(total.sum), loss = Op::loss(log_sum, total.peak, x_target, hard);
+  const real loss = Op::loss(log_sum, total.peak, x_target, hard);
   return soft == real(0) ? loss : loss + Op::smooth_loss(log_sum, smooth.depth, smooth.mass, soft);
 }
 
@@ -391,7 +409,7 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   each_row<threads>(rows, [&](int64_t r) {
     const int64_t t = targets[r];
     if (t == targets.ignore_index) {  // the whole team agrees
-      if (team.rank == 0) store(targets.loss + r, real(0));
+      if (team.rank == 0) targets.ignore(r);
       if (!grad) return;
       const Row<scalar_t, int64_t> row(x + r * n, n);
       const real zeros[size] = {};
@@ -412,12 +430,16 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
     });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, team, base);
-    if (team.rank == 0) store(targets.loss + r, loss_of<Op>(total, x_target, hard, targets.soft, smooth));
+    const real log_sum = log(total.sum);
+    if (team.rank == 0)
+      targets.template finish<Op>(r, loss_of<Op>(total, log_sum, x_target, hard, targets.soft, smooth),
+                                  total.peak + log_sum);
     if (!grad) return;
 
     team.sync();  // x[t] has been read by all before grad, which may be x, is written
     const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
-    const real all = (hard + targets.soft * smooth.mass) * scale, soft = targets.soft * scale;
+    const real slope = targets.template slope<Op>(total.peak + log_sum);
+    const real all = (hard + targets.soft * smooth.mass + slope) * scale, soft = targets.soft * scale;
     walk.each([&](auto i, auto& v) {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
@@ -450,11 +472,19 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, tiles, base);
-    if (exists && tiles.first() == 0)
-      store(targets.loss + r, live ? loss_of<Op>(total, x_target, hard, targets.soft, smooth) : real(0));
+    const real log_sum = log(total.sum);
+    if (exists && tiles.first() == 0) {
+      if (live) {
+        targets.template finish<Op>(r, loss_of<Op>(total, log_sum, x_target, hard, targets.soft, smooth),
+                                    total.peak + log_sum);
+      } else {
+        targets.ignore(r);
+      }
+    }
     if (!grad) return;
     const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
-    const real all = (hard + targets.soft * smooth.mass) * scale, soft = targets.soft * scale;
+    const real slope = targets.template slope<Op>(total.peak + log_sum);
+    const real all = (hard + targets.soft * smooth.mass + slope) * scale, soft = targets.soft * scale;
     for (int64_t j = tiles.first(); exists && j < tiles.n; j += tiles.slices()) {
       const int64_t at = offset + j * tiles.inner;
       real dx = 0;
@@ -494,10 +524,13 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
     });
     const real base = LogSumExp<real>::origin(total.peak);
     join(of, team, base);
-    if (team.rank == 0) store(targets.loss + r, Op::smooth_loss(log(total.sum), of.depth, of.mass, real(1)));
+    const real log_sum = log(total.sum), value = total.peak + log_sum;
+    if (team.rank == 0)
+      targets.template finish<Op>(r, Op::smooth_loss(log_sum, of.depth, of.mass, real(1)), value);
     if (!grad) return;
 
-    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum, all = of.mass * scale;
+    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
+    const real all = (of.mass + targets.template slope<Op>(value)) * scale;
     walk.each([&](auto i, auto& v) {
 #pragma unroll
       for (int k = 0; k < walk.size; ++k) {
@@ -525,14 +558,16 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     });
     const real base = LogSumExp<real>::origin(total.peak);
     join(of, tiles, base);
+    const real log_sum = log(total.sum), value = total.peak + log_sum;
     if (live && tiles.first() == 0)
-      store(targets.loss + r, Op::smooth_loss(log(total.sum), of.depth, of.mass, real(1)));
+      targets.template finish<Op>(r, Op::smooth_loss(log_sum, of.depth, of.mass, real(1)), value);
     if (!grad) return;
     const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
+    const real all = (of.mass + targets.template slope<Op>(value)) * scale;
     for (int64_t j = tiles.first(); live && j < tiles.n; j += tiles.slices()) {
       const int64_t at = offset + j * tiles.inner;
       const real e = exp(static_cast<real>(load(x + at)) - base);
-      store(grad + at, static_cast<scalar_t>(Op::gradient(e * inverse, of.mass * scale, mixed(j) * scale)));
+      store(grad + at, static_cast<scalar_t>(Op::gradient(e * inverse, all, mixed(j) * scale)));
     }
   });
 }
@@ -633,6 +668,8 @@ Targets<scalar_t> targets_of(const CrossEntropyArgs& a) {
   t.scale = static_cast<real>(a.scale);
   t.divisor = static_cast<const real*>(a.divisor);
   t.loss = static_cast<real*>(a.loss);
+  t.lse = static_cast<real*>(a.lse);
+  t.z = static_cast<real>(a.z_loss);
   t.probability = static_cast<const scalar_t*>(a.probability);
   return t;
 }

@@ -84,6 +84,16 @@ struct CrossEntropy {
   static FASTOPS_FN T smooth_loss(T log_sum, T depth, T mass, T soft) {
     return soft * (depth + mass * log_sum);
   }
+  // What z_loss, a factor, adds to a row's loss (Chowdhery et al., 2022, section 5), and how steeply that rises with lse,
+  // the row's log(sum(exp(x))), whose own derivative is p: it belongs to `total` below.
+  template <class T>
+  static FASTOPS_FN T z_loss(T lse, T z) {
+    return z * lse * lse;
+  }
+  template <class T>
+  static FASTOPS_FN T z_slope(T lse, T z) {
+    return c<T>(2) * z * lse;
+  }
   // d loss / d x[j] for j != target, with p = softmax(x)[j], total = hard + soft mass and soft_weight = soft w[j]; at
   // the target it is less by `hard`.
   template <class T>

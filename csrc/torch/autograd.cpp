@@ -150,6 +150,17 @@ void record_inplace(const char* name, Backward backward, at::Tensor& self, torch
   save(*node, saves, self.is_view());
 }
 
+void record_overwriting(const char* name, Backward backward, std::vector<at::Tensor> outputs,
+                        torch::autograd::edge_list edges, std::vector<Save> saves, std::vector<c10::IValue> attributes,
+                        at::Tensor& overwritten, const char* message) {
+  auto refusal = c10::make_intrusive<torch::autograd::Error>(
+      message, torch::autograd::edge_list{torch::autograd::impl::gradient_edge(overwritten)});
+  auto node = make_node(name, backward, std::move(edges), std::move(attributes));
+  for (auto& out : outputs) torch::autograd::set_history(out, node);
+  save(*node, saves);
+  torch::autograd::rebase_history(overwritten, std::move(refusal));
+}
+
 void check_inplace(const at::Tensor& self, bool requires_grad) {
   torch::autograd::check_inplace(self, requires_grad);
 }

@@ -55,6 +55,12 @@ torch::autograd::edge_list edges_of(const std::vector<at::Tensor>& inputs);
 void record_inplace(const char* name, Backward backward, at::Tensor& self, torch::autograd::edge_list edges,
                     std::vector<Save> saves, std::vector<c10::IValue> attributes);
 
+// The same after the op has left something else in `overwritten`, which is no result of it: `edges` are those that its
+// inputs had before, and who differentiates through `overwritten` from now on gets the error `message`.
+void record_overwriting(const char* name, Backward backward, std::vector<at::Tensor> outputs,
+                        torch::autograd::edge_list edges, std::vector<Save> saves, std::vector<c10::IValue> attributes,
+                        at::Tensor& overwritten, const char* message);
+
 // Raises where torch raises on an in-place op: leaves that require grad, some views.
 void check_inplace(const at::Tensor& self, bool requires_grad);
 

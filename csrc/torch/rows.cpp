@@ -2,7 +2,9 @@
 //
 // cross_entropy_forward computes the loss and, in the same visit of the logits, its gradient, and gives both out; the
 // backward pass then has next to nothing to do, and no more is saved than the gradient itself. Where a gradient of the
-// gradient is asked for, the softmax is recovered from it (see hessian_product).
+// gradient is asked for, the softmax is recovered from it (see RowTerms). cross_entropy_lse gives each row's
+// log(sum(exp)) as well, and cross_entropy_ leaves the gradient in the logits' own memory.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/WrapDimUtils.h>
 #include <ATen/autocast_mode.h>
@@ -20,6 +22,8 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 #include "autograd.h"
 #include "backend.h"
@@ -186,12 +190,25 @@ struct SoftmaxAutocast {
 using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t,
                                            double, bool);
 using Whole = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t, double, bool);
+using WithLse = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t,
+                                                   int64_t, double, bool, double, bool, bool);
+using Overwriting = std::tuple<Tensor, Tensor>(Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t,
+                                               double, bool, double);
 auto forward_op() {
   static const auto op = find_op<Forward>("cross_entropy_forward");
   return op;
 }
 auto whole_op() {
   static const auto op = find_op<Whole>("cross_entropy");
+  return op;
+}
+
+auto lse_op() {
+  static const auto op = find_op<WithLse>("cross_entropy_lse");
+  return op;
+}
+auto overwriting_op() {
+  static const auto op = find_op<Overwriting>("cross_entropy_");
   return op;
 }
 
@@ -251,11 +268,26 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
 }
 
 struct Computed {
-  Tensor loss, grad;
+  Tensor loss, grad, lse;
+};
+
+// What cross_entropy can do beside a loss.
+struct Extras {
+  bool lse = false;
+  double z_loss = 0;
+  bool overwrite = false;  // the gradient goes where the logits are
 };
 
 Computed compute(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
-                 int64_t ignore_index, double label_smoothing, bool upcast, bool with_grad) {
+                 int64_t ignore_index, double label_smoothing, bool upcast, bool with_grad, Extras extras = {}) {
+  TORCH_CHECK_VALUE(std::isfinite(extras.z_loss) && extras.z_loss >= 0,
+                    "cross_entropy: z_loss must be a finite number and not negative, got ", extras.z_loss);
+  if (extras.overwrite) {
+    TORCH_CHECK(input.is_non_overlapping_and_dense(),
+                "cross_entropy: inplace_backward=True needs dense logits, got sizes ", input.sizes(), " with strides ",
+                input.strides(), "; make them contiguous, or leave it off");
+    at::assert_no_overlap(input, target);
+  }
   const int64_t dim = input.dim() <= 1 ? 0 : 1;
   Problem p = problem(input, target, weight, reduction, ignore_index, label_smoothing);
   const auto options = p.x.options().dtype(real_of(p.x.scalar_type()));
@@ -264,13 +296,14 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   const auto& row = tables(p.x.device().type()).cross_entropy.data[0];
 
   Computed result;
-  if (with_grad) result.grad = p.x.numel() == 0 ? at::zeros_like(p.x) : output_like(p.x);
+  if (with_grad) result.grad = extras.overwrite ? p.x : p.x.numel() == 0 ? at::zeros_like(p.x) : output_like(p.x);
   if (p.x.numel() == 0) {  // no rows, or rows of no classes
     TORCH_CHECK(target.numel() == 0, "cross_entropy: logits of size ", input.sizes(), " have no classes");
     result.loss = reduction == at::Reduction::None
                       ? at::zeros(p.result_sizes, options)
                       : at::zeros({}, options).div_(reduction == at::Reduction::Mean ? 0.0 : 1.0);
     result.loss = result.loss.to(dtype);
+    if (extras.lse) result.lse = at::zeros(p.result_sizes, options);
     return result;
   }
 
@@ -289,6 +322,7 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
       index = at::empty_strided(like.sizes(), strides, index.options()).copy_(index);
   }
   const Tensor losses = at::empty({p.rows.outer * p.rows.inner}, options);
+  const Tensor lse = extras.lse ? at::empty_like(losses) : Tensor();
 
   CrossEntropyArgs a{};
   a.dtype = p.x.scalar_type();
@@ -304,7 +338,9 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   a.weight = p.weight.defined() ? p.weight.const_data_ptr() : nullptr;
   a.ignore_index = ignore_index;
   a.label_smoothing = label_smoothing;
+  a.z_loss = extras.z_loss;
   a.loss = losses.mutable_data_ptr();
+  a.lse = extras.lse ? lse.mutable_data_ptr() : nullptr;
   a.scale = 1;
   a.stream = stream_of(p.x);
 
@@ -337,6 +373,7 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   } else {
     result.loss = sum_of(losses, scale, mean ? divisor : Tensor()).to(dtype);
   }
+  if (extras.lse) result.lse = lse.as_strided(p.result_sizes, strides).contiguous();
   return result;
 }
 
@@ -352,12 +389,31 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const std::optio
   return compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, false).loss;
 }
 
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_lse(const Tensor& input, const Tensor& target,
+                                                     const std::optional<Tensor>& weight, int64_t reduction,
+                                                     int64_t ignore_index, double label_smoothing, bool upcast,
+                                                     double z_loss, bool, bool with_grad) {
+  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, with_grad,
+                       {true, z_loss, false});
+  return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_overwriting(Tensor& input, const Tensor& target,
+                                                     const std::optional<Tensor>& weight, int64_t reduction,
+                                                     int64_t ignore_index, double label_smoothing, bool upcast,
+                                                     double z_loss) {
+  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, true,
+                       {true, z_loss, true});
+  return {c.loss, c.lse};
+}
+
 // -- derivatives, in torch ops but for the common case. `grad` is the second output of cross_entropy_forward.
 
 struct Attributes {
   int64_t reduction, ignore_index;
   double label_smoothing;
   bool exclusive;  // nobody else can see the saved gradient: it may be handed on or overwritten
+  double z_loss = 0;
 };
 
 Tensor live_rows(const Tensor& target, int64_t ignore_index) { return target.ne(ignore_index); }
@@ -412,27 +468,58 @@ Tensor scale_in_saved(const Tensor& grad, const Tensor& target, const Tensor& we
   return mean_factor(target, weight, a, options);
 }
 
-// The derivative of the gradient G, applied to v. With q the target distribution times the row's scale s, G = p S - q
-// where S = sum(q), so p = (G + q) / S, and d G / dx v = S p (v - sum(p v)).
-Tensor hessian_product(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
-                       const Tensor& v) {
-  const int64_t dim = class_dim(grad), n = grad.size(dim);
+// What the rows of the gradient G are made of. With q the target distribution times the row's scale s, G = p S - q
+// where S = sum(q) + 2 z_loss s lse; p is taken of the logits where they were kept, else it is (G + q) / S.
+struct RowTerms {
+  Tensor p, S, steepness;  // steepness: 2 z_loss s, undefined without a z_loss
+  int64_t dim;
+  c10::ScalarType dtype;
+
+  RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
+           const Tensor& logits = {}, const Tensor& lse = {});
+
+  // d lse / dx, applied to v from the right, and from the left
+  Tensor jvp_of_lse(const Tensor& v) const { return (p * v.to(p.scalar_type())).sum(dim); }
+  Tensor vjp_of_lse(const Tensor& v) const { return (p * v.unsqueeze(dim)).to(dtype); }
+  // d G / dx v = S p (v - sum(p v)) + 2 z_loss s p sum(p v), which is symmetric
+  Tensor of_gradient(const Tensor& v) const {
+    const Tensor u = v.to(p.scalar_type()), pu = (p * u).sum(dim, true);
+    Tensor h = S * p * (u - pu);
+    if (steepness.defined()) h = h + steepness * p * pu;
+    return h.to(dtype);
+  }
+};
+
+RowTerms::RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
+                   const Tensor& logits, const Tensor& lse)
+    : dim(class_dim(grad)), dtype(grad.scalar_type()) {
+  const int64_t n = grad.size(dim);
   const auto options = grad.options().dtype(real_of(grad.scalar_type()));
   const Tensor w = class_weights(grad, weight, options);
-  Tensor q;
+  Tensor q, live;
   if (is_distribution(target)) {
     q = (target.to(options.dtype()) * (1 - a.label_smoothing) + a.label_smoothing / static_cast<double>(n)) * w;
   } else {
     const Tensor classes = at::arange(n, target.options().dtype(at::kLong)).reshape(w.sizes());
-    const Tensor live = live_rows(target, a.ignore_index).unsqueeze(dim).to(options.dtype());
+    live = live_rows(target, a.ignore_index).unsqueeze(dim).to(options.dtype());
     const Tensor one_hot = classes.eq(target.unsqueeze(dim)).to(options.dtype());
     q = (one_hot * w * (1 - a.label_smoothing) + w * (a.label_smoothing / static_cast<double>(n))) * live;
   }
-  if (const Tensor scale = scale_in_saved(grad, target, weight, a, options); scale.defined()) q = q * scale;
-  const Tensor mass = q.sum(dim, true), some = mass.ne(0);
-  const Tensor p = at::where(some, (grad.to(options.dtype()) + q) / at::where(some, mass, 1), 0);
-  const Tensor u = v.to(options.dtype());
-  return (mass * p * (u - (p * u).sum(dim, true))).to(grad.scalar_type());
+  const Tensor scale = scale_in_saved(grad, target, weight, a, options);
+  if (scale.defined()) q = q * scale;
+  S = q.sum(dim, true);
+  if (a.z_loss != 0) {
+    steepness = scale.defined() ? scale * (2 * a.z_loss) : at::scalar_tensor(2 * a.z_loss, options);
+    S = S + steepness * lse.unsqueeze(dim);  // lse is 0 where a row is ignored
+  }
+  if (logits.defined()) {
+    static const auto softmax = find_op<Tensor(const Tensor&, int64_t)>("softmax");
+    p = softmax.call(logits.to(options.dtype()), dim);
+    if (live.defined()) p = p * live;
+  } else {
+    const Tensor some = S.ne(0);
+    p = at::where(some, (grad.to(options.dtype()) + q) / at::where(some, S, 1), 0);
+  }
 }
 
 // Of a loss against distributions q, the derivatives to q: with k = (1 - label_smoothing) w, those of the loss are
@@ -456,9 +543,10 @@ struct ToTarget {
 };
 
 Attributes attributes_of(const std::vector<c10::IValue>& v) {
-  return {v[0].toInt(), v[1].toInt(), v[2].toDouble(), v[3].toBool()};
+  return {v[0].toInt(), v[1].toInt(), v[2].toDouble(), v[3].toBool(), v.size() > 4 ? v[4].toDouble() : 0.0};
 }
 
+// Of outputs loss, G and, with the extras, lse; saved are G, target, weight, logits (where they are needed) and lse.
 variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContext& c) {
   const Attributes a = attributes_of(c.attributes);
   const Tensor &grad = c.saved[0], &target = c.saved[1], &weight = c.saved[2], &dloss = grads[0];
@@ -494,27 +582,38 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
       dx = scaled(grad, dloss, scale, a);
     }
   }
-  if (grads.size() > 1 && grads[1].defined()) {
-    Tensor h = hessian_product(grad, target, weight, a, grads[1]);
-    dx = dx.defined() ? at::add(dx, h) : h;
+  const bool of_grad = grads.size() > 1 && grads[1].defined(), of_lse = grads.size() > 2 && grads[2].defined();
+  if (of_grad || of_lse) {
+    const bool extended = c.saved.size() > 4;
+    const RowTerms rows(grad, target, weight, a, extended ? c.saved[3] : Tensor(), extended ? c.saved[4] : Tensor());
+    for (const Tensor& h : {of_grad ? rows.of_gradient(grads[1]) : Tensor(),
+                            of_lse ? rows.vjp_of_lse(grads[2]) : Tensor()})
+      if (h.defined()) dx = dx.defined() ? at::add(dx, h) : h;
   }
   result[0] = dx;
   return result;
 }
 
-std::tuple<Tensor, Tensor> forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor& target,
-                                              const std::optional<Tensor>& weight, int64_t reduction,
-                                              int64_t ignore_index, double label_smoothing, bool upcast,
-                                              bool exclusive) {
-  Tensor loss, grad;
+// With the extras where `extras` is not null.
+Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor& target,
+                            const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+                            double label_smoothing, bool upcast, bool exclusive, const Extras* extras = nullptr) {
+  Tensor loss, grad, lse;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, grad) = forward_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction,
-                                                   ignore_index, label_smoothing, upcast);
+    if (extras) {
+      std::tie(loss, lse, grad) =
+          lse_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
+                              label_smoothing, upcast, extras->z_loss, extras->lse, /*with_grad=*/true);
+    } else {
+      std::tie(loss, grad) = forward_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction,
+                                                     ignore_index, label_smoothing, upcast);
+    }
   }
   const Tensor w = weight.value_or(Tensor());
-  const Attributes a{reduction, ignore_index, label_smoothing, exclusive};
-  Tensor dloss, dgrad;
+  const Attributes a{reduction, ignore_index, label_smoothing, exclusive, extras ? extras->z_loss : 0};
+  const bool keep_logits = extras && extras->lse;  // for the gradient of lse, which is asked for
+  Tensor dloss, dgrad, dlse;
   if (is_dual(input)) {
     const Tensor t = tangent(input), pt = primal(target), pw = w.defined() ? primal(w) : w;
     const Tensor scale = scale_of_saved(grad, pt, pw, a);
@@ -522,7 +621,9 @@ std::tuple<Tensor, Tensor> forward_and_record(DispatchKeySet ks, const Tensor& i
     Tensor total = reduction == at::Reduction::None ? real.sum(class_dim(grad)) : real.sum();
     if (scale.defined()) total = total * scale;
     dloss = total.to(loss.scalar_type());
-    dgrad = hessian_product(grad, pt, pw, a, t);
+    const RowTerms rows(grad, pt, pw, a, keep_logits ? primal(input) : Tensor(), lse);
+    dgrad = rows.of_gradient(t);
+    if (extras) dlse = rows.jvp_of_lse(t);
   }
   if (is_dual(target)) {
     const ToTarget to(primal(input), primal(target), w.defined() ? primal(w) : w, a);
@@ -537,28 +638,117 @@ std::tuple<Tensor, Tensor> forward_and_record(DispatchKeySet ks, const Tensor& i
   }
   set_tangent(loss, dloss);
   set_tangent(grad, dgrad);
-  if (requires_grad(input, target) || (w.defined() && requires_grad(w)))
-    record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
-           {{grad, true}, {target}, {w}, {requires_grad(target) ? input : Tensor()}},
-           {reduction, ignore_index, label_smoothing, exclusive});
-  return {loss, grad};
+  if (extras) set_tangent(lse, dlse);
+  if (requires_grad(input, target) || (w.defined() && requires_grad(w))) {
+    const Tensor logits = keep_logits || requires_grad(target) ? input : Tensor();
+    if (extras)
+      record("fastops::cross_entropy_lse", &cross_entropy_vjp, {loss, grad, lse}, {input, target, w},
+             {{grad, true}, {target}, {w}, {logits}, {lse, true}},
+             {reduction, ignore_index, label_smoothing, exclusive, extras->z_loss});
+    else
+      record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
+             {{grad, true}, {target}, {w}, {logits}}, {reduction, ignore_index, label_smoothing, exclusive});
+  }
+  return {loss, grad, lse};
 }
 
 std::tuple<Tensor, Tensor> forward_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target,
                                             const std::optional<Tensor>& weight, int64_t reduction,
                                             int64_t ignore_index, double label_smoothing, bool upcast) {
-  return forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, false);
+  Computed c = forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, false);
+  return {c.loss, c.grad};
 }
 
 Tensor whole_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                       int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast) {
   const Tensor w = weight.value_or(Tensor());
   if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w)))
-    return std::get<0>(
-        forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, true));
+    return forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, true).loss;
   at::AutoDispatchBelowADInplaceOrView guard;
   return whole_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
                                label_smoothing, upcast);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lse_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target,
+                                                const std::optional<Tensor>& weight, int64_t reduction,
+                                                int64_t ignore_index, double label_smoothing, bool upcast,
+                                                double z_loss, bool return_lse, bool with_grad) {
+  const Tensor w = weight.value_or(Tensor());
+  if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w))) {
+    const Extras extras{return_lse, z_loss, false};
+    Computed c = forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast,
+                                    /*exclusive=*/!with_grad, &extras);
+    return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return lse_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
+                             label_smoothing, upcast, z_loss, return_lse, with_grad);
+}
+
+// The gradient that lies in the logits' memory, times what flows in.
+variable_list overwriting_vjp(const variable_list& grads, const BackwardContext& c) {
+  TORCH_CHECK(!at::GradMode::is_enabled(),
+              "cross_entropy: inplace_backward=True leaves no logits to differentiate the gradient by; for create_graph=True "
+              "leave it off");
+  TORCH_CHECK(!grads[1].defined(),
+              "cross_entropy: inplace_backward=True leaves no logits to differentiate lse by; leave it off, or detach lse");
+  variable_list result(3);
+  const Tensor& dloss = grads[0];
+  if (!c.needed[0] || !dloss.defined()) return result;
+  const Attributes a = attributes_of(c.attributes);
+  const Tensor &grad = c.saved[0], scale = scale_of_saved(grad, c.saved[1], c.saved[2], a);
+  if (!c.last_use) {
+    result[0] = scaled(grad, dloss, scale, a);
+    return result;
+  }
+  Tensor dx = grad.detach(), factor = scale.defined() ? dloss * scale : dloss;
+  if (a.reduction == at::Reduction::None) factor = factor.unsqueeze(class_dim(grad));
+  if (a.reduction == at::Reduction::None || !factor.is_cpu() || factor.item<double>() != 1.0) dx.mul_(factor);
+  result[0] = dx;
+  return result;
+}
+
+std::tuple<Tensor, Tensor> overwriting_autograd(DispatchKeySet ks, Tensor& input, const Tensor& target,
+                                                const std::optional<Tensor>& weight, int64_t reduction,
+                                                int64_t ignore_index, double label_smoothing, bool upcast,
+                                                double z_loss) {
+  const Tensor w = weight.value_or(Tensor());
+  const bool wanted = requires_grad(input);
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(input) && !is_dual(target),
+                              "cross_entropy: forward-mode derivatives need inplace_backward=False");
+  TORCH_CHECK_NOT_IMPLEMENTED(!requires_grad(target),
+                              "cross_entropy: the gradient to target needs the logits: leave inplace_backward off");
+  TORCH_CHECK_NOT_IMPLEMENTED(!w.defined() || !requires_grad(w),
+                              "cross_entropy: the gradient to weight is not implemented; detach it");
+  check_inplace(input, wanted);
+  auto edges = wanted ? edges_of({input, target, w}) : torch::autograd::edge_list();
+  std::tuple<Tensor, Tensor> result;
+  {
+    at::AutoDispatchBelowAutograd guard;
+    result = overwriting_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction,
+                                         ignore_index, label_smoothing, upcast, z_loss);
+  }
+  if (wanted)
+    record_overwriting("fastops::cross_entropy_", &overwriting_vjp, {std::get<0>(result), std::get<1>(result)},
+                       std::move(edges), {{input.detach()}, {target}, {w}},
+                       {reduction, ignore_index, label_smoothing, true, z_loss}, input,
+                       "cross_entropy: with inplace_backward=True these logits hold their gradient; they cannot be "
+                       "used for anything else that is differentiated");
+  return result;
+}
+
+std::tuple<Tensor, Tensor> overwriting_version(DispatchKeySet ks, Tensor& input, const Tensor& target,
+                                               const std::optional<Tensor>& weight, int64_t reduction,
+                                               int64_t ignore_index, double label_smoothing, bool upcast,
+                                               double z_loss) {
+  std::tuple<Tensor, Tensor> result;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    result = overwriting_op().redispatch(ks & c10::after_ADInplaceOrView_keyset, input, target, weight, reduction,
+                                         ignore_index, label_smoothing, upcast, z_loss);
+  }
+  torch::autograd::impl::bump_version(input);
+  return result;
 }
 
 // Under autocast the loss is float32; the logits are read as they are.
@@ -570,6 +760,23 @@ Tensor whole_autocast(const Tensor& input, const Tensor& target, const std::opti
     return whole_op().call(input.to(at::kFloat), target.to(at::kFloat), weight, reduction, ignore_index,
                            label_smoothing, true);
   return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true);
+}
+
+template <DispatchKey key>
+std::tuple<Tensor, Tensor, Tensor> lse_autocast(const Tensor& input, const Tensor& target,
+                                                const std::optional<Tensor>& weight, int64_t reduction,
+                                                int64_t ignore_index, double label_smoothing, bool, double z_loss,
+                                                bool return_lse, bool with_grad) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  return lse_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true, z_loss, return_lse,
+                       with_grad);
+}
+template <DispatchKey key>
+std::tuple<Tensor, Tensor> overwriting_autocast(Tensor& input, const Tensor& target,
+                                                const std::optional<Tensor>& weight, int64_t reduction,
+                                                int64_t ignore_index, double label_smoothing, bool, double z_loss) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  return overwriting_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true, z_loss);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
@@ -593,17 +800,31 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
     ++i;
   }
   const std::string arguments =
-      "(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
-      "float label_smoothing=0.0, bool upcast=False) -> ";
-  m.def(("cross_entropy" + arguments + "Tensor").c_str(), tags);
-  m.def(("cross_entropy_forward" + arguments + "(Tensor, Tensor)").c_str(), tags);
+      " input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "float label_smoothing=0.0, bool upcast=False";
+  m.def(("cross_entropy(Tensor" + arguments + ") -> Tensor").c_str(), tags);
+  m.def(("cross_entropy_forward(Tensor" + arguments + ") -> (Tensor, Tensor)").c_str(), tags);
+  // (loss, log(sum(exp)) of each row, gradient), the last of one dimension without elements unless with_grad
+  m.def(("cross_entropy_lse(Tensor" + arguments +
+         ", float z_loss=0.0, bool return_lse=True, bool with_grad=False) -> (Tensor, Tensor, Tensor)").c_str(), tags);
+  m.def(("cross_entropy_(Tensor(a!)" + arguments + ", float z_loss=0.0) -> (Tensor, Tensor)").c_str(), tags);
   for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
     if (key == DispatchKey::CUDA && !cuda_built()) continue;
     m.impl("cross_entropy", torch::dispatch(key, &cross_entropy));
     m.impl("cross_entropy_forward", torch::dispatch(key, &cross_entropy_forward));
+    m.impl("cross_entropy_lse", torch::dispatch(key, &cross_entropy_lse));
+    m.impl("cross_entropy_", torch::dispatch(key, &cross_entropy_overwriting));
   }
   m.impl("cross_entropy", torch::dispatch(DispatchKey::Autograd, &whole_autograd));
   m.impl("cross_entropy_forward", torch::dispatch(DispatchKey::Autograd, &forward_autograd));
+  m.impl("cross_entropy_lse", torch::dispatch(DispatchKey::Autograd, &lse_autograd));
+  m.impl("cross_entropy_", torch::dispatch(DispatchKey::Autograd, &overwriting_autograd));
+  m.impl("cross_entropy_", torch::dispatch(DispatchKey::ADInplaceOrView, &overwriting_version));
+  m.impl("cross_entropy_lse", torch::dispatch(DispatchKey::AutocastCPU, &lse_autocast<DispatchKey::AutocastCPU>));
+  m.impl("cross_entropy_lse", torch::dispatch(DispatchKey::AutocastCUDA, &lse_autocast<DispatchKey::AutocastCUDA>));
+  m.impl("cross_entropy_", torch::dispatch(DispatchKey::AutocastCPU, &overwriting_autocast<DispatchKey::AutocastCPU>));
+  m.impl("cross_entropy_",
+         torch::dispatch(DispatchKey::AutocastCUDA, &overwriting_autocast<DispatchKey::AutocastCUDA>));
   m.impl("cross_entropy", torch::dispatch(DispatchKey::AutocastCPU, &whole_autocast<DispatchKey::AutocastCPU>));
   m.impl("cross_entropy", torch::dispatch(DispatchKey::AutocastCUDA, &whole_autocast<DispatchKey::AutocastCUDA>));
 }
@@ -619,6 +840,22 @@ void bind_rows(pybind11::module_& m) {
   def(m, "cross_entropy", [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
     return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false);
+  });
+  const auto with_lse = [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                           int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+                           bool return_lse) {
+    auto [loss, lse, grad] = lse_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false,
+                                           z_loss, return_lse, false);
+    return std::make_tuple(loss, lse);
+  };
+  m.def("cross_entropy_lse", with_lse);
+  // Where there is no gradient to be written, or none in memory of this kind, the logits are left alone.
+  m.def("cross_entropy_", [with_lse](Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                                     int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+                                     bool return_lse) {
+    if (!requires_grad(input) || is_dual(input) || at::isTensorSubclassLike(input))
+      return with_lse(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, return_lse);
+    return overwriting_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false, z_loss);
   });
 }
 

@@ -156,7 +156,8 @@ const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, i
 
 const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner, const void* x,
                               const int64_t* target, const void* weight, int64_t ignore_index, double label_smoothing,
-                              void* loss, void* grad, double scale, const void* divisor, void* divisor_out) {
+                              void* loss, void* grad, double scale, const void* divisor, void* divisor_out,
+                              double z_loss, void* lse) {
   const CrossEntropyRow& row = tables().cross_entropy.data[index];
   CrossEntropyArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -172,6 +173,8 @@ const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n,
   a.grad = grad;
   a.scale = scale;
   a.divisor = divisor;
+  a.z_loss = z_loss;
+  a.lse = lse;
   if (divisor_out) {
     int64_t bad_row = 0;
     if (const Error error = row.divisor(a, divisor_out, &bad_row)) return error;
@@ -198,7 +201,8 @@ const char* run_divisor(size_t index, int dtype, int64_t outer, int64_t n, int64
 
 const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner,
                                           const void* x, const void* probability, const void* weight,
-                                          double label_smoothing, void* loss, void* grad, double scale) {
+                                          double label_smoothing, void* loss, void* grad, double scale, double z_loss,
+                                          void* lse) {
   CrossEntropyArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.outer = outer;
@@ -211,6 +215,8 @@ const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer
   a.loss = loss;
   a.grad = grad;
   a.scale = scale;
+  a.z_loss = z_loss;
+  a.lse = lse;
   return tables().cross_entropy.data[index].forward_probability(a);
 }
 

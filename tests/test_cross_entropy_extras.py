@@ -1,0 +1,325 @@
+"""What cross_entropy has beside torch's arguments: return_lse, z_loss, inplace_backward. All against the same in torch ops."""
+
+import pytest
+import torch
+from cases import DTYPES, assert_as_accurate
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jvp, vmap
+
+import fastops
+from fastops._op import overload
+from fastops.functional import cross_entropy
+
+N, C = 6, 9
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def reference(x, target, z_loss=0.0, **kwargs):
+    """loss and lse by torch."""
+    dim = min(1, x.dim() - 1)
+    lse, reduction = torch.logsumexp(x, dim), kwargs.pop("reduction", "mean")
+    weight, ignore = kwargs.get("weight"), kwargs.get("ignore_index", -100)
+    live = torch.ones_like(lse)
+    if not target.is_floating_point():
+        live = (target != ignore).to(x.dtype)
+    lse = torch.where(live != 0, lse, torch.zeros_like(lse))
+    rows = torch.nn.functional.cross_entropy(x, target, reduction="none", **kwargs)
+    rows = rows + z_loss * lse**2
+    if reduction == "none":
+        return rows, lse
+    if reduction == "sum":
+        return rows.sum(), lse
+    if target.is_floating_point():
+        return rows.mean(), lse
+    if weight is not None:
+        live = live * weight[torch.where(live != 0, target, 0)]
+    return rows.sum() / live.sum(), lse
+
+
+LABELS = torch.randint(0, C, (N,), generator=torch.Generator().manual_seed(1))
+IGNORED = LABELS.clone()
+IGNORED[1::3] = 4
+IMAGE = torch.randint(0, C, (2, 3, 5), generator=torch.Generator().manual_seed(2))
+WEIGHT = randn(C, seed=3).abs() + 0.1
+CASES = {
+    "labels": (randn(N, C), LABELS, {}),
+    "one row": (randn(C), LABELS[0], {}),
+    "ignored": (randn(N, C), IGNORED, {"ignore_index": 4}),
+    "weight, smoothing": (randn(N, C), IGNORED, {"ignore_index": 4, "weight": WEIGHT, "label_smoothing": 0.2}),
+    "columns": (randn(2, C, 3, 5), IMAGE, {"weight": WEIGHT, "label_smoothing": 0.1}),
+    "channels_last": (randn(2, C, 3, 5).to(memory_format=torch.channels_last), IMAGE, {"ignore_index": 4}),
+    "many": (randn(2, 5003), torch.tensor([7, 5000]), {"label_smoothing": 0.1}),
+    "probabilities": (randn(N, C), randn(N, C, seed=4).softmax(1), {"weight": WEIGHT, "label_smoothing": 0.1}),
+    "probabilities, columns": (randn(2, C, 3, 5), randn(2, C, 3, 5, seed=4).softmax(1), {}),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("name", CASES)
+every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+
+
+def given(name, dtype=torch.float64):
+    x, t, kwargs = CASES[name]
+    to = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+    return to(x), to(t), {k: to(v) for k, v in kwargs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+@pytest.mark.parametrize("inplace", [False, True])
+@every_reduction
+@every_case
+def test_values_and_gradients(name, reduction, inplace, z_loss, dtype):
+    """In the dtype, in torch's ops, and in float64."""
+    x, t, kwargs = given(name, dtype)
+    up = lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+    exact_kwargs = {k: up(v) for k, v in kwargs.items()}
+    results = []
+    for kind in ("ours", "torch", "exact"):
+        leaf = (x.double() if kind == "exact" else x).clone(memory_format=torch.preserve_format)
+        leaf.requires_grad_()
+        if kind == "ours":
+            logits = leaf * 1
+            pointer, version = logits.data_ptr(), logits._version
+            loss, lse = cross_entropy(
+                logits, t, reduction=reduction, return_lse=True, z_loss=z_loss, inplace_backward=inplace, **kwargs
+            )  # fmt: skip
+            assert logits.data_ptr() == pointer and logits._version == version + inplace
+            assert torch.equal(logits, leaf) != inplace
+            assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        else:
+            loss, lse = reference(
+                leaf,
+                up(t) if kind == "exact" else t,
+                z_loss,
+                reduction=reduction,
+                **(exact_kwargs if kind == "exact" else kwargs),
+            )
+        factor = torch.arange(1.0, loss.numel() + 1, dtype=torch.float64).view(loss.shape) / 4
+        (g,) = torch.autograd.grad((loss * factor.to(loss.dtype)).sum(), leaf)
+        results.append((loss, lse, g))
+    for mine, theirs, exact in zip(*results, strict=True):
+        assert_as_accurate(mine, theirs, exact, dtype)
+
+
+@every_case
+def test_the_same_bits_as_without_extras(name):
+    x, t, kwargs = given(name, torch.float32)
+    plain, other = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.clone(memory_format=torch.preserve_format).requires_grad_()  # fmt: skip
+    loss = cross_entropy(plain, t, **kwargs)
+    same, _ = cross_entropy(other, t, return_lse=True, **kwargs)
+    assert torch.equal(loss, same)
+    expected = torch.autograd.grad(loss, plain)[0]
+    assert torch.equal(torch.autograd.grad(same, other)[0], expected)
+    written = cross_entropy(other * 1, t, inplace_backward=True, **kwargs)
+    assert torch.equal(written, loss)
+    assert torch.equal(torch.autograd.grad(written, other)[0], expected)
+    with torch.no_grad():
+        assert torch.equal(cross_entropy(x, t, return_lse=True, **kwargs)[0], loss)
+
+
+SMALL = [name for name in CASES if name != "many"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_derivatives(name, reduction):
+    """To the logits and to target, in both directions, of both outputs together, twice."""
+    x, t, kwargs = given(name)
+    tensors = [x.clone(memory_format=torch.preserve_format).requires_grad_()]
+    if t.is_floating_point():
+        tensors.append(t.clone().requires_grad_())
+
+    def both(x, q=t):
+        return cross_entropy(x, q, reduction=reduction, return_lse=True, z_loss=0.03, **kwargs)
+
+    def loss_alone(x, q=t):
+        return cross_entropy(x, q, reduction=reduction, z_loss=0.03, **kwargs)
+
+    for f in (both, loss_alone):
+        assert gradcheck(f, tensors, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(f, tensors, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_torch_func(name):
+    x, t, kwargs = given(name)
+
+    def total(f):
+        def g(v):
+            loss, lse = f(v)
+            return (loss**2).sum() + (lse * lse.detach().cos()).sum()
+
+        return g
+
+    ours = lambda v: cross_entropy(v, t, return_lse=True, z_loss=0.03, **kwargs)  # noqa: E731
+    torchs = lambda v: reference(v, t, 0.03, **kwargs)  # noqa: E731
+    torch.testing.assert_close(grad(total(ours))(x), grad(total(torchs))(x))
+    torch.testing.assert_close(hessian(total(ours))(x), hessian(total(torchs))(x))
+    nested = lambda f: grad(lambda u: (grad(total(f))(u) ** 2).sum())  # noqa: E731
+    torch.testing.assert_close(nested(ours)(x), nested(torchs)(x))
+    v = torch.ones_like(x)
+    torch.testing.assert_close(jvp(ours, (x,), (v,)), jvp(torchs, (x,), (v,)))
+    batch = torch.stack([x, x * 2, x - 1])
+    expected = [torch.stack(r) for r in zip(*map(torchs, batch), strict=True)]
+    torch.testing.assert_close(vmap(ours)(batch), tuple(expected))
+    torch.testing.assert_close(
+        vmap(grad(total(ours)))(batch), torch.stack([grad(total(torchs))(b) for b in batch])
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["weight, smoothing", "probabilities"])
+def test_compile(name, inplace, backend):
+    x, t, kwargs = given(name, torch.float32)
+    torch._dynamo.reset()
+
+    def f(x):
+        loss, lse = cross_entropy(
+            x * 2, t, return_lse=True, z_loss=0.1, inplace_backward=inplace, **kwargs
+        )
+        return loss + lse.sum()
+
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss = torch.compile(f, fullgraph=True, backend=backend)(leaf)
+    expected, lse = reference(other * 2, t, 0.1, **kwargs)
+    torch.testing.assert_close(loss, expected + lse.sum())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaf), torch.autograd.grad(expected + lse.sum(), other)
+    )
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("args", [(), (WEIGHT.float(), 0, 4, 0.1, True, 0.1), (None, 2, 4, 0.0, False, 0.1, False, True)])  # fmt: skip
+def test_opcheck(args, requires_grad):
+    x = randn(N, C).float().requires_grad_(requires_grad)
+    torch.library.opcheck(overload("cross_entropy_lse"), (x, LABELS, *args))
+    if len(args) < 7 and not requires_grad:
+        torch.library.opcheck(overload("cross_entropy_"), (x, LABELS, *args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    leaf = randn(N, C).to(dtype).requires_grad_()
+    for inplace in (False, True):
+        with torch.autocast("cpu", dtype=dtype):
+            loss, lse = cross_entropy(leaf * 1, LABELS, return_lse=True, z_loss=0.1, inplace_backward=inplace)  # fmt: skip
+        assert loss.dtype == lse.dtype == torch.float32
+        assert torch.autograd.grad(loss, leaf)[0].dtype == dtype
+
+
+# ------------------------------------------------------------------------------------------ in place
+
+
+def test_the_gradient_is_in_the_logits_memory():
+    hidden, head = (
+        randn(N, 4).float().requires_grad_(),
+        randn(4, C, seed=1).float().requires_grad_(),
+    )
+    logits = hidden @ head
+    seen = []
+    logits.register_hook(lambda g: seen.append(g.data_ptr()))
+    cross_entropy(logits, LABELS, inplace_backward=True).backward()
+    assert seen == [logits.data_ptr()]
+    plain = [t.detach().requires_grad_() for t in (hidden, head)]
+    torch.nn.functional.cross_entropy(plain[0] @ plain[1], LABELS).backward()
+    for mine, theirs in zip((hidden, head), plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_views_of_logits():
+    x = randn(2, 3, C).requires_grad_()
+    labels = LABELS.view(2, 3)
+    y = x * 1
+    loss = cross_entropy(y.view(-1, C), labels.view(-1), inplace_backward=True)
+    expected = torch.nn.functional.cross_entropy(x.view(-1, C), labels.view(-1))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, x, retain_graph=True), torch.autograd.grad(expected, x)
+    )
+    with pytest.raises(RuntimeError, match="these logits hold their gradient"):
+        y.sum().backward()
+
+
+def test_backward_twice():
+    x = randn(N, C).requires_grad_()
+    loss = cross_entropy(x * 1, LABELS, inplace_backward=True)
+    first = torch.autograd.grad(loss, x, torch.tensor(3.0, dtype=torch.float64), retain_graph=True)[
+        0
+    ]
+    kept = first.clone()
+    second = torch.autograd.grad(loss, x)[0]
+    torch.testing.assert_close(kept, 3 * second)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(loss, x)
+
+
+def test_what_inplace_backward_refuses():
+    leaf = randn(N, C).requires_grad_()
+    before = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        cross_entropy(leaf, LABELS, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="needs dense logits"):
+        cross_entropy((leaf * 1)[:, ::2], LABELS // 2, inplace_backward=True)
+    y = leaf * 1
+    with pytest.raises(IndexError, match="target 9 at row 0"):
+        cross_entropy(y, torch.full((N,), C), inplace_backward=True)
+    assert torch.equal(leaf, before) and torch.equal(y, before)
+    with pytest.raises(NotImplementedError, match="leave inplace_backward off"):
+        cross_entropy(y, before.softmax(1).requires_grad_(), inplace_backward=True)
+    y = leaf.exp()  # which is needed for its own gradient
+    loss = cross_entropy(y, LABELS, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    y = leaf * 1
+    loss, lse = cross_entropy(y, LABELS, return_lse=True, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="leave it off, or detach lse"):
+        torch.autograd.grad(lse.sum(), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="for create_graph=True"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="these logits hold their gradient"):
+        (y * 2).sum().backward(retain_graph=True)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation|hold their gradient"):
+        loss.backward()
+
+
+def test_without_a_gradient_the_logits_are_left_alone():
+    x = randn(N, C)
+    kept, version = x.clone(), x._version
+    cross_entropy(x, LABELS, inplace_backward=True)
+    with torch.no_grad():
+        cross_entropy(x.requires_grad_(), LABELS, inplace_backward=True)
+    assert torch.equal(x, kept) and x._version == version
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_bad_z_loss(bad):
+    with pytest.raises(ValueError, match="z_loss must be a finite number and not negative"):
+        cross_entropy(randn(N, C), LABELS, z_loss=bad)
+
+
+def test_module():
+    x = randn(N, C).requires_grad_()
+    module = fastops.nn.CrossEntropyLoss(label_smoothing=0.1, return_lse=True, z_loss=0.1)
+    torch.testing.assert_close(module(x, LABELS), reference(x, LABELS, 0.1, label_smoothing=0.1))
+    loss = fastops.nn.CrossEntropyLoss(inplace_backward=True)(x * 1, LABELS)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, LABELS))
+
+
+def test_bytes_kept():
+    """z_loss keeps 4 bytes a row beside the gradient; inplace_backward nothing beside the logits."""
+    x = torch.randn(64, 1000, requires_grad=True)
+    t = torch.randint(0, 1000, (64,))
+
+    def kept(**kwargs):
+        saved = []
+        logits = x * 1
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = cross_entropy(logits, t, **kwargs)
+        assert loss.grad_fn is not None
+        return sorted(v.nbytes for v in saved if v.data_ptr() != logits.data_ptr())
+
+    assert kept(z_loss=0.1) == [64 * 4, 64 * 8, 64 * 1000 * 4]
+    assert kept(inplace_backward=True) == [64 * 8]
