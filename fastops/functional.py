@@ -658,7 +658,7 @@ def binary_cross_entropy_with_logits(
         weight: a factor per element, broadcast to input; the mean is not weighted.
         size_average, reduce: deprecated, as in torch.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        pos_weight: a factor for the positive part, broadcast to target; computed by torch.
+        pos_weight: a factor for the positive part, broadcast to target; with one, all is computed by torch.
 
     Raises:
         ValueError: input and target of two sizes, an unknown reduction.
@@ -728,7 +728,8 @@ def cross_entropy(
 
     Returns:
         A 0-d tensor, or one of target's shape for ``"none"``; of input's dtype, float32 under autocast. With return_lse
-        (loss, lse), lse of the unreduced loss's shape, float64 for float64 and else float32, 0 where a row is ignored.
+        (loss, lse), lse of the unreduced loss's shape, float64 for float64 and else float32, 0 where a row is ignored
+        and NaN where it holds inf, as the loss does.
 
     Raises:
         IndexError: a target out of range (on CUDA a device assertion, as torch's).
@@ -1013,7 +1014,8 @@ def mixup_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """lam cross_entropy(input, target_a) + (1 - lam) cross_entropy(input, target_b): the loss of mixup (Zhang et al.,
-    2018), from class indices; no one-hot targets are made.
+    2018), from class indices; no one-hot targets are made. The logits are read once for each target, and a gradient is
+    kept for each.
 
     Args:
         input: logits, as for :func:`cross_entropy`.

@@ -1,0 +1,136 @@
+"""Cross-entropy where it is odd: nothing to count, infinities, one class, no rows, layouts that must not be copied."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastops.functional as ours
+
+inf, nan = float("inf"), float("nan")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(*values):
+    return torch.tensor(values)
+
+
+WEIGHT = torch.tensor([0.5, 2.0, 0.25, 1.0, 0.0])
+ODD = torch.tensor([[inf, 1, 2], [1, 2, 3], [-inf, 1, 2], [nan, 1, 2], [-inf, -inf, -inf]])
+HUGE = torch.tensor([[1e30, -1e30, 0], [3e38, 3e38, -3e38], [-1e30, -1e30, -1e30], [1e30, 1e30, 0]])
+CASES = {
+    "all ignored": (randn(4, 5), labels(*[-100] * 4), {}),
+    "all ignored, weight": (randn(4, 5), labels(*[-100] * 4), {"weight": WEIGHT, "label_smoothing": 0.1}),
+    "only weights of 0": (randn(2, 5), labels(4, 4), {"weight": WEIGHT}),
+    "smoothing, weight, ignored": (
+        randn(6, 5), labels(0, 1, 2, 1, 1, 4), {"label_smoothing": 0.3, "weight": WEIGHT, "ignore_index": 1},
+    ),
+    "inf and nan": (ODD, labels(0, 1, 0, 1, 2), {}),
+    "inf and nan, smoothing": (ODD, labels(0, 1, 0, 1, 2), {"label_smoothing": 0.1}),
+    "inf and nan, columns": (ODD.t()[None].contiguous(), labels(0, 1, 0, 1, 2)[None], {}),
+    "inf against probabilities": (ODD[[0, 2, 4]], torch.tensor([[0.5, 0.5, 0], [0, 1, 0], [1, 0, 0]]), {}),
+    "huge": (HUGE, labels(0, 1, 2, 2), {}),
+    "huge, smoothing": (HUGE[[0, 2, 3]], labels(0, 2, 2), {"label_smoothing": 0.1}),
+    "one class": (randn(4, 1), labels(0, 0, 0, 0), {}),
+    "no rows": (randn(0, 5), torch.empty(0, dtype=torch.int64), {}),
+    "no rows (N,C,d)": (randn(0, 5, 2), torch.empty(0, 2, dtype=torch.int64), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", CASES)
+def test_as_torch(name, reduction):
+    x, target, kwargs = CASES[name]
+    results = []
+    for function in (ours.cross_entropy, torch.nn.functional.cross_entropy):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        loss = function(leaf, target, reduction=reduction, **kwargs)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
+    torch.testing.assert_close(*results, equal_nan=True)
+    if name.startswith("all ignored"):
+        loss = results[0][0]
+        assert loss.isnan() if reduction == "mean" else not loss.any()
+
+
+def test_lse_and_z_loss_of_rows_that_are_odd():
+    loss, lse = ours.cross_entropy(ODD, labels(0, 1, 0, 1, 2), return_lse=True, reduction="none")
+    expected = ODD.logsumexp(1)
+    expected[0] = nan  # like the loss: of a row with an inf
+    torch.testing.assert_close(lse, expected, equal_nan=True)
+    none = ours.cross_entropy(randn(4, 5), labels(*[-100] * 4), return_lse=True, z_loss=0.1)
+    assert none[0].isnan() and not none[1].any()
+    for x in (randn(0, 5), randn(0, 5, 3)):
+        target = torch.empty(0, *x.shape[2:], dtype=torch.int64)
+        loss, lse = ours.cross_entropy(x, target, return_lse=True, z_loss=0.1, reduction="sum")
+        assert loss == 0 and lse.shape == target.shape
+
+
+class Large(TorchDispatchMode):
+    """Results of an op that are as large as the logits."""
+
+    def __init__(self, nbytes):
+        super().__init__()
+        self.nbytes, self.seen = nbytes, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, torch.Tensor)}  # fmt: skip
+        result = func(*args, **(kwargs or {}))
+        self.seen += [
+            str(func)
+            for t in tree_leaves(result)
+            if isinstance(t, torch.Tensor)
+            and t.nbytes >= self.nbytes
+            and t.untyped_storage().data_ptr() not in given
+        ]
+        return result
+
+
+LAYOUTS = {
+    "contiguous": randn(2, 12, 16, 8),
+    "channels_last": randn(2, 12, 16, 8).to(memory_format=torch.channels_last),
+    "rows": randn(64, 48),
+    "transposed": randn(48, 64).t(),
+}
+
+
+@pytest.mark.parametrize("mixup", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_copy_of_the_logits(name, smoothing, mixup):
+    """Nothing of their size is made forward but the gradient (one for each target), and without one nothing at all:
+    no copy, no one-hot."""
+    x = LAYOUTS[name]
+    shape = (x.shape[0], *x.shape[2:])
+    first, second = (
+        torch.randint(0, x.shape[1], shape, generator=torch.Generator().manual_seed(s)) for s in (1, 2)
+    )  # fmt: skip
+
+    def call(x):
+        if mixup:
+            return ours.mixup_cross_entropy(x, first, second, 0.3, label_smoothing=smoothing)
+        return ours.cross_entropy(x, first, label_smoothing=smoothing)
+
+    with Large(x.nbytes) as forward:
+        call(x)
+    assert forward.seen == []
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    with Large(x.nbytes) as both:
+        loss = call(leaf)
+    assert both.seen == ["fastops.cross_entropy_forward.default"] * (1 + mixup)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        (g,) = torch.autograd.grad(loss, leaf)
+    assert g.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_half_under_autocast_is_read_as_it_is(name, dtype):
+    x = LAYOUTS[name].to(dtype)
+    target = torch.zeros(x.shape[0], *x.shape[2:], dtype=torch.int64)
+    with torch.autocast("cpu", dtype=dtype), Large(x.nbytes) as mode:
+        loss = ours.cross_entropy(x, target)
+    assert loss.dtype == torch.float32 and mode.seen == []
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x.float(), target))
