@@ -106,8 +106,11 @@ class StepPlan:
         found_inf: torch.Tensor | None = ...,
         fresh: list = [],
         started: list = [],
+        apart: list = [],
         partial: bool = ...,
         check_only: bool = ...,
         ema_weight: float | None = ...,
         max_grad_norm: float | None = ...,
     ) -> object: ...
+    @property
+    def steps(self) -> int: ...

@@ -123,6 +123,28 @@ def test_swap(configured):
     assert torch.equal(params[2], current)
 
 
+def test_a_group_added_while_the_averages_stand_in():
+    params, optimizer = stepped()
+    own, added = [p.detach().clone() for p in params], nn.Parameter(rand(3))
+    with optimizer.swap_ema():
+        optimizer.add_param_group({"params": [added]})
+    assert all(map(torch.equal, params, own)) and torch.equal(added, rand(3))
+    gradients([*params, added], 5)
+    optimizer.step()
+    assert torch.equal(optimizer.state[added]["ema"], added)
+
+
+def test_an_error_within_the_swap_puts_everything_back():
+    params, optimizer = stepped()
+    own = [p.detach().clone() for p in params]
+    optimizer.state[params[2]]["ema"] = rand(2, 3)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.swap_ema()
+    assert all(map(torch.equal, params, own))
+    optimizer.state[params[2]]["ema"] = own[2]
+    optimizer.step()
+
+
 def test_swap_of_reduced_parameters_loses_nothing():
     p = nn.Parameter(rand(64).bfloat16())
     optimizer = fastops.optim.SGD([p], lr=0.1, ema_decay=0.99)

@@ -630,3 +630,177 @@ def test_averages_of_dtensors(tmp_path):
         assert not c.state
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------ interrupted steps
+
+
+class Interrupted:
+    """The plan of an optimizer, with an interrupt just before its kernels, or while they run: that one is raised where the
+    call of them returns."""
+
+    def __init__(self, optimizer, late):
+        self.optimizer, self.plan, self.late = optimizer, optimizer._plan, late
+
+    def __getattr__(self, name):
+        return getattr(self.plan, name)
+
+    def step(self, *args, check_only=False, **kwargs):
+        found = self.plan.step(*args, check_only=True, **kwargs)
+        if check_only or found is not None:
+            return found
+        if self.late:
+            self.plan.step(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    def __enter__(self):
+        self.optimizer._plan = self
+
+    def __exit__(self, *_):
+        self.optimizer._plan = self.plan
+
+
+def whole(t):
+    t = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return t.detach().to_dense().clone()
+
+
+def held(optimizer):
+    """All that a step may change, as it is now."""
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    states = [{k: v if v is None else whole(v) for k, v in optimizer.state[p].items()} if p in optimizer.state else None for p in params]  # fmt: skip
+    return [whole(p) for p in params], states, [g.get("rounding_steps", 0) for g in optimizer.param_groups]  # fmt: skip
+
+
+def assert_same(a, b):
+    assert a[2] == b[2]
+    torch.testing.assert_close(a[:1], b[:1], rtol=0, atol=0)
+    for x, y in zip(a[1], b[1], strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, allow_subclasses=False)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the kernels", "while they run"])
+def test_an_interrupt_leaves_a_whole_step_or_none(configured, late):
+    """The first step, which makes the states, and later ones."""
+    _, ours, options = configured
+    lists = parameters(), parameters()
+    more = {"ema_decay": 0.9, "max_grad_norm": 1.0, "rounding": "stochastic", **options}
+    a, b = (ours(params, **more) for params in lists)
+    for step in range(3):
+        for params in lists:
+            gradients(params, step)
+        b.step()
+        before = held(a)
+        with Interrupted(a, late), pytest.raises(KeyboardInterrupt):
+            a.step()
+        if not late:
+            assert_same(held(a), before)
+            a.step()
+        assert_same(held(a), held(b))
+
+
+def sparsely(params, step):
+    """Gradients of which the first and the last are sparse."""
+    for p in (params[0], params[-1]):
+        rows = torch.tensor([1 + step, 3, 3, 0])
+        p.grad = torch.sparse_coo_tensor(
+            rows[None], rand(4, p.shape[1], seed=step), p.shape, check_invariants=True
+        )
+    params[1].grad = rand(*params[1].shape, seed=step)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_group_that_torch_refuses_leaves_the_others(momentum, steps):
+    """Sparse gradients are stepped by torch, which fails at the weight decay of the second of their groups."""
+    params = [nn.Parameter(rand(9, 4)), nn.Parameter(rand(5)), nn.Parameter(rand(7, 3))]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = fastops.optim.SGD(groups, lr=0.1, momentum=momentum)
+    for step in range(steps):
+        sparsely(params, step)
+        optimizer.step()
+    before = held(optimizer)
+    sparsely(params, 4)
+    optimizer.param_groups[1]["weight_decay"] = 0.1
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert_same(held(optimizer), before)
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    optimizer.step()
+    assert not any(map(torch.equal, held(optimizer)[0], before[0]))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the kernels", "while they run"])
+def test_an_interrupt_after_torchs_part(late):
+    """Torch has stepped the sparse gradients when the interrupt comes; a dense buffer moves all rows."""
+    lists = [[nn.Parameter(rand(9, 4)), nn.Parameter(rand(5)), nn.Parameter(rand(7, 3))] for _ in range(2)]  # fmt: skip
+    a, b = (fastops.optim.SGD(params, lr=0.1, momentum=0.9) for params in lists)
+    for step in range(4):
+        for params in lists:
+            sparsely(params, step)
+            if step == 0:
+                params[2].grad = params[2].grad.to_dense()
+        b.step()
+        before = held(a)
+        with Interrupted(a, late), pytest.raises(KeyboardInterrupt):
+            a.step()
+        if not late:
+            assert_same(held(a), before)
+            a.step()
+        assert_same(held(a), held(b))
+
+
+def test_hooks_that_raise(configured):
+    """Before a step nothing has been changed, after it everything has."""
+    _, ours, options = configured
+    lists = parameters(), parameters()
+    a, b = (ours(params, **options) for params in lists)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for step in range(2):
+        for params in lists:
+            gradients(params, step)
+        b.step()
+        before = held(a)
+        hook = a.register_step_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            a.step()
+        hook.remove()
+        assert_same(held(a), before)
+        with pytest.raises(KeyboardInterrupt):
+            a.step(interrupt)  # as a closure
+        assert_same(held(a), before)
+        hook = a.register_step_post_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            a.step()
+        hook.remove()
+        assert_same(held(a), held(b))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")  # fmt: skip
+@pytest.mark.parametrize("late", [False, True], ids=["before the kernels", "while they run"])
+def test_an_interrupt_among_dtensors(tmp_path, late):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)  # fmt: skip
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        lists = [[nn.Parameter(distribute_tensor(rand(6, 4), mesh, [Shard(0)])), nn.Parameter(rand(5))] for _ in range(2)]  # fmt: skip
+        a, b = (fastops.optim.SGD(params, momentum=0.9, dampening=0.5, ema_decay=0.9) for params in lists)  # fmt: skip
+        for step in range(3):
+            for p, q in lists:
+                p.grad = distribute_tensor(rand(6, 4, seed=step), mesh, [Shard(0)])
+                q.grad = rand(5, seed=step)
+            b.step()
+            before = held(a)
+            with Interrupted(a, late), pytest.raises(KeyboardInterrupt):
+                a.step()
+            if not late:
+                assert_same(held(a), before)
+                a.step()
+            assert_same(held(a), held(b))
+    finally:
+        torch.distributed.destroy_process_group()

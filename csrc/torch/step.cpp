@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -746,13 +747,15 @@ class StepPlan {
   // changed, a pair of lists of (number of the group, parameter): those without state, and those that are not ordinary
   // tensors. `fresh`: the parameters whose state has just been made, `started`: whose average has. `partial`: leave the
   // second kind out.
+  // `apart`: some of those all the same, as (number of the group, parameter, [what stands for it, its gradient, states ...,
+  // step count], average or None), ordinary tensors.
   // `check_only`: change nothing at all. `ema_weight`: what of the new parameters goes into the averages that are kept
   // under "ema"; everything, the first time. `max_grad_norm`: scale the gradients so that their norm is no more, and leave
   // the norm in `grad_norm`; returns False, with nothing changed, where the norm is not for the kernels to take.
   py::object step(const py::dict& state, const py::list& groups, const std::optional<Tensor>& grad_scale,
-                  const std::optional<Tensor>& found_inf, const py::list& fresh, const py::list& started, bool partial,
-                  bool check_only,
-                  std::optional<double> ema_weight, std::optional<double> max_grad_norm) {
+                  const std::optional<Tensor>& found_inf, const py::list& fresh, const py::list& started,
+                  const py::list& apart, bool partial, bool check_only, std::optional<double> ema_weight,
+                  std::optional<double> max_grad_norm) {
     // The kernels run without the interpreter's lock: another thread could come in here, and pull the lists from
     // under them.
     TORCH_CHECK(!stepping_, "step() of this optimizer is under way in another thread; one step at a time");
@@ -793,6 +796,9 @@ class StepPlan {
     }
     if (hints_.size() != wanted) hints_.assign(wanted, 0);
     looked_ = false;
+    std::vector<Apart> given;
+    for (const auto& item : apart) given.push_back(py::cast<Apart>(item));
+    std::deque<Options> read;  // with what of them is in device memory
 
     // From here to the end of the kernels no Python code runs, so that borrowed references hold.
     size_t k = 0;
@@ -822,6 +828,27 @@ class StepPlan {
       };
       return py::make_tuple(list(missing), list(others));
     }
+    for (const auto& [number, param, tensors, average] : given) {
+      const Options* options = &groups_.at(number).options;
+      if (!options->memory.empty()) {
+        Options& o = read.emplace_back(*options);
+        for (size_t j = 0; j < o.memory.size(); ++j)
+          if (o.memory[j].defined()) o.values[j] = o.memory[j].item<double>();
+        o.memory.clear();
+        options = &o;
+      }
+      const StepRow& r = rows_.data[options->row];
+      TORCH_CHECK(tensors.size() == static_cast<size_t>(2 + r.states + r.counts), r.name, ": ", tensors.size(),
+                  " tensors of one parameter");
+      TensorImpl* of[3 + kMaxStates] = {};
+      for (size_t j = 0; j < tensors.size(); ++j) {
+        of[j] = tensors[j].unsafeGetTensorImpl();
+        TORCH_CHECK(plain(of[j]), r.name, ": tensor ", j, " of one parameter is not an ordinary dense one");
+      }
+      sweep_.add(*options, 0, fresh_.count(param.ptr()), of[0], of[1], r.counts ? of[2 + r.states] : nullptr, of + 2,
+                 average ? average->unsafeGetTensorImpl() : nullptr,
+                 started_.count(param.ptr()) ? 1.0 : ema_weight_.value_or(0));
+    }
     if (check_only) return py::none();
     std::optional<Tensor> scale = grad_scale;
     if (max_grad_norm && sweep_.size() > 0) {
@@ -831,9 +858,11 @@ class StepPlan {
       scale = clip.select(0, 1);
     }
     sweep_.run(scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
+    ++steps;
     return py::none();
   }
-  Tensor grad_norm;  // of the last step with max_grad_norm
+  Tensor grad_norm;   // of the last step with max_grad_norm
+  int64_t steps = 0;  // that were taken. An interrupt that comes meanwhile is raised where step() returns: this tells
 
  private:
   enum class Found { kReady, kMissing, kOther };
@@ -846,6 +875,7 @@ class StepPlan {
     Options options;
     py::list params;
   };
+  using Apart = std::tuple<size_t, py::object, std::vector<Tensor>, std::optional<Tensor>>;
 
   Found collect(const Options& options, uint32_t number, PyObject* param, PyObject* state, Py_ssize_t& hint) {
     if (!THPVariable_CheckExact(param)) {
@@ -951,9 +981,11 @@ void bind_step(pybind11::module_& m) {
       .def(py::init<>())
       .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"), py::arg("grad_scale") = std::nullopt,
            py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::list(),
-           py::arg("started") = py::list(), py::arg("partial") = false, py::arg("check_only") = false,
-           py::arg("ema_weight") = std::nullopt, py::arg("max_grad_norm") = std::nullopt)
-      .def_readonly("grad_norm", &StepPlan::grad_norm);
+           py::arg("started") = py::list(), py::arg("apart") = py::list(), py::arg("partial") = false,
+           py::arg("check_only") = false, py::arg("ema_weight") = std::nullopt,
+           py::arg("max_grad_norm") = std::nullopt)
+      .def_readonly("grad_norm", &StepPlan::grad_norm)
+      .def_readonly("steps", &StepPlan::steps);
   // name, names of the states, whether steps are counted, options as a schema writes them
   m.def("step_rows", [] {
     std::vector<std::tuple<std::string, std::string, bool, std::string>> rows;

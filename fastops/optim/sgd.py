@@ -29,7 +29,3 @@ class SGD(FusedStep, torch.optim.SGD):
                 *self._penalty(group),
             ),
         )
-
-    def _takes_first_step(self, row, options):
-        # A buffer that is new is the gradient, whatever the dampening; the op on lists cannot tell that it is new.
-        return options[2] == 0

@@ -21,8 +21,6 @@ ROWS = {name: row for row, (name, *_) in enumerate(_C.step_rows())}
 STATES = [[sys.intern(s) for s in states.split()] for _, states, _, _ in _C.step_rows()]
 NAMES = {name for names in STATES for name in names}
 COUNTS = [counts for _, _, counts, _ in _C.step_rows()]
-# (type, name) of every option, from "float lr, bool maximize=False"
-OPTIONS = [[o.split("=")[0].split() for o in options.split(", ")] for *_, options in _C.step_rows()]
 
 
 def _torch_step(optimizer):
@@ -98,7 +96,7 @@ class FusedStep(Optimizer):
     max_grad_norm: float | None = None
     ema_decay: float | None = None
     state_dtype: torch.dtype | None = None
-    _put_aside: list | None = None  # the parameters' own values, while their averages stand in
+    _put_aside: list | None = None  # (parameter, its own value), while the averages stand in
     grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is given
 
     def __init_subclass__(cls):
@@ -212,10 +210,6 @@ class FusedStep(Optimizer):
         _check_options(group)
         return float(l1), float(group.get("l1_mode") == "proximal")
 
-    def _takes_first_step(self, row, options):
-        """Whether the op on lists computes the first step of a parameter."""
-        return True
-
     @torch.no_grad()
     def _clip(self, scale):
         """What the gradients are to be divided by, for their norm to be at most max_grad_norm; `scale` is GradScaler's."""
@@ -249,21 +243,24 @@ class FusedStep(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__} keeps no averages: construct it with ema_decay=0.999 or the like"
             )
-        params = [p for g in self.param_groups for p in g["params"]]
         if self._put_aside is not None:
-            for p, own in zip(params, self._put_aside, strict=True):
-                if own is not None:
-                    p.copy_(own)
-            self._put_aside = None
+            self._put_back()
             return _Exchanged(self)
-        averages = [self.state[p].get("ema") if p in self.state else None for p in params]
-        self._put_aside = [
-            None if a is None else p.detach().clone() for p, a in zip(params, averages, strict=True)
-        ]
-        for p, a in zip(params, averages, strict=True):
-            if a is not None:
-                p.copy_(a)
+        params = [p for g in self.param_groups for p in g["params"]]
+        averaged = [p for p in params if p in self.state and self.state[p].get("ema") is not None]
+        self._put_aside = [(p, p.detach().clone()) for p in averaged]
+        try:
+            for p in averaged:
+                p.copy_(self.state[p]["ema"])
+        except BaseException:
+            self._put_back()
+            raise
         return _Exchanged(self)
+
+    def _put_back(self):
+        for p, own in self._put_aside:
+            p.copy_(own)
+        self._put_aside = None
 
     def load_state_dict(self, state_dict):
         """As :meth:`torch.optim.Optimizer.load_state_dict`; states of a dtype of their own and
@@ -347,7 +344,8 @@ class FusedStep(Optimizer):
         Args:
             closure: a function that evaluates the model again and returns the loss, which is returned.
 
-        Raises before anything is changed; no parameter, state or step count is left half done.
+        Raises before anything is changed; no parameter, state or step count is left half done, by an interrupt
+        (KeyboardInterrupt) either. Where torch steps all of the parameters, this is torch's step, and no more can be said.
         """
         if self._put_aside is not None:
             raise RuntimeError(
@@ -380,25 +378,27 @@ class FusedStep(Optimizer):
                 )
         if found_inf is not None and groups and not found_inf.is_cuda and found_inf.item():
             sources, groups = [], []
-        left = None
-        if not for_torch:
-            left = self._plan.step(
-                self.state, groups, scale, found_inf,
-                ema_weight=self._ema_weight, max_grad_norm=self.max_grad_norm,
-            )  # fmt: skip
-            if left is None:
-                if self.max_grad_norm is not None and groups:
-                    self.grad_norm = self._plan.grad_norm
-                self._count_roundings(sources)
-                return loss
-        if found_inf is not None and groups and found_inf.item():
+        left, before = None, self._plan.steps
+        try:
             if not for_torch:
-                return loss
-            sources, groups = [], []
-        if self.max_grad_norm is not None:
-            scale = self._clip(scale)
-        self._step_apart(sources, groups, for_torch, scale, *(left or ()))
-        self._count_roundings(sources)
+                left = self._plan.step(
+                    self.state, groups, scale, found_inf,
+                    ema_weight=self._ema_weight, max_grad_norm=self.max_grad_norm,
+                )  # fmt: skip
+                if left is None:
+                    if self.max_grad_norm is not None and groups:
+                        self.grad_norm = self._plan.grad_norm
+                    return loss
+            if found_inf is not None and groups and found_inf.item():
+                if not for_torch:
+                    return loss
+                sources, groups = [], []
+            if self.max_grad_norm is not None:
+                scale = self._clip(scale)
+            self._step_apart(sources, groups, for_torch, scale, *(left or ()))
+        finally:
+            if self._plan.steps != before:
+                self._count_roundings(sources)
         return loss
 
     @staticmethod
@@ -415,62 +415,75 @@ class FusedStep(Optimizer):
     def _step_apart(self, sources, groups, for_torch, scale, missing=None, others=None):
         """The step of an optimizer some of whose parameters lack states or are not for the kernels."""
         made = {}  # what was in the state of the parameters that get one, before
-        averaged = []
-        weight = self._ema_weight
+        averaged, kept = [], []
+        plan, before = self._plan, self._plan.steps
+        step = functools.partial(plan.step, self.state, groups, ema_weight=self._ema_weight)
         try:
             if missing is None:
-                missing, others = self._plan.step(
-                    self.state, groups, check_only=True, ema_weight=weight
-                ) or ((), ())
+                missing, others = step(check_only=True) or ((), ())
             for k, p in missing:
                 self._make_state(sources[k], groups[k][0], p, made, averaged)
-            unwrapped, wrapped = {}, {}
+            apart, wrapped = [], {}
             for k, p in others:
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse and self._no_sparse:
                     raise RuntimeError(self._no_sparse)
-                if (tensors := self._unwrap(sources[k], *groups[k][::2], p, made)) is None:
+                if (tensors := self._unwrap(sources[k], groups[k][0], p, made, averaged)) is None:
                     wrapped.setdefault(k, []).append(p)
                 elif groups[k][3] is not None:
                     self._refuse('rounding="stochastic"', "DTensors")
                 else:
-                    unwrapped.setdefault(k, []).append((p, *tensors))
-            self._plan.step(self.state, groups, partial=True, check_only=True, ema_weight=weight)
+                    apart.append((k, p, *tensors))
+            step = functools.partial(
+                step, scale, fresh=list(made), apart=apart, partial=True,
+                started=[p for p, before in made.items() if before.get("ema") is None],
+            )  # fmt: skip
+            step(check_only=True)
             for_torch = for_torch + [{**sources[k], "params": ps} for k, ps in wrapped.items()]
             if for_torch:
                 self._only_torchs(for_torch)
+                theirs = {p for g in for_torch for p in g["params"]}
+                if any(
+                    p.grad is not None and p not in theirs for g in sources for p in g["params"]
+                ):
+                    kept = [self._keep(p) for p in theirs if p.grad is not None]
                 self._step_by_torch(for_torch)
-            for k, lists in unwrapped.items():
-                self._step_lists(*groups[k], lists, scale)
-                if weight is not None:
-                    self._average([p for p, *_ in lists], made, averaged)
-            started = [p for p, before in made.items() if before.get("ema") is None]
-            self._plan.step(
-                self.state, groups, scale, fresh=list(made), started=started, partial=True, ema_weight=weight,
-            )  # fmt: skip
+            step()
+            torch.autograd.graph.increment_version([p for _, p, *_ in apart])
         except BaseException:
-            for p, before in made.items():
-                self.state.pop(p, None)
-                if before:
-                    self.state[p] = before
-            for p in averaged:
-                if p in self.state:
-                    self.state[p].pop("ema", None)
+            if plan.steps == before:
+                for undo in kept:
+                    undo()
+                for p, state in made.items():
+                    self.state.pop(p, None)
+                    if state:
+                        self.state[p] = state
+                for p in averaged:
+                    if p in self.state:
+                        self.state[p].pop("ema", None)
             raise
 
     @torch.no_grad()
-    def _average(self, params, made, averaged):
-        """Moves the averages of parameters that the kernels saw through other tensors (the shards of a DTensor)."""
-        for p in params:
-            if "ema" not in self.state[p]:
-                self._make_average(p, averaged)
-            value, average = p.detach(), self.state[p]["ema"]
-            if _is_dtensor(p):
-                value, average = value.to_local(), average.to_local()
-            fresh = p in made and made[p].get("ema") is None
-            weight = 1.0 if fresh else self._ema_weight
-            average.lerp_(value.to(average.dtype), weight)
+    def _keep(self, p):
+        """A function that undoes what torch's step does to a parameter and its state."""
+        state = dict(self.state[p]) if p in self.state else None
+        values = {k: v.clone() for k, v in (state or {}).items() if isinstance(v, Tensor)}
+        rows, moved = None, [p.grad, *values.values()]
+        if p.dim() > 0 and all(t.is_sparse for t in moved):  # an embedding's, which may be large
+            rows = torch.cat([t.coalesce().indices()[0] for t in moved]).unique()
+        own = p.detach().clone() if rows is None else p.detach().index_select(0, rows)
+
+        @torch.no_grad()
+        def undo():
+            p.copy_(own) if rows is None else p.index_copy_(0, rows, own)
+            self.state.pop(p, None)
+            if state is not None:
+                for key, value in values.items():
+                    state[key].copy_(value)
+                self.state[p] = state
+
+        return undo
 
     def _make_average(self, p, averaged):
         """Starts the average of a parameter that has been stepped before from what it is now."""
@@ -531,8 +544,10 @@ class FusedStep(Optimizer):
         finally:
             self.param_groups = every
 
-    def _unwrap(self, group, row, options, p, made):
-        """[parameter, gradient, states ..., step] as ordinary tensors that share the parameter's memory, or None."""
+    @torch.no_grad()
+    def _unwrap(self, group, row, p, made, averaged):
+        """([parameter, gradient, states ..., step], average) as ordinary tensors that share the parameter's memory, or
+        None."""
         grad = p.grad
         if _is_dtensor(p):
             if _is_dtensor(grad) and grad.placements != p.placements:
@@ -545,28 +560,20 @@ class FusedStep(Optimizer):
             or p.device.type not in ("cpu", "cuda")
         ):
             return None
-        if (STATES[row] or COUNTS[row]) and not self.state.get(p):
-            if not self._takes_first_step(row, options):
-                return None
-            self._make_state(group, row, p, made, [])
-        state = self.state[p] if p in self.state else {}
+        names = STATES[row] + ["ema"] * (self.ema_decay is not None)
+        state = self.state.get(p, {})
+        lacking = [n for n in names if state.get(n) is None]
+        # Where steps are counted, a state that lacks another than the average is broken.
+        if lacking and (not state or not COUNTS[row] or lacking == ["ema"]):
+            self._make_state(group, row, p, made, averaged)
+            state = self.state[p]
         tensors = [p, grad, *(state[name] for name in STATES[row])]
-        tensors = [t.to_local() if _is_dtensor(t) else t for t in tensors]
         if COUNTS[row]:
             if not isinstance(state["step"], Tensor) or state["step"].device.type != "cpu":
                 return None
             tensors.append(state["step"])
+        average = None if self.ema_decay is None else state["ema"]
+        *tensors, average = (t.to_local() if _is_dtensor(t) else t for t in (*tensors, average))
         if any(_dispatches(t) for t in tensors):
             return None
-        return tensors
-
-    @torch.no_grad()
-    def _step_lists(self, row, _, options, noise, lists, scale):
-        name = next(n for n, r in ROWS.items() if r == row)
-        params, *tensors = (list(column) for column in zip(*lists, strict=True))
-        named = {
-            n: bool(v) if t == "bool" else float(v)
-            for (t, n), v in zip(OPTIONS[row], options, strict=True)
-        }
-        getattr(torch.ops.fastops, name + "_")(*tensors, **named, grad_scale=scale)
-        torch.autograd.graph.increment_version([p for p in params if _is_dtensor(p)])
+        return tensors, average
