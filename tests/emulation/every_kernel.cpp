@@ -178,8 +178,13 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
     a.tensors = tensors.data();
     a.grad_scale = ones;
     expect(row.name, "step", row.step(a));
-    // Rounded stochastically, with numbers made on the device.
     const std::vector<StepNoise> noise(tensors.size(), {7, 1, 2});
+    auto* found = static_cast<float*>(b.raw(sizeof(float)));
+    *found = 0;
+    a.noise = noise.data();
+    a.found_inf = found;
+    expect(row.name, "rounded stochastically", row.step(a));
+    // With numbers made on the device.
     std::vector<void*> counts;
     for (size_t k = 0; k < tensors.size(); ++k) {
       auto* step = static_cast<float*>(b.raw(sizeof(float)));
@@ -195,7 +200,6 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
     on_device.counts = counts.data();
     on_device.first = first;
     on_device.numbers = b.raw(tensors.size() * static_cast<size_t>(kNumbersBytes));
-    a.noise = noise.data();
     a.on_device = &on_device;
     expect(row.name, "step on the device", row.step(a));
   }

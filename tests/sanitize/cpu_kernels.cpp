@@ -220,6 +220,8 @@ struct Rows3 {
           a.grad = b.values(count, type);
           expect(row.name, "loss and gradient", row.forward(a));
           a.x = a.grad;
+          a.z_loss = smoothing;
+          a.lse = b.values(outer * inner, real_of(type));
           expect(row.name, "in place", row.forward(a));
           a.x = x, a.target = nullptr, a.divisor = nullptr, a.probability = q;
           expect(row.name, "against probabilities", row.forward_probability(a));
@@ -238,15 +240,35 @@ void steps(c10::ScalarType type, c10::ScalarType state, Buffers& b) {
       for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
       tensors.push_back(t);
     }
-    const auto* scale = static_cast<const float*>(b.input(1, c10::ScalarType::Float));
-    for (const float* given : {scale, static_cast<const float*>(nullptr)}) {
-      StepArgs a{type, state, static_cast<int64_t>(tensors.size()), tensors.data(), given, nullptr, nullptr};
-      expect(row.name, "step", row.step(a));
-    }
-    StepArgs a{type, type, static_cast<int64_t>(tensors.size()), tensors.data(), nullptr, nullptr, nullptr};
-    double sum = 0;
-    expect(row.name, "squares", kTables.sum_of_squares(a, &sum));
+    StepArgs a{};
+    a.dtype = type, a.state_dtype = state;
+    a.count = static_cast<int64_t>(tensors.size());
+    a.tensors = tensors.data();
+    expect(row.name, "step", row.step(a));
+    a.grad_scale = static_cast<const float*>(b.input(1, c10::ScalarType::Float));
+    expect(row.name, "scaled", row.step(a));
+    const std::vector<StepNoise> noise(tensors.size(), {7, 1, 2});
+    a.noise = noise.data();
+    expect(row.name, "rounded stochastically", row.step(a));
   }
+}
+
+void norm(c10::ScalarType type, Buffers& b) {
+  std::vector<StepTensor> tensors;
+  int64_t chunks = 0;
+  for (const int64_t n : {1, 0, 70, 40'003, 33}) {
+    tensors.push_back({n, nullptr, b.input(n, type), {}, nullptr, nullptr, 0});
+    chunks += norm_chunks(n);
+  }
+  StepArgs a{};
+  a.dtype = type;
+  a.count = static_cast<int64_t>(tensors.size());
+  a.tensors = tensors.data();
+  auto* sums = static_cast<double*>(b.values(chunks, c10::ScalarType::Double));
+  expect("norm", "sums", kTables.norm.sums(a, sums));
+  const auto* scale = static_cast<const float*>(b.input(1, c10::ScalarType::Float));
+  auto* out = static_cast<float*>(b.values(2, c10::ScalarType::Float));
+  expect("norm", "clip", kTables.norm.clip({chunks, sums, scale, 1.0, out, out + 1, nullptr}));
 }
 
 // ------------------------------------------------------------------------------------------------ modes
@@ -263,6 +285,8 @@ void kernels() {
       Buffers own(end);
       steps(type, type, own);
       if (real_of(type) != type) steps(type, real_of(type), own);
+      if (type == c10::ScalarType::Float) steps(type, c10::ScalarType::BFloat16, own);
+      norm(type, own);
     }
   }
   // Results that are written past the caches, aligned and not.
@@ -284,6 +308,7 @@ void threads() {
         columns(k % 2, k + 1);
         Buffers own(k % 2, k + 1);
         steps(type, type, own);
+        norm(type, own);
         for (int i = 0; i < 200; ++i) {
           const size_t size = (size_t{128} << 10) + (size_t{16} << 10) * ((i + k) % 5);
           c10::DataPtr memory = pool_allocator()->allocate(size);
