@@ -96,7 +96,7 @@ Tensor derivative(size_t row, const Tensor& dy, const std::vector<Tensor>& saved
   if (at::GradMode::is_enabled() || at::isTensorSubclassLike(dy) || at::isTensorSubclassLike(x) ||
       at::isTensorSubclassLike(t))
     return ops(row).activation_backward.call(at::add(x, t), dy);
-  const Tensor a = x.contiguous(), b = t.contiguous(), g = dy.contiguous();
+  const Tensor a = resolved(x).contiguous(), b = resolved(t).contiguous(), g = resolved(dy).contiguous();
   const Tensor dx = output_like(a);
   run(row, &FusedRow::backward, dx, {&a, &b, &g});
   return dx;

@@ -10,6 +10,10 @@ namespace fastops {
 // the strides that torch gives to results of elementwise ops on x.
 at::Tensor dense(const at::Tensor& x);
 
+// x, or a copy, whose memory holds its values: for kernels that are called past the dispatcher, where nobody has resolved
+// what torch._neg_view and x.conj().imag leave to be done.
+inline at::Tensor resolved(const at::Tensor& x) { return x.is_neg() ? x.resolve_neg() : x; }
+
 // t in the memory order of `like` (dense, of t's shape): t itself, or a copy.
 at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 

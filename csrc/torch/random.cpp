@@ -167,7 +167,7 @@ variable_list relu_dropout_vjp(const variable_list& grads, const BackwardContext
     result[0] = relu_dropout_derivative(y, dy, p);
     return result;
   }
-  const Tensor s = dense(y), g = matching(dy, s), dx = output_like(s);
+  const Tensor s = dense(y), g = matching(resolved(dy), s), dx = output_like(s);
   if (s.numel() > 0) {
     const c10::DeviceGuard guard(s.device());
     RandomArgs a{};
