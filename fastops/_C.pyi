@@ -28,6 +28,28 @@ def cross_entropy(
     arg5: float,
     /,
 ) -> torch.Tensor: ...
+def cross_entropy_(
+    arg0: torch.Tensor,
+    arg1: torch.Tensor,
+    arg2: torch.Tensor | None,
+    arg3: int,
+    arg4: int,
+    arg5: float,
+    arg6: float,
+    arg7: bool,
+    /,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def cross_entropy_lse(
+    arg0: torch.Tensor,
+    arg1: torch.Tensor,
+    arg2: torch.Tensor | None,
+    arg3: int,
+    arg4: int,
+    arg5: float,
+    arg6: float,
+    arg7: bool,
+    /,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def cuda_built() -> bool: ...
 def dropout(
     input: torch.Tensor,

@@ -751,9 +751,12 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if not isinstance(target, Tensor):
         raise TypeError(f"cross_entropy: target must be a Tensor, got {type(target).__name__}")
-    if target.is_floating_point() and target.dtype != input.dtype:
-        dtype = torch.promote_types(input.dtype, target.dtype)
-        input, target = input.to(dtype), target.to(dtype)
+    if target.is_floating_point():
+        if target.dtype != input.dtype:
+            dtype = torch.promote_types(input.dtype, target.dtype)
+            input, target = input.to(dtype), target.to(dtype)
+    elif input.dim() == 1 and target.shape == (1,):
+        target = target.squeeze(0)
     if return_lse or z_loss != 0 or inplace_backward:
         call = _C.cross_entropy_ if inplace_backward else _C.cross_entropy_lse
         loss, lse = call(

@@ -134,3 +134,34 @@ def test_half_under_autocast_is_read_as_it_is(name, dtype):
         loss = ours.cross_entropy(x, target)
     assert loss.dtype == torch.float32 and mode.seen == []
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x.float(), target))
+
+
+def test_what_hooks_keep_of_a_loss_stays_as_it_was():
+    """saved_tensors_hooks may keep what backward reads: it is not the gradient's memory then."""
+    kept = []
+
+    def pack(t):
+        kept.append((t, t.clone()))
+        return t
+
+    x, target = torch.randn(9, 13, requires_grad=True), torch.arange(9)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = ours.cross_entropy(x, target)
+    (loss * 3).backward()
+    assert any(t.is_floating_point() and t.numel() == x.numel() for t, _ in kept)
+    for t, before in kept:
+        assert torch.equal(t, before)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_target_of_one_for_one_example(reduction):
+    """torch takes a target of shape (1,) beside logits of shape (C)."""
+    x, target = torch.randn(5, requires_grad=True), torch.tensor([2])
+    loss = ours.cross_entropy(x, target, reduction=reduction)
+    expected = torch.nn.functional.cross_entropy(x, target, reduction=reduction)
+    assert loss.shape == expected.shape
+    torch.testing.assert_close(loss, expected)
+    # torch's own backward refuses that target
+    of_0d = torch.nn.functional.cross_entropy(x, target[0], reduction=reduction)
+    (mine,), (torchs,) = torch.autograd.grad(loss, x), torch.autograd.grad(of_0d, x)
+    torch.testing.assert_close(mine, torchs)

@@ -5,6 +5,7 @@
 // gradient is asked for, the softmax is recovered from it (see RowTerms). cross_entropy_lse gives each row's
 // log(sum(exp)) as well, and cross_entropy_ leaves the gradient in the logits' own memory.
 #include <ATen/MemoryOverlap.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/WrapDimUtils.h>
 #include <ATen/autocast_mode.h>
@@ -594,6 +595,11 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
   return result;
 }
 
+// Whether what is saved goes through torch.autograd.graph.saved_tensors_hooks, which may keep it.
+bool hooks_see_saved_tensors() {
+  return at::SavedTensorDefaultHooks::is_enabled() && at::SavedTensorDefaultHooks::get_hooks().has_value();
+}
+
 // With the extras where `extras` is not null.
 Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor& target,
                             const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
@@ -663,7 +669,8 @@ Tensor whole_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& targ
                       int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast) {
   const Tensor w = weight.value_or(Tensor());
   if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w)))
-    return forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, true).loss;
+    return forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast,
+                              /*exclusive=*/!hooks_see_saved_tensors()).loss;
   at::AutoDispatchBelowADInplaceOrView guard;
   return whole_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
                                label_smoothing, upcast);
@@ -677,7 +684,7 @@ std::tuple<Tensor, Tensor, Tensor> lse_autograd(DispatchKeySet ks, const Tensor&
   if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w))) {
     const Extras extras{return_lse, z_loss, false};
     Computed c = forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast,
-                                    /*exclusive=*/!with_grad, &extras);
+                                    /*exclusive=*/!with_grad && !hooks_see_saved_tensors(), &extras);
     return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -841,9 +848,11 @@ void bind_rows(pybind11::module_& m) {
                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
     return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false);
   });
+  // torch has neither: what has no kernel is not handed on.
   const auto with_lse = [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                            int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
                            bool return_lse) {
+    const Unlocked unlocked(input);
     auto [loss, lse, grad] = lse_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false,
                                            z_loss, return_lse, false);
     return std::make_tuple(loss, lse);
@@ -855,6 +864,7 @@ void bind_rows(pybind11::module_& m) {
                                      bool return_lse) {
     if (!requires_grad(input) || is_dual(input) || at::isTensorSubclassLike(input))
       return with_lse(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, return_lse);
+    const Unlocked unlocked(input);
     return overwriting_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false, z_loss);
   });
 }
