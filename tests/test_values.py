@@ -93,3 +93,17 @@ def test_sums_over_thousands_of_equal_terms_do_not_drift(dtype, shape, probabili
     assert_as_accurate(ours, theirs, true, dtype)
     for mine, other, exactly in zip(our_grads, their_grads, true_grads, strict=True):
         assert_as_accurate(mine, other, exactly, dtype)
+
+
+@pytest.mark.parametrize("shape", [(5000,), (5000, 3)], ids=str)
+def test_gradients_that_cancel_in_a_sharp_log_softmax(shape):
+    """Where one class has all the weight, its gradient is what thousands of others sum up to, of either sign."""
+    op = OPS["log_softmax"]
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        x, dy = 100 * torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+        case = Case(op, "", (x,), {"dim": 0})
+        _, (exact,) = gradients(case.to(torch.float64).leaves(), op.exact, dy)
+        _, (theirs,) = gradients(case.leaves(), op.reference, dy)
+        _, (ours,) = gradients(case.leaves(), None, dy)
+        assert_as_accurate(ours, theirs, exact, torch.float32)

@@ -46,6 +46,21 @@ FASTOPS_FN double add_lanes(V v) {
   for (int k = 0; k < V::size(); ++k) sum += static_cast<double>(lane[k]);
   return sum;
 }
+// A sum in double, lane by lane.
+template <class V>
+struct WideSum {
+  double lane[V::size()] = {};
+  FASTOPS_FN void add(V v) {
+    typename V::value_type term[V::size()];
+    v.store(term);
+    for (int k = 0; k < V::size(); ++k) lane[k] += static_cast<double>(term[k]);
+  }
+  FASTOPS_FN double total() const {
+    double sum = 0;
+    for (double each : lane) sum += each;
+    return sum;
+  }
+};
 template <class V>
 FASTOPS_FN typename V::value_type max_lanes(V v) {
   typename V::value_type lane[V::size()];
@@ -199,6 +214,7 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, scal
   using real = typename L::real;
   using V = typename L::V;
   double total = 0;
+  [[maybe_unused]] WideSum<V> wide;
   for (int64_t begin = 0; begin < n; begin += kMinBlock) {
     V sum(real(0));
     each_group<L>(y, begin, begin + kMinBlock < n ? begin + kMinBlock : n, [&](int64_t i, auto count, auto& vy) {
@@ -206,10 +222,17 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, scal
       L::load(dy + i, count, g);
       for (int j = 0; j < L::count; ++j) g[j] = Op::summand(vy[j], g[j]);
       if (count < L::size) L::keep(count, 0, g);
-      for (int j = 0; j < L::count; ++j) sum = sum + g[j];
+      for (int j = 0; j < L::count; ++j) {
+        if constexpr (Op::cancels) {
+          wide.add(g[j]);
+        } else {
+          sum = sum + g[j];
+        }
+      }
     });
     total += add_lanes(sum);
   }
+  if constexpr (Op::cancels) total = wide.total();
   const V all(static_cast<real>(total));
   each_group<L>(y, 0, n, [&](int64_t i, auto count, auto& vy) {
     V g[L::count];

@@ -25,9 +25,11 @@ struct LogSumExp {
 };
 
 // forward(v, peak, k): v is exp(x - peak) where from_exponential (a loop that has it at hand need not take it again) and
-// x elsewhere; k = constant(sum) of the row. backward(y, dy, total): total is the row's sum of summand(y, dy).
+// x elsewhere; k = constant(sum) of the row. backward(y, dy, total): total is the row's sum of summand(y, dy); where it
+// `cancels`, little may be left of large terms but their rounding.
 struct Softmax {
   static constexpr const char* name = "softmax";
+  static constexpr bool cancels = false;
   static constexpr bool from_exponential = true;
   template <class T>
   static FASTOPS_FN T constant(T sum) {
@@ -49,6 +51,7 @@ struct Softmax {
 
 struct LogSoftmax {
   static constexpr const char* name = "log_softmax";
+  static constexpr bool cancels = true;
   static constexpr bool from_exponential = false;
   template <class T>
   static FASTOPS_FN T constant(T sum) {
