@@ -139,3 +139,20 @@ def test_negations_left_to_be_done(op):
     for lazy in range(len(expected)):
         for mine, right in zip(one_call(op, lazy), expected, strict=True):
             torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("op", [o for o in OPS.values() if "inplace" in o.signature.parameters], ids=lambda op: op.name)  # fmt: skip
+def test_negations_left_to_be_done_in_place(op):
+    names = [n for n in op.signature.parameters if n in ("other", "bias")]
+    for shape in ((), (4, 6)):
+        if not shape and "bias" in names:
+            continue
+        x = torch.linspace(-2, 2, max(1, 4 * 6 * len(shape) // 2)).reshape(shape)
+        more = [torch.ones(shape[-1:] if n == "bias" else shape) for n in names]
+        results = []
+        for t in (x.clone(), torch._neg_view(-x)):
+            torch.manual_seed(0)
+            y = op.function(t, *more, inplace=True)
+            assert y.data_ptr() == t.data_ptr()
+            results.append(t.resolve_neg())
+        torch.testing.assert_close(*results)

@@ -4,13 +4,41 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/sum.h>
+#include <torch/library.h>
 
 #include <algorithm>
 
 #include "pool.h"
 
 namespace fastops {
+
+namespace {
+void resolve_and_write_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t n = op.schema().arguments().size();
+  at::Tensor given, work;
+  for (size_t k = 0; k < n; ++k) {
+    c10::IValue& argument = *(stack->end() - static_cast<std::ptrdiff_t>(n - k));
+    if (!argument.isTensor() || !argument.toTensor().defined() || !argument.toTensor().is_neg()) continue;
+    const at::Tensor t = argument.toTensor();
+    argument = t.resolve_neg();
+    if (k == 0) given = t, work = argument.toTensor();
+  }
+  op.callBoxed(stack);
+  if (given.defined()) given.copy_(work);
+}
+}  // namespace
+
+void resolve_negations_in_place() {
+  static torch::Library library(torch::Library::IMPL, "fastops", c10::DispatchKey::Negative, __FILE__, __LINE__);
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.name.rfind("fastops::", 0) != 0 || name.name.back() != '_') continue;
+    const auto op = c10::Dispatcher::singleton().findSchema(name);
+    if (!op || !op->schema().returns().empty() || op->schema().arguments()[0].type()->kind() != c10::TypeKind::TensorType) continue;
+    library.impl(name.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&resolve_and_write_back>());
+  }
+}
 
 at::Tensor dense(const at::Tensor& x) {
   if (x.is_non_overlapping_and_dense()) return x;

@@ -14,6 +14,11 @@ at::Tensor dense(const at::Tensor& x);
 // what torch._neg_view and x.conj().imag leave to be done.
 inline at::Tensor resolved(const at::Tensor& x) { return x.is_neg() ? x.resolve_neg() : x; }
 
+// Ops that write to their first tensor and return nothing, on tensors whose negation is left to be done. torch's own
+// fallback for them takes the result off the stack, where there is none, and writes into other memory. Called once, when
+// all ops are there.
+void resolve_negations_in_place();
+
 // t in the memory order of `like` (dense, of t's shape): t itself, or a copy.
 at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 

@@ -3,6 +3,7 @@
 
 #include "backend.h"
 #include "bind.h"
+#include "layout.h"
 #include "pool.h"
 
 namespace py = pybind11;
@@ -20,6 +21,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_rows(m);
   bind_random(m);
   bind_step(m);
+  resolve_negations_in_place();
 
   m.def("set_hand_over", &set_hand_over);
   m.def("cpu_capability", [] { return std::string(cpu_capability()); });
