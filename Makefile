@@ -31,9 +31,9 @@ $(VENV)/.ready: pyproject.toml
 
 lint: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ruff mypy clang-format
-	$(BIN)/ruff check fastops tests bench tools docs setup.py
-	$(BIN)/ruff format --check fastops tests bench tools docs setup.py
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check fastops tests bench tools docs setup.py
+	$(BIN)/python -m ruff format --check fastops tests bench tools docs setup.py
+	$(BIN)/python -m mypy
 
 # fastops/_C.pyi from the extension that it describes, and stubtest of the two.
 stubs: build

@@ -10,7 +10,8 @@ the dispatcher's op itself: the rules that it has for all of them are better tha
     SoftmaxFunction(x, dim)  LogSoftmaxFunction(x, dim)  DropoutFunction(x, p, seed)
     CrossEntropyFunction(input, target, weight, reduction, ignore_index, label_smoothing)
 
-with `reduction` 0 for none, 1 for mean, 2 for sum, and `seed` an int64 tensor of one element.
+with `reduction` 0 for none, 1 for mean, 2 for sum, and `seed` an int64 tensor of one element. With FASTOPS_DISABLE=1 in the
+environment apply() is torch's function of the same meaning; its dropout draws from a generator seeded by `seed`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch.autograd import Function
 
 from . import _C
-from ._op import ROWS, overload
+from ._guard import BY_TORCH, DISABLED
+from ._op import ROWS, overload, reference_of
 
 __all__: list[str] = []
 _WORDS = {
@@ -157,7 +159,9 @@ _KINDS = {
 class _OpFunction(Function):
     @classmethod
     def apply(cls, *args):
-        """What the class's docstring says; under torch.func, the op."""
+        """What the class's docstring says; under torch.func, the op; with FASTOPS_DISABLE, torch's function."""
+        if DISABLED:
+            return cls._by_torch(*args)
         if torch._C._are_functorch_transforms_active():
             return cls._op(*args)
         return super().apply(*args)
@@ -168,6 +172,18 @@ def _op(row: str, kind: str):
     if kind != "reduce":
         return op
     return lambda x, target, reduction, *params: op(x, target, reduction, False, *params)
+
+
+def _by_torch(row: str, kind: str):
+    if kind != "random":
+        return lambda *args: reference_of(row)(*args)
+
+    def seeded(*args):
+        *rest, seed = args
+        generator = torch.Generator(args[0].device).manual_seed(int(seed))
+        return BY_TORCH[row](*rest, generator=generator)
+
+    return seeded
 
 
 for _row, (_kind, _) in ROWS.items():
@@ -184,6 +200,7 @@ for _row, (_kind, _) in ROWS.items():
             "forward": staticmethod(_forward),
             "backward": staticmethod(_backward),
             "_op": staticmethod(_op(_row, _kind)),
+            "_by_torch": staticmethod(_by_torch(_row, _kind)),
         },
     )
     __all__.append(_name)

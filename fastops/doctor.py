@@ -191,8 +191,12 @@ def pool() -> Section:
 def self_check() -> Section:
     """Every op and optimizer beside torch, on the CPU and, where the kernels can run there, on the GPU."""
     from . import _C, selfcheck
+    from ._guard import DISABLED, DISABLED_REASON
 
     section = Section("Self-check")
+    if DISABLED:
+        section.add("kernels", f"not checked: {DISABLED_REASON}, and all is torch's own", NOTE)
+        return section
     devices = ["cpu"] + ["cuda"] * (_C.cuda_built() and torch.cuda.is_available())
     parts: dict[str, Callable[[str], Iterator[selfcheck.Check]]] = {
         "ops": selfcheck.check_ops,

@@ -8,7 +8,7 @@ place in the model, and nothing outside the model changes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -157,11 +157,17 @@ def unpatch(model: torch.nn.Module) -> PatchReport:
     return report
 
 
-@contextmanager
-def patched(model: torch.nn.Module, *, functional: bool = False) -> Iterator[torch.nn.Module]:
+def patched(
+    model: torch.nn.Module, *, functional: bool = False
+) -> AbstractContextManager[torch.nn.Module]:
     """Patches a model within a ``with`` block, and leaves it as it was found: also after an exception, and with what was
     patched before still patched. Arguments and errors as :func:`patch`."""
     _check(model, "patched")
+    return _patched(model, functional)
+
+
+@contextmanager
+def _patched(model: torch.nn.Module, functional: bool) -> Iterator[torch.nn.Module]:
     before = {module: type(module) for module in model.modules()}
     try:
         patch(model, functional=functional)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastops
-from fastops import _abi, doctor, selfcheck
+from fastops import _abi, _guard, doctor, selfcheck
 from fastops.__main__ import main
 from fastops._op import OPS
 
@@ -30,6 +30,12 @@ def test_all_is_well(capsys):
         assert expected in out
     assert "agree with torch" in out
     assert not [line for line in out.splitlines() if line.startswith("  x ")]
+
+
+def test_a_check_of_torch_beside_torch_is_not_called_one(monkeypatch):
+    monkeypatch.setattr(_guard, "DISABLED", True)
+    (said,) = doctor.self_check().findings
+    assert said.state == doctor.NOTE and said.text.startswith("not checked: FASTOPS_DISABLE is set")
 
 
 def test_every_op_and_optimizer_is_checked():

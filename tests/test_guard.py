@@ -219,6 +219,22 @@ def test_disabled_everything_is_torchs():
         assert (a == 0).any() and torch.equal(a[a != 0], 2 * x[a != 0])
         assert torch.equal(F.dropout(x, 1.0, generator=g), 0 * x)
 
+        seed = torch.tensor(5)
+        w = x[0].clone().requires_grad_()
+        A = fastops.autograd
+        for function, given, theirs in (
+            (A.GELUTanhFunction, (w,), lambda: torch.nn.functional.gelu(w, approximate="tanh")),
+            (A.SoftmaxFunction, (w, 0), lambda: w.softmax(0)),
+            (A.HuberLossFunction, (w, x[1], 2, 0.5), lambda: torch.nn.functional.huber_loss(w, x[1], "sum", 0.5)),
+            (A.CrossEntropyFunction, (w, seed, None, 1, -100, 0.1),
+             lambda: torch.nn.functional.cross_entropy(w, seed, label_smoothing=0.1)),
+            (A.ReLUDropoutFunction, (w, 0.5, seed),
+             lambda: F.relu_dropout(w, 0.5, generator=torch.Generator().manual_seed(5))),
+        ):
+            assert not ran(function.apply, *given), function
+            y = function.apply(*given)
+            assert torch.equal(y, theirs()) and y.requires_grad, function
+
         for native, cls in MODULES.items():
             args = {"dim": 1} if "Softmax" in cls.__name__ else {"p": 0.0} if "ropout" in cls.__name__ else {}
             m = cls(**args)
