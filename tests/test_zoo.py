@@ -13,6 +13,7 @@ from torch import nn
 import fastops
 
 ALL = os.environ.get("FASTOPS_ZOO", "") not in ("", "0")
+EPS = torch.finfo(torch.float32).eps
 
 
 def package(name):
@@ -40,66 +41,92 @@ def tensors(value):
 
 
 def run(m, given, training):
-    """The outputs in one vector, and the gradients of all parameters in another."""
+    """The outputs, and the gradients of the parameters."""
     m.train(training)
-    m.zero_grad()
-    outputs = tensors(m(**given) if isinstance(given, dict) else m(given))
-    y = torch.cat([o.flatten() for o in outputs if o.is_floating_point()])
-    weights = torch.randn(y.numel(), generator=torch.Generator().manual_seed(1))
-    (y * weights.to(y.dtype)).sum().backward()
-    grads = [p.grad.flatten() for p in m.parameters() if p.grad is not None]
-    return y.detach(), torch.cat(grads)
+    outputs = [o for o in tensors(m(**given) if isinstance(given, dict) else m(given)) if o.is_floating_point()]  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    sum((o * torch.randn(o.shape, generator=generator).to(o.dtype)).sum() for o in outputs).backward()  # fmt: skip
+    grads = [p.grad for p in m.parameters() if p.grad is not None]
+    m.zero_grad()  # frees nothing that `grads` holds
+    return [o.detach() for o in outputs], grads
 
 
-def deviation(a, exact):
-    return ((a.double() - exact).norm() / exact.norm()).item()
+def deviation(found, exact):
+    """The norm of the difference over that of `exact`, of all the tensors as one vector."""
+    off = sum((f.double() - e).norm() ** 2 for f, e in zip(found, exact, strict=True))
+    return (off / sum(e.norm() ** 2 for e in exact)).sqrt().item()
 
 
-def assert_as_near(exact_model, plain, ours, given):
-    """The project's one tolerance, over all outputs and over all gradients: twice the error without, plus 4 eps."""
-    wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()} if isinstance(given, dict) else given.double()  # fmt: skip
+def floats(change, given):
+    """`given`, with change(t) for each float tensor t."""
+    if not isinstance(given, dict):
+        return change(given)
+    return {k: change(v) if v.is_floating_point() else v for k, v in given.items()}
+
+
+def nudged(given, seed):
+    """Every float one rounding up or down."""
+    generator = torch.Generator().manual_seed(seed)
+    return floats(lambda t: t * (1 + EPS * (torch.randint(2, t.shape, generator=generator) * 2 - 1)), given)  # fmt: skip
+
+
+def copy_of(m):
+    """A copy on the same parameters."""
+    return copy.deepcopy(m, {id(p): p for p in m.parameters()})
+
+
+def assert_as_near(plain, ours, given, functional):
+    """The project's one tolerance, over all outputs and over all gradients: twice torch's own error, plus 4 eps.
+
+    A model is no smooth function: where rounding carries a sum across the kink of a relu, gradients jump by far more than
+    rounding, torch's as ours, and not always at the same sums. Hence two comparisons. In float64 no sum comes that near
+    to a kink, and what is left is a difference of meaning: none of 4 eps of float32 (torch's own float64 hardswish holds
+    1/6 as a float32). In float32, torch's own error is the largest over this input and, where that is too small by luck,
+    over four of its neighbours.
+    """
+    wide = floats(torch.Tensor.double, given)
     for training in (False, True):
+        exact_model = copy.deepcopy(plain).double()
         exact = run(exact_model, wide, training)
-        theirs = run(plain, given, training)
-        mine = run(ours, given, training)
-        for what, e, t, o in zip(("outputs", "gradients"), exact, theirs, mine, strict=True):
-            assert o.isfinite().all()
-            found, allowed = (
-                deviation(o, e),
-                2 * deviation(t, e) + 4 * torch.finfo(torch.float32).eps,
-            )
-            assert found <= allowed, f"{what}, training={training}: {found:.3g}, allowed {allowed:.3g}"  # fmt: skip
-    for a, b in zip(plain.buffers(), ours.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        fastops.patch(exact_model, functional=functional)
+        meant = run(exact_model, wide, training)
+        del exact_model
+        theirs, mine = run(copy_of(plain), given, training), run(ours, given, training)
+        for k, what in enumerate(("outputs", "gradients")):
+            what = f"{what}, training={training}"
+            found = deviation(meant[k], exact[k])
+            assert found <= 4 * EPS, f"{what}: float64 is off by {found:.3g}, allowed {4 * EPS:.3g}"
+            found, own = deviation(mine[k], exact[k]), deviation(theirs[k], exact[k])
+            for seed in range(4):
+                if not found <= 2 * own + 4 * EPS:
+                    near = run(copy_of(plain), nudged(given, seed), training)
+                    own = max(own, deviation(near[k], exact[k]))
+            allowed = 2 * own + 4 * EPS
+            assert found <= allowed, f"{what}: {found:.3g}, allowed {allowed:.3g}"
 
 
 def check(make, given, functional, least=1):
     """Patches a model, and compares it with what it was, both against float64."""
-    for seed in range(3):
-        torch.manual_seed(seed)
-        exact_model = without_dropout(make().double())
-        for p in exact_model.parameters():
-            if not p.any():
-                nn.init.normal_(
-                    p, std=0.1
-                )  # heads that begin at zero, sums that begin on the kink of a relu
-        plain = copy.deepcopy(exact_model).float()
-        ours = copy.deepcopy(plain)
-        keys, modules = list(ours.state_dict()), list(ours.modules())
-        classes = [type(m) for m in modules]
-        report = fastops.patch(ours, functional=functional)
-        assert len(report.replaced) >= least, report
-        assert not fastops.patch(ours, functional=functional).replaced
-        assert list(ours.state_dict()) == keys
-        # A sum that rounding carries across the kink of a relu changes gradients by far more than rounding, here or
-        # there; with other weights it is another sum. What is wrong is wrong with all weights.
-        try:
-            assert_as_near(exact_model, plain, ours, given)
-        except AssertionError:
-            if seed == 2:
-                raise
-            continue
-        break
+    torch.manual_seed(0)
+    plain = without_dropout(make())
+    for p in plain.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)  # heads that begin at zero, sums that begin on a kink
+        # A gradient for every layer that has a bias or a norm is enough; the largest models fill the memory with them.
+        p.requires_grad_(p.numel() <= 1 << 20)
+    ours = copy_of(plain)
+    keys, modules = list(ours.state_dict()), list(ours.modules())
+    classes = [type(m) for m in modules]
+    report = fastops.patch(ours, functional=functional)
+    assert len(report.replaced) >= least, report
+    assert not fastops.patch(ours, functional=functional).replaced
+    assert list(ours.state_dict()) == keys
+    assert_as_near(plain, ours, given, functional)
+    with torch.no_grad():
+        stepped = copy_of(plain).train()
+        stepped(**given) if isinstance(given, dict) else stepped(given)
+    for a, b in zip(stepped.buffers(), ours.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     fastops.unpatch(ours)
     assert all(a is b for a, b in zip(modules, ours.modules(), strict=True))
     assert [type(m) for m in modules] == classes
