@@ -22,6 +22,8 @@ NEEDS = {
     "integrations.md": ["transformers", "accelerate", "lightning", "timm"],
 }
 
+INCLUDED = {"integrations": ["fsdp2.py"], "training": ["pytorch_primer.py", "keras_primer.py"]}
+
 
 def snippets(page: str) -> list[str]:
     """The Python that stands at the left margin: what is indented is an example with a test of its own."""
@@ -77,3 +79,8 @@ def test_site_builds_without_a_warning_and_has_every_function(tmp_path):
     assert missing == []
     for html in (tmp_path / "site").rglob("*.html"):
         assert ":func:`" not in html.read_text(), html
+    for page, examples in INCLUDED.items():
+        text = (tmp_path / "site" / page / "index.html").read_text()
+        for example in examples:
+            defined = re.findall(r"^def (\w+)", (DOCS / "examples" / example).read_text(), re.M)
+            assert defined and not [name for name in defined if name not in text], example

@@ -26,10 +26,11 @@ def package(name):
 def without_dropout(m):
     """Masks are ours, and so other ones: p = 0 leaves the rest to compare."""
     for module in m.modules():
-        for name in ("p", "drop_prob"):
-            if "rop" in type(module).__name__ or type(module).__name__ == "StochasticDepth":
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        drops = "rop" in type(module).__name__ or type(module).__name__ == "StochasticDepth"
+        # drop_rate: of models of timm's that call F.dropout themselves
+        for name in ("p", "drop_prob") * drops + ("drop_rate",):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return m
 
 
