@@ -4,6 +4,7 @@ of a tensor, read by the table of ops, by patch and by explain."""
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import _reduction
 
 from . import _C
 
@@ -96,9 +98,40 @@ def _bias_dropout_add(input, bias, residual, p=0.5, training=True, generator=Non
     )
 
 
+def _cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+    label_smoothing=0.0, *, return_lse=False, z_loss=0.0, inplace_backward=False,
+):  # fmt: skip
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"cross_entropy: z_loss must be finite and not negative, but got {z_loss}")
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    loss = F.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )  # fmt: skip
+    if not return_lse and z_loss == 0:
+        return loss
+    dim = min(1, input.dim() - 1)
+    x = input if input.dtype == torch.float64 else input.float()
+    top = x.detach().amax(dim, keepdim=True)
+    lse = (x - top).logsumexp(dim) + top.squeeze(dim)  # of a row that holds inf NaN, as the loss
+    count = lse.numel()
+    if not target.is_floating_point():
+        target = target.reshape(lse.shape)
+        live = target != ignore_index
+        lse = torch.where(live, lse, 0)
+        count = live.sum() if weight is None else weight[target.where(live, 0)].where(live, 0).sum()
+    if z_loss:
+        z = z_loss * lse**2
+        z = z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / count
+        loss = (loss + z).to(loss.dtype)
+    return (loss, lse) if return_lse else loss
+
+
 #: Where the reference of an op does not take all of its arguments.
 BY_TORCH: dict[str, Callable[..., Tensor]] = {
     "gelu": _gelu,
+    "cross_entropy": _cross_entropy,
     "dropout": _dropout,
     "add_relu": _add_relu,
     "relu_dropout": _relu_dropout,

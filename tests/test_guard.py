@@ -205,7 +205,30 @@ def test_disabled_everything_is_torchs():
             torch.testing.assert_close(
                 ours, case(case.op.reference), rtol=0, atol=0, equal_nan=True, msg=case.name
             )
-        assert F.relu is torch.nn.functional.relu and F.cross_entropy is torch.nn.functional.cross_entropy
+        assert F.relu is torch.nn.functional.relu and F.mse_loss is torch.nn.functional.mse_loss
+
+        import test_cross_entropy_extras as extras
+        for name in extras.CASES:
+            x, t, kwargs = extras.given(name)
+            for reduction in ("none", "mean", "sum"):
+                plain = F.cross_entropy(x, t, reduction=reduction, **kwargs)
+                assert torch.equal(plain, torch.nn.functional.cross_entropy(x, t, reduction=reduction, **kwargs))
+                mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+                both = F.cross_entropy(mine, t, reduction=reduction, return_lse=True, z_loss=0.1, inplace_backward=True, **kwargs)
+                of_torch = extras.reference(theirs, t, 0.1, reduction=reduction, **kwargs)
+                torch.testing.assert_close(both, of_torch)
+                for a, b in zip(both, of_torch):
+                    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), w, retain_graph=True)[0]
+                                                 for v, w in ((a, mine), (b, theirs))))
+        for bad in (-1.0, float("inf"), float("nan")):
+            try:
+                F.cross_entropy(x, t, z_loss=bad)
+            except ValueError as e:
+                assert "z_loss" in str(e), e
+            else:
+                raise AssertionError(bad)
+        loss, lse = F.cross_entropy(torch.zeros(2, 4, dtype=torch.bfloat16), torch.tensor([1, 2]), z_loss=1.0, return_lse=True)
+        assert loss.dtype == torch.bfloat16 and lse.dtype == torch.float32
         x = torch.randn(4, 6)
         assert torch.equal(F.gelu(x, "tanh"), torch.nn.functional.gelu(x, approximate="tanh"))
         y = x.clone()
