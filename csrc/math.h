@@ -79,6 +79,12 @@ struct RealOf {
 template <class T>
 using Real = typename RealOf<T>::type;
 
+// The normal distribution at x: its cumulative distribution function and its density.
+template <class T>
+struct Normal {
+  T cdf, pdf;
+};
+
 // ------------------------------------------------------------------------------------------------ vectors
 #if FASTOPS_VECTORS
 inline namespace CPU_CAPABILITY {
@@ -122,7 +128,7 @@ template <class T>
 FASTOPS_FN Vec<T> abs(Vec<T> x) {
   return x.abs();
 }
-#include "cpu/words.h"  // exp, log, tanh, erf, expm1, log1p
+#include "cpu/words.h"  // exp, log, tanh, erf, expm1, log1p, normal
 }  // namespace CPU_CAPABILITY
 
 template <class T>
@@ -209,6 +215,16 @@ FASTOPS_FN Dual<T> abs(Dual<T> x) {
 template <class T>
 FASTOPS_FN T c(double value) {
   return T(Real<T>(value));
+}
+
+template <class T>
+FASTOPS_FN Normal<T> normal(T x) {
+  return {c<T>(0.5) + c<T>(0.5) * erf(x * c<T>(0.7071067811865476)), c<T>(0.3989422804014327) * exp(x * x * c<T>(-0.5))};
+}
+template <class T>
+FASTOPS_FN Normal<Dual<T>> normal(Dual<T> x) {
+  const auto [cdf, pdf] = normal(x.v);
+  return {{cdf, pdf * x.d}, {pdf, -x.v * pdf * x.d}};
 }
 
 // log(1 / (1 + exp(-x))), and its derivative 1 / (1 + exp(x)), without an infinity on the way: Duals of them are finite.

@@ -46,6 +46,13 @@ inline namespace CPU_CAPABILITY {
   }
 #define PROBES(word) PROBE(word, float) PROBE(word, double)
 PROBES(exp) PROBES(log) PROBES(tanh) PROBES(erf) PROBES(expm1) PROBES(log1p)
+namespace fastops {
+template <class T> FASTOPS_FN T cdf(T x) { return normal(x).cdf; }
+template <class T> FASTOPS_FN T pdf(T x) { return normal(x).pdf; }
+template <class T> FASTOPS_FN T cdf_slope(T x) { return normal(Dual<T>(x, T(Real<T>(1)))).cdf.d; }
+template <class T> FASTOPS_FN T pdf_slope(T x) { return normal(Dual<T>(x, T(Real<T>(1)))).pdf.d; }
+}
+PROBES(cdf) PROBES(pdf) PROBES(cdf_slope) PROBES(pdf_slope)
 """
 
 
@@ -176,6 +183,43 @@ def test_sign_of_zero(probe, word):
 def test_double(probe, word):
     x = torch.linspace(0.01, 5.0, 1024, dtype=torch.float64)
     torch.testing.assert_close(probe(word, x), WORDS[word](x), rtol=1e-15, atol=0.0)
+
+
+def cdf(x):
+    return torch.special.erfc(x * -math.sqrt(0.5)) / 2
+
+
+def pdf(x):
+    return torch.exp(x * x / -2) / math.sqrt(2 * math.pi)
+
+
+NORMAL = {"cdf": cdf, "pdf": pdf, "cdf_slope": pdf, "pdf_slope": lambda x: -x * pdf(x)}
+
+
+@pytest.mark.parametrize("function", NORMAL)
+def test_the_normal_distribution(probe, function):
+    x = grid()
+    x = x[x.isfinite()]
+    exact = NORMAL[function](x.double())
+    error = (probe(function, x)[: len(x)].double() - exact).abs()
+    assert error.max() < 1.2e-7
+    if "AVX512" not in str(probe.object) and function in ("cdf", "pdf"):
+        normal = exact > 2.0**-126
+        ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
+        bound = 4.5 + 1.5 * x.double() ** 2 if function == "cdf" else 2 + x.double() ** 2
+        worst = torch.where(normal, error / ulp / bound, 0.0).argmax()
+        assert error[worst] <= ulp[worst] * bound[worst], f"at {x[worst].item().hex()}"
+    far = torch.tensor([-INF, INF, -LARGEST, LARGEST, -20.0, 20.0, NAN, 0.0, -0.0])
+    got = probe(function, far)[: len(far)]
+    if function == "cdf":
+        assert got[:6].tolist() == [0, 1, 0, 1, 0, 1] and got[6].isnan()
+        assert got[7:].tolist() == [0.5, 0.5]
+    elif function == "pdf":
+        assert got[:6].tolist() == [0.0] * 6
+    wide = torch.linspace(-8.0, 8.0, 1024, dtype=torch.float64)
+    torch.testing.assert_close(
+        probe(function, wide), NORMAL[function](wide), rtol=1e-14, atol=1e-16
+    )
 
 
 def test_no_weak_symbols(probe):

@@ -18,13 +18,24 @@ namespace fastops::CPU_CAPABILITY {
 // A group of `size` consecutive elements of scalar_t, held as `count` vectors of real.
 template <class scalar_t>
 struct Lanes {
-  static constexpr bool reduced = sizeof(scalar_t) == 2;
+  static constexpr bool reduced = sizeof(scalar_t) == 2, bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
   using real = std::conditional_t<reduced, float, scalar_t>;
   using V = Vec<real>;
   static constexpr int count = reduced ? 2 : 1;
   static constexpr int64_t size = Vec<scalar_t>::size();
 
   static FASTOPS_FN void load(const scalar_t* p, int64_t n, V (&v)[count]) {
+#if defined(CPU_CAPABILITY_AVX2)
+    if constexpr (bfloat16) {
+      if (n == size) {
+        for (int k = 0; k < 2; ++k) {
+          const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + k);
+          v[k] = V(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+        }
+        return;
+      }
+    }
+#endif
     const Vec<scalar_t> raw = n == size ? Vec<scalar_t>::loadu(p) : Vec<scalar_t>::loadu(p, n);
     if constexpr (reduced) {
       std::tie(v[0], v[1]) = at::vec::convert_to_float<scalar_t>(raw);
@@ -33,6 +44,15 @@ struct Lanes {
     }
   }
   static FASTOPS_FN void store(scalar_t* p, int64_t n, const V (&v)[count]) {
+#if defined(CPU_CAPABILITY_AVX2)
+    if constexpr (bfloat16) {
+      if (n == size) {
+        const __m256i halves = _mm256_packus_epi32(rounded(v[0]), rounded(v[1]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xd8));
+        return;
+      }
+    }
+#endif
     Vec<scalar_t> raw;
     if constexpr (reduced) {
       raw = at::vec::convert_from_float<scalar_t>(v[0], v[1]);
@@ -45,6 +65,15 @@ struct Lanes {
       raw.store(p, n);
     }
   }
+#if defined(CPU_CAPABILITY_AVX2)
+  // To bfloat16, ties to even, as integers; half the instructions of at::vec's.
+  static FASTOPS_FN __m256i rounded(V x) {
+    const __m256i bits = _mm256_castps_si256(x), half = _mm256_set1_epi32(0x7fff);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_or_si256(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), nan), 16);
+  }
+#endif
   // Writes a full group past the caches, where the instruction set can and p is aligned (see streams()): a result that is
   // larger than the caches need not be read into them first to be written. A fence() has to follow.
   static FASTOPS_FN void stream(scalar_t* p, const V (&v)[count]) {

@@ -233,17 +233,13 @@ struct GELU {
   static constexpr const char *name = "gelu", *params = "";
   static constexpr bool from_output = false;
   template <class T>
-  static FASTOPS_FN T cdf(T x) {
-    return c<T>(0.5) + c<T>(0.5) * erf(x * c<T>(0.7071067811865476));
-  }
-  template <class T>
   static FASTOPS_FN T forward(T x) {
-    return x * cdf(x);
+    return x * normal(x).cdf;
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
-    const T pdf = c<T>(0.3989422804014327) * exp(x * x * c<T>(-0.5));
-    return dy * (cdf(x) + x * pdf);
+    const auto [cdf, pdf] = normal(x);
+    return dy * (cdf + x * pdf);
   }
 };
 
