@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastops import functional
+from fastops._guard import BY_TORCH
 from fastops._op import OPS
 from fastops.selfcheck import example_inputs
 
@@ -50,6 +52,52 @@ def normal(shape: Sequence[int], case: Case, generator: torch.Generator, device:
     return torch.randn(shape, generator=generator).to(case.dtype).to(device)
 
 
+@cache
+def class_weights(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.linspace(0.5, 2, n).to(dtype).to(device)
+
+
+def _pos_weight(f: Callable) -> Callable:
+    return lambda x, t: f(x, t, pos_weight=class_weights(x.shape[-1], x.dtype, x.device))
+
+
+def _torchs_mixup(input: Tensor, first: Tensor, second: Tensor, lam: float) -> Tensor:
+    loss = torch.nn.functional.cross_entropy
+    return lam * loss(input, first) + (1 - lam) * loss(input, second)
+
+
+def _mixup(f: Callable) -> Callable:
+    return lambda x, t: f(x, t, t.roll(1), 0.3)
+
+
+def _with_lse(f: Callable) -> Callable:
+    return lambda x, t: f(x, t, return_lse=True, z_loss=1e-4)[0]
+
+
+# (op, variant) -> ours and torch's, of the inputs. What torch has no function for is made of torch's functions.
+VARIANTS: dict[tuple[str, str], tuple[Callable, Callable]] = {
+    ("binary_cross_entropy_with_logits", "pos_weight"): (
+        _pos_weight(functional.binary_cross_entropy_with_logits),
+        _pos_weight(torch.nn.functional.binary_cross_entropy_with_logits),
+    ),
+    ("cross_entropy", "mixup"): (_mixup(functional.mixup_cross_entropy), _mixup(_torchs_mixup)),
+    ("cross_entropy", "lse+z_loss"): (
+        _with_lse(functional.cross_entropy),
+        _with_lse(BY_TORCH["cross_entropy"]),
+    ),
+    ("cross_entropy", "inplace_backward"): (
+        lambda x, t: functional.cross_entropy(x * 1, t, inplace_backward=True),
+        lambda x, t: torch.nn.functional.cross_entropy(x * 1, t),
+    ),
+}
+
+
+def functions_of(case: Case) -> tuple[Callable, Callable]:
+    """Our function of a case, and torch's."""
+    op = OPS[case.op]
+    return VARIANTS.get((case.op, case.variant)) or (op.function, op.reference)
+
+
 def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
     """The tensors for each parameter of the case's function that has no default.
 
@@ -74,7 +122,7 @@ def as_leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def make_upstream(case: Case, inputs: dict[str, Tensor], device: str) -> Tensor:
     """The gradient that backward starts from: 1 for a scalar loss, as in training."""
     with torch.no_grad():
-        y = OPS[case.op].reference(*inputs.values(), **case.arguments)
+        y = functions_of(case)[1](*inputs.values(), **case.arguments)
     return normal(y.shape, case, seeded(case, 1), device) if y.dim() else torch.ones_like(y)
 
 
@@ -115,15 +163,15 @@ def compiled(function: Callable) -> Callable:
 
 def function_contenders(case: Case, device: str, with_compile: bool) -> Contenders:
     """Our function beside torch's, eager and compiled. torch.compile has done its compiling when this returns."""
-    op = OPS[case.op]
+    function, reference = functions_of(case)
     inputs = make_inputs(case, device)
     dy = make_upstream(case, inputs, device)
-    ours, _ = function_call(op.function, case, inputs, dy)
-    eager, _ = function_call(op.reference, case, inputs, dy)
+    ours, _ = function_call(function, case, inputs, dy)
+    eager, _ = function_call(reference, case, inputs, dy)
     made = Contenders(ours, {"eager": eager})
     if with_compile:
         try:
-            call, _ = function_call(compiled(op.reference), case, inputs, dy)
+            call, _ = function_call(compiled(reference), case, inputs, dy)
             with torch.set_grad_enabled(case.mode == BOTH):
                 call()
             made.theirs["compile"] = call

@@ -129,6 +129,33 @@ WORKLOADS |= {
         variants={"": {}, PROBABILITIES: {}},
     ),
 }
+# Variants of single ops on shapes of their own; bench/calls.py says what they call.
+VARIANTS: dict[str, tuple[Workload, ...]] = {
+    "binary_cross_entropy_with_logits": (
+        Workload(
+            shapes=((1024, 80), (131072, 128)),
+            passes={FORWARD: 2, BOTH: 3},
+            narrow=(8192, 128),
+            compiled=(131072, 128),
+            variants={"pos_weight": {}},
+        ),
+    ),
+    "cross_entropy": (
+        Workload(
+            shapes=((128, 1000), (512, 32000)),
+            passes={FORWARD: 1, BOTH: 2},
+            narrow=(512, 32000),
+            variants={"mixup": {}, "lse+z_loss": {}},
+        ),
+        # The logits are made first, of a leaf: that is a pass for each of its two, and as much backward.
+        Workload(
+            shapes=((128, 1000), (512, 32000)),
+            passes={FORWARD: 3, BOTH: 6},
+            narrow=(512, 32000),
+            variants={"inplace_backward": {}},
+        ),
+    ),
+}
 
 
 def resnet_shapes(blocks: tuple[int, ...], expansion: int) -> tuple[Shape, ...]:
@@ -195,8 +222,8 @@ QUICK_BYTES = 64 * MI  # --quick leaves out the cases that move more
 
 def function_cases(name: str, kind: str) -> Iterator[Case]:
     """The cases of one function of the table."""
-    work = WORKLOADS.get(name) or WORKLOADS[kind]
-    for variant, arguments in work.variants.items():
+    works = (WORKLOADS.get(name) or WORKLOADS[kind], *VARIANTS.get(name, ()))
+    for work, variant, arguments in ((w, *v) for w in works for v in w.variants.items()):
         read_too = variant == PROBABILITIES
         runs = [(s, torch.float32, mode) for s in work.shapes for mode in (FORWARD, BOTH)]
         runs += [(work.narrow, torch.bfloat16, BOTH)]

@@ -14,6 +14,7 @@ from fastops.selfcheck import Masked, Wrong, compare
 
 from .calls import (
     function_call,
+    functions_of,
     make_inputs,
     make_upstream,
     native_step,
@@ -38,17 +39,17 @@ def compute(
 
 def verify_function(case: Case, device: str) -> None:
     """Values and gradients of a function against its reference."""
-    op = OPS[case.op]
+    function, reference = functions_of(case)
     inputs = make_inputs(case, device)
     before = {name: x.clone() for name, x in inputs.items()}
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     dy = make_upstream(case, inputs, device)
-    y, dx = compute(op.function, case, inputs, dy)
+    y, dx = compute(function, case, inputs, dy)
     for name, x in inputs.items():
         if not torch.equal(x, before[name]):
             raise Wrong(f"{name} was overwritten")
-    y_native, dx_native = compute(op.reference, case, inputs, dy)
-    y_exact, dx_exact = compute(op.reference, case, wide, dy.double())
+    y_native, dx_native = compute(reference, case, inputs, dy)
+    y_exact, dx_exact = compute(reference, case, wide, dy.double())
     compare("value", y, y_native, y_exact)
     for name in dx_exact:
         compare(f"gradient of {name}", dx[name], dx_native[name], dx_exact[name])

@@ -61,12 +61,13 @@ struct FusedRow {
 };
 
 // ------------------------------------------------------------------------------------------------ reduce
-// An elementwise loss of (x, t) and its reduction.
+// An elementwise loss of (x, t), or of (x, t, w) where `params` declares a tensor w, and its reduction.
 struct ReduceArgs {
   c10::ScalarType dtype;
   int64_t n;
   void* out;          // n of dtype; for `total` one real
-  const void* in[2];  // x, t; `total` of the row "sum" takes one input of reals
+  const void* in[3];  // x, t, w; `total` of the row "sum" takes one input of reals
+  int64_t period;     // of w: element i is beside w[i % period]
   const void* grad;   // d0, d1: of dtype, n values, or one where grad_is_scalar
   bool grad_is_scalar;
   double scale;        // total: multiplies the sum; d0, d1: multiplies the gradient
@@ -80,7 +81,7 @@ struct ReduceRow {
   const char* name;
   const char* params;
   ReduceKernel values;     // out[i] = value(x, t)
-  ReduceKernel total;      // out = scale sum(value(x, t)) / divisor; the order of summation is fixed by n alone
+  ReduceKernel total;      // out = scale sum(value(x, t)) / divisor; the order of summation is fixed by n and period alone
   ReduceKernel d0, d1;     // out[i] = scale grad d value / dx, and to t
   ReduceKernel d00, d01, d11;  // out[i] = d2 value / dx dx, dx dt, dt dt
   double low, high;            // an input outside of these gives a NaN
@@ -105,12 +106,15 @@ struct SoftmaxRow {
 };
 
 // Rows of logits against class indices, or against a distribution each. Row r = (o, i) of outer x inner has loss[r] and
-// target[r], or probability[.] laid out like x.
+// target[r], or probability[.] laid out like x. Where there is a second target, the row's loss is lam times that of the first
+// and (1 - lam) times that of the second; each is then divided by a divisor of its own.
 struct CrossEntropyArgs {
   c10::ScalarType dtype;
   int64_t outer, n, inner;
   const void* x;
   const int64_t* target;    // null where `probability` is given
+  const int64_t* second_target;  // or null
+  double lam;
   const void* probability;  // of dtype, or null
   const void* weight;       // n reals, or null
   int64_t ignore_index;     // of `target`
@@ -121,6 +125,7 @@ struct CrossEntropyArgs {
   void* grad;           // d loss[r] / dx * scale / divisor, of dtype, laid out like x, or null. May be x itself
   double scale;
   const void* divisor;  // one real in device memory, or null for 1
+  const void* second_divisor;  // of the second target; with that, both divide the loss as well as the gradient
   void* stream;
 };
 using CrossEntropyKernel = Error (*)(const CrossEntropyArgs&);

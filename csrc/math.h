@@ -242,10 +242,16 @@ FASTOPS_FN T log_sigmoid_slope(T x) {
 template <class... Ops>
 struct List {};
 
-// How many parameters a formula's `params` declares: "float alpha=1.0, float beta=2.0" has two.
+// How many numbers a formula's `params` declares ("float alpha=1.0, float beta=2.0": two), and how many tensors, each of
+// them an input beside x and t ("Tensor pos_weight": one).
 constexpr int count_params(const char* p) {
   int n = 0;
   for (; *p; ++p) n += *p == '=';
+  return n;
+}
+constexpr int count_tensors(const char* p) {
+  int n = 0;
+  for (; *p; ++p) n += *p == 'T';
   return n;
 }
 }  // namespace fastops

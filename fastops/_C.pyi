@@ -16,6 +16,9 @@ def binary_cross_entropy(arg0: torch.Tensor, arg1: torch.Tensor, arg2: int, /) -
 def binary_cross_entropy_with_logits(
     arg0: torch.Tensor, arg1: torch.Tensor, arg2: int, /
 ) -> torch.Tensor: ...
+def binary_cross_entropy_with_logits_pos_weight(
+    arg0: torch.Tensor, arg1: torch.Tensor, arg2: int, arg3: torch.Tensor, /
+) -> torch.Tensor: ...
 def celu(arg0: torch.Tensor, arg1: float, /) -> torch.Tensor: ...
 def celu_(arg0: torch.Tensor, arg1: float, /) -> torch.Tensor: ...
 def cpu_capability() -> str: ...
@@ -50,6 +53,17 @@ def cross_entropy_lse(
     arg7: bool,
     /,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+def cross_entropy_mixup(
+    arg0: torch.Tensor,
+    arg1: torch.Tensor,
+    arg2: torch.Tensor,
+    arg3: float,
+    arg4: torch.Tensor | None,
+    arg5: int,
+    arg6: int,
+    arg7: float,
+    /,
+) -> torch.Tensor: ...
 def cuda_built() -> bool: ...
 def dropout(
     input: torch.Tensor,

@@ -53,6 +53,10 @@ def like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def tensors_of(args) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
 # ---------------------------------------------------------------------------------------------- fake kernels
 
 
@@ -67,6 +71,8 @@ def _fakes() -> None:
         return torch.float64 if x.dtype == torch.float64 else torch.float32 if upcast else x.dtype
 
     def loss(input, target, reduction=MEAN, upcast=False, *params):
+        for weight in tensors_of(params):
+            weight.expand(input.shape)  # raises where it cannot
         x = like(input).to(torch.result_type(input, target))
         x = x.to(real(x, upcast))
         return x if reduction == NONE else x.new_empty(())
@@ -87,8 +93,9 @@ def _fakes() -> None:
         fake(f"{name}_backward")(lambda grad, output, dim: like(output))
 
     def cross_entropy(
-        input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False
-    ):
+        input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False,
+        second_target=None, lam=1.0,
+    ):  # fmt: skip
         shape = target.shape if reduction == NONE else ()
         if reduction == NONE and target.is_floating_point():
             shape = torch.Size(n for d, n in enumerate(shape) if d != min(1, input.dim() - 1))
@@ -133,6 +140,14 @@ def at_front(x, dim, size):
     if not isinstance(x, Tensor):
         return x
     return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def beside(w, dim, x):
+    """w, which broadcasts to each example of x, in the shape that broadcasts to all of them."""
+    if dim is None or not isinstance(w, Tensor):
+        return w
+    w = w.movedim(dim, 0)
+    return w.reshape(w.shape[0], *(1,) * (x.dim() - w.dim()), *w.shape[1:])
 
 
 def batched(name: str, rule=None):
@@ -181,12 +196,14 @@ def _vmaps() -> None:
 
     def losses(name):
         forward, backward = overload(name), overload(f"{name}_backward")
+        second = overload(f"{name}_second")
 
         def rule(info, dims, input, target, reduction=MEAN, upcast=False, *params):
             x, t = (
                 at_front(a, d, info.batch_size)
                 for a, d in zip((input, target), dims[:2], strict=True)
             )
+            params = tuple(beside(p, d, x) for p, d in zip(params, dims[4:], strict=True))
             return reduced(forward(x, t, NONE, upcast, *params), reduction), 0
 
         def backward_rule(info, dims, grad, input, target, reduction, *rest):
@@ -198,11 +215,20 @@ def _vmaps() -> None:
                 g = g.reshape(-1, *(1,) * (x.dim() - 1)).expand_as(x).to(x.dtype)
                 if reduction == MEAN:
                     g = g / x[0].numel()
+            rest = tuple(beside(p, d, x) for p, d in zip(rest, dims[4:], strict=True))
             return backward(g, x, t, NONE, *rest), 0
+
+        def second_rule(info, dims, input, target, *rest):
+            x, t = (
+                at_front(a, d, info.batch_size)
+                for a, d in zip((input, target), dims[:2], strict=True)
+            )
+            rest = tuple(beside(p, d, x) for p, d in zip(rest, dims[2:], strict=True))
+            return second(x, t, *rest), 0
 
         batched(name, rule)
         batched(f"{name}_backward", backward_rule)
-        batched(f"{name}_second", elementwise_rule(f"{name}_second"))
+        batched(f"{name}_second", second_rule)
 
     for name in rows_of("reduce"):
         if name != "sum":
@@ -240,8 +266,12 @@ def _vmaps() -> None:
         x, t = (
             at_front(a, d, info.batch_size) for a, d in zip((input, target), dims[:2], strict=True)
         )
+        others = [at_front(a, d, info.batch_size) for a, d in zip(rest, dims[3:], strict=True)]
         return [
-            (x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k), *rest)
+            (
+                x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k),
+                *(a[k] if isinstance(a, Tensor) else a for a in others),
+            )
             for k in range(info.batch_size)
         ]  # fmt: skip
 
@@ -392,6 +422,14 @@ def _polyfills() -> None:
         )[:2]  # fmt: skip
 
     substitute(_C.cross_entropy_lse)(with_lse)
+    cross_entropy = overload("cross_entropy")
+
+    def mixup(input, target, second_target, lam, weight, reduction, ignore_index, label_smoothing):
+        return cross_entropy(
+            input, target, weight, reduction, ignore_index, label_smoothing, False, second_target, lam
+        )  # fmt: skip
+
+    substitute(_C.cross_entropy_mixup)(mixup)
     # The compiler plans what memory is used again, and by what.
     substitute(_C.cross_entropy_)(lambda *args: with_lse(*args))
 
@@ -399,7 +437,8 @@ def _polyfills() -> None:
         call, torchs = overload(name), reference_of(name)
 
         def polyfill(input, target, reduction, *params):
-            if refused(input, target):
+            differentiated = any(p.requires_grad for p in tensors_of(params))
+            if differentiated or refused(input, target, *params):
                 return torchs(input, target, reduction, *params)
             return call(input, target, reduction, False, *params)
 

@@ -202,7 +202,7 @@ def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
         composed = name in COMPOSED or not torchs
         why_torch = "it is torch's to compute" if composed else _handed_over(tensors, kwargs)
         return _torchs(title, args, kwargs, why_torch)
-    rows = tuple((_kind(row), row) for row, _ in kernels)
+    rows = tuple((_kind(row), row) for row in (_row(called) for called, _ in kernels))
     why = []
     expected = OPS[name].rows if name in OPS else ()
     if name in COMPOSED:
@@ -228,6 +228,13 @@ def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
     pool = size >= POOL_MINIMUM and bool(memory.pool_info()["enabled"])
     why.append(_pooled(in_place, size, pool))
     return Explanation(_title(title, args, kwargs), "fastops", rows, device, _C.cpu_capability(), parallel, pool, tuple(why))  # fmt: skip
+
+
+def _row(called: str) -> str:
+    """The row that a C function runs: its own name's, or for what is more than a row that of the row it is of."""
+    if called.removesuffix("_") in ROWS:
+        return called
+    return max((row for row in ROWS if called.startswith(row)), key=len)
 
 
 def _kind(row: str) -> str:

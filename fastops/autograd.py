@@ -7,6 +7,7 @@ the dispatcher's op itself: the rules that it has for all of them are better tha
 
     ReLUFunction(x)  GELUFunction(x)  GELUTanhFunction(x)  LeakyReLUFunction(x, negative_slope)  ... (elementwise)
     MSELossFunction(input, target, reduction)  SmoothL1LossFunction(input, target, reduction, beta)  ... (losses)
+    BinaryCrossEntropyWithLogitsPosWeightFunction(input, target, reduction, pos_weight)
     SoftmaxFunction(x, dim)  LogSoftmaxFunction(x, dim)  DropoutFunction(x, p, seed)
     CrossEntropyFunction(input, target, weight, reduction, ignore_index, label_smoothing)
 
@@ -54,13 +55,18 @@ def _reduce(row: str):
     forward_op, backward_op = overload(row), overload(f"{row}_backward")
 
     def forward(ctx, x, target, reduction, *params):
-        ctx.save_for_backward(x, target)
-        ctx.rest = (reduction, *params)
+        if any(ctx.needs_input_grad[2:]):
+            raise NotImplementedError(f"fastops::{row}: no gradient flows to a weight; detach it")
+        # Of the parameters, one may be a tensor.
+        ctx.save_for_backward(x, target, *(p for p in params if isinstance(p, torch.Tensor)))
+        ctx.rest = [reduction, *(None if isinstance(p, torch.Tensor) else p for p in params)]
         return forward_op(x, target, reduction, False, *params)
 
     def backward(ctx, grad):
+        x, target, *weights = ctx.saved_tensors
+        rest = [weights.pop(0) if p is None else p for p in ctx.rest]
         grads = [
-            backward_op(grad, *ctx.saved_tensors, *ctx.rest, wrt) if need else None
+            backward_op(grad, x, target, *rest, wrt) if need else None
             for wrt, need in enumerate(ctx.needs_input_grad[:2])
         ]
         return *grads, *(None for _ in ctx.rest)

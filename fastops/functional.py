@@ -18,7 +18,8 @@ from torch.overrides import (
 )
 
 from . import _C
-from ._op import composed, op
+from ._guard import DISABLED
+from ._op import composed, op, refused
 
 __all__ = [
     "add_relu",
@@ -640,7 +641,14 @@ def binary_cross_entropy(
     return _reduced(_C.binary_cross_entropy(input, target, 0) * weight, reduction)
 
 
-@op(kind="reduce", reference=F.binary_cross_entropy_with_logits)
+@op(
+    kind="reduce",
+    reference=F.binary_cross_entropy_with_logits,
+    rows={
+        "binary_cross_entropy_with_logits": {},
+        "binary_cross_entropy_with_logits_pos_weight": {},
+    },
+)
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -658,12 +666,15 @@ def binary_cross_entropy_with_logits(
         weight: a factor per element, broadcast to input; the mean is not weighted.
         size_average, reduce: deprecated, as in torch.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        pos_weight: a factor for the positive part, broadcast to target; with one, all is computed by torch.
+        pos_weight: a factor for the positive part, broadcast to target: of shape (C) beside (N, C), or (C, 1, 1) beside
+            (N, C, H, W). In the same pass. No gradient flows to it.
 
     Raises:
         ValueError: input and target of two sizes, an unknown reduction.
+        RuntimeError: a weight or pos_weight that does not broadcast, a pos_weight that requires grad.
 
-    Same as :func:`torch.nn.functional.binary_cross_entropy_with_logits`. Gradients flow to input and target. Example:
+    Tensors of more than one dtype are left to torch. Same as
+    :func:`torch.nn.functional.binary_cross_entropy_with_logits`. Gradients flow to input and target. Example:
     ``binary_cross_entropy_with_logits(torch.zeros(1), torch.ones(1))`` is log(2).
     """
     if has_torch_function_variadic(input, target, weight, pos_weight):
@@ -672,7 +683,14 @@ def binary_cross_entropy_with_logits(
             weight=weight, size_average=size_average, reduce=reduce, reduction=reduction,
             pos_weight=pos_weight,
         )  # fmt: skip
-    if pos_weight is not None or input.dtype != target.dtype or _not_ours(input, target):
+    if (
+        input.dtype != target.dtype
+        or _not_ours(input, target)
+        or not (
+            pos_weight is None
+            or (pos_weight.dtype == input.dtype and pos_weight.device == input.device)
+        )
+    ):
         return F.binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
@@ -683,9 +701,16 @@ def binary_cross_entropy_with_logits(
         raise ValueError(
             f"Target size ({target.size()}) must be the same as input size ({input.size()})"
         )
-    if weight is None:
-        return _C.binary_cross_entropy_with_logits(input, target, enum)
-    return _reduced(_C.binary_cross_entropy_with_logits(input, target, 0) * weight, reduction)
+    if pos_weight is None:
+        if weight is None:
+            return _C.binary_cross_entropy_with_logits(input, target, enum)
+        values = _C.binary_cross_entropy_with_logits(input, target, 0)
+    else:
+        kernel = _C.binary_cross_entropy_with_logits_pos_weight
+        if weight is None:
+            return kernel(input, target, enum, pos_weight)
+        values = kernel(input, target, 0, pos_weight)
+    return _reduced(values * weight, reduction)
 
 
 @op(kind="rows", reference=F.cross_entropy)
@@ -1017,14 +1042,14 @@ def mixup_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """lam cross_entropy(input, target_a) + (1 - lam) cross_entropy(input, target_b): the loss of mixup (Zhang et al.,
-    2018), from class indices; no one-hot targets are made. The logits are read once for each target, and a gradient is
-    kept for each.
+    2018), from class indices; no one-hot targets are made. In one visit of the logits, with one gradient kept; in one for
+    each target where lam is a tensor, the targets are no class indices, or the logits of one dimension.
 
     Args:
         input: logits, as for :func:`cross_entropy`.
         target_a, target_b: class indices of the examples that were mixed.
         lam: how much of the first is in the mixture, in [0, 1]: a number, a 0-d tensor, or with ``reduction="none"`` a
-            tensor that broadcasts with the losses.
+            tensor that broadcasts with the losses. A gradient flows to a tensor.
         weight, ignore_index, reduction, label_smoothing: as for :func:`cross_entropy`, of either term.
 
     Raises:
@@ -1039,6 +1064,18 @@ def mixup_cross_entropy(
             )
     elif not 0 <= lam <= 1:
         raise ValueError(f"mixup_cross_entropy: lam has to be between 0 and 1, but got {lam}")
+    elif not (
+        DISABLED
+        or has_torch_function_variadic(input, target_a, target_b, weight)
+        or refused(input)
+        or input.dim() < 2
+        or target_a.is_floating_point()
+        or target_b.is_floating_point()
+    ):
+        enum = _reduction.get_enum(reduction)
+        return _C.cross_entropy_mixup(
+            input, target_a, target_b, lam, weight, enum, ignore_index, label_smoothing
+        )
     a, b = (
         cross_entropy(
             input, target, weight=weight, ignore_index=ignore_index, reduction=reduction,

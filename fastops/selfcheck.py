@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -214,14 +214,31 @@ def _verdict(name: str, dtype: torch.dtype, device: str, check: Callable, *argum
     return Check(name, dtype, device)
 
 
+def _with_pos_weight(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def weighted(input: Tensor, target: Tensor) -> Tensor:
+        return function(input, target, pos_weight=torch.linspace(0.5, 2, input.shape[-1]).to(input))
+
+    return weighted
+
+
 def check_ops(device: str = "cpu") -> Iterator[Check]:
     """Every op of the table, in float32, bfloat16 and float16, with its gradients; cross-entropy against probabilities
-    too. Yields one :class:`Check` each; an op that raises is one with a problem."""
+    and binary cross-entropy with a pos_weight too. Yields one :class:`Check` each; an op that raises is one with a problem."""
     for op in OPS.values():
         # The one loss that takes nothing outside [0, 1].
         within = op.name == "binary_cross_entropy"
         for dtype in DTYPES:
             yield _verdict(op.name, dtype, device, check_op, op, dtype, device, within)
+    bce = OPS["binary_cross_entropy_with_logits"]
+    weighted = replace(
+        bce,
+        name=f"{bce.name} with pos_weight",
+        function=_with_pos_weight(bce.function),
+        reference=_with_pos_weight(bce.reference),
+        exact=_with_pos_weight(bce.exact),
+    )
+    for dtype in DTYPES:
+        yield _verdict(weighted.name, dtype, device, check_op, weighted, dtype, device)
     name = "cross_entropy of probabilities"
     for dtype in DTYPES:
         yield _verdict(name, dtype, device, check_op, OPS["cross_entropy"], dtype, device, True)

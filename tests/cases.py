@@ -103,8 +103,17 @@ def map_cases(op: Op) -> Iterator[Case]:
             yield Case(op, f"{op.name}-{layout}{label}", (make(),), kwargs)
 
 
+# Shapes that broadcast to an input: its last dimension's, its channels', and one number.
+WEIGHTS: dict[str, Callable[[Tensor], tuple[int, ...]]] = {
+    "none": lambda x: x.shape[-1:],
+    "mean": lambda x: (x.shape[1], *(1,) * (x.dim() - 2)) if x.dim() > 1 else x.shape,
+    "sum": lambda x: (),
+}
+
+
 def reduce_cases(op: Op) -> Iterator[Case]:
     within = INPUTS.get(op.name)
+    weighted = "pos_weight" in op.signature.parameters
     for kwargs in [{}, *ARGUMENTS.get(op.name, [])]:
         label = "".join(f",{k}={v}" for k, v in kwargs.items())
         for reduction in ("none", "mean", "sum"):
@@ -119,6 +128,12 @@ def reduce_cases(op: Op) -> Iterator[Case]:
                     op, f"{op.name}-{layout},{reduction}{label}", (x, t),
                     {**kwargs, "reduction": reduction},
                 )  # fmt: skip
+    for reduction, shape_of in WEIGHTS.items() if weighted else ():
+        for layout, make in LAYOUTS.items():
+            x = make()
+            kwargs = {"reduction": reduction, "pos_weight": randn(*shape_of(x), seed=2).abs()}
+            name = f"{op.name}-{layout},{reduction},pos_weight"
+            yield Case(op, name, (x, randn(*x.shape, seed=1)), kwargs)
 
 
 def softmax_cases(op: Op) -> Iterator[Case]:

@@ -267,9 +267,11 @@ def test_map_refuses_other_dtypes():
 
 
 def run_reduce(
-    row, which, out, x, t=None, grad=None, scalar=False, scale=1.0, divisor=None, workspace=None
-):
-    call("run_reduce", row.index, which.encode(), DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(t), address(grad), ctypes.c_bool(scalar), F64(scale), address(divisor), doubles(row.params), address(workspace))  # fmt: skip
+    row, which, out, x, t=None, grad=None, scalar=False, scale=1.0, divisor=None, workspace=None,
+    w=None,
+):  # fmt: skip
+    period = 0 if w is None else w.numel()
+    call("run_reduce", row.index, which.encode(), DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(t), address(grad), ctypes.c_bool(scalar), F64(scale), address(divisor), doubles(row.params), address(workspace), address(w), I64(period))  # fmt: skip
     return out
 
 
@@ -281,21 +283,33 @@ def loss_inputs(row, n, dtype):
     return random(n, dtype, 1), random(n, dtype, 2)
 
 
-def loss_of(row, x, t, reduction):
+def weights(row, n, dtype):
+    """Rows to be repeated beside n elements, for a loss that takes one: as long, whole packs, and neither."""
+    if not row.weighted or n == 0:
+        return [None]
+    return [random(period, dtype, 5).abs() for period in (n, 64, 37, 1)]
+
+
+def loss_of(row, x, t, reduction, w=None):
+    if w is not None:
+        w = w.to(x.dtype).repeat(-(-x.numel() // w.numel()))[: x.numel()]
+        return F.binary_cross_entropy_with_logits(x, t, pos_weight=w, reduction=reduction)
+    if row.weighted:
+        return F.binary_cross_entropy_with_logits(x, t, reduction=reduction)
     named = [name for name, _ in parameters_of(row.name)]
     return reference(row.name)(
         x, t, **dict(zip(named, row.params, strict=True)), reduction=reduction
     )
 
 
-def total_of(row, x, t):
-    return x.sum() if row.name == "sum" else loss_of(row, x, t, "sum")
+def total_of(row, x, t, w=None):
+    return x.sum() if row.name == "sum" else loss_of(row, x, t, "sum", w)
 
 
-def reduce_by_torch(row, x, t, grad):
+def reduce_by_torch(row, x, t, grad, w):
     """values, and the derivatives times grad."""
     x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
-    values = loss_of(row, x, t, "none")
+    values = loss_of(row, x, t, "none", w)
 
     def gradients(y, inputs):
         if not y.requires_grad:
@@ -320,20 +334,24 @@ DERIVATIVES = ["values", "d0", "d1", "d00", "d01", "d11"]
 def test_reduce_elementwise(row, dtype, n, grad_is_scalar):
     x, t = loss_inputs(row, n, dtype)
     grad, scale = random(1 if grad_is_scalar else n, dtype, 3), 0.25
-    torchs, true = (
-        reduce_by_torch(row, x.to(kind), t.to(kind), grad.to(kind) * scale)
-        for kind in (judged(dtype), torch.float64)
-    )
+    for w in weights(row, n, dtype):
+        torchs, true = (
+            reduce_by_torch(row, x.to(kind), t.to(kind), grad.to(kind) * scale, w)
+            for kind in (judged(dtype), torch.float64)
+        )
 
-    def run(device):
-        vx, vt, g = (device.constant(v) for v in (x, t, grad))
-        yield run_reduce(row, "values", device.empty(n, dtype), vx, vt)
-        for which in DERIVATIVES[1:]:
-            yield run_reduce(row, which, device.empty(n, dtype), vx, vt, g, grad_is_scalar, scale)
+        def run(device, w=w):
+            vx, vt, g = (device.constant(v) for v in (x, t, grad))
+            vw = None if w is None else device.constant(w)
+            yield run_reduce(row, "values", device.empty(n, dtype), vx, vt, w=vw)
+            for which in DERIVATIVES[1:]:
+                yield run_reduce(
+                    row, which, device.empty(n, dtype), vx, vt, g, grad_is_scalar, scale, w=vw
+                )
 
-    for results in everywhere(run):
-        for value, torch_value, true_value in zip(results, torchs, true, strict=True):
-            check(value, torch_value, true_value, dtype)
+        for results in everywhere(run):
+            for value, torch_value, true_value in zip(results, torchs, true, strict=True):
+                check(value, torch_value, true_value, dtype)
 
 
 @every_dtype
@@ -346,29 +364,24 @@ def test_reduce_total(row, dtype, n, divided):
     x, t = loss_inputs(row, n, dtype)
     scale, divisor = 1 / n, torch.tensor([3.0], dtype=real(dtype)) if divided else None
     factor = scale / (3 if divided else 1)
-    torchs, true = (
-        total_of(row, x.to(kind), t.to(kind)) * factor for kind in (torch.float32, torch.float64)
-    )
-
-    def run(device):
-        out, workspace = device.empty(1, real(dtype)), device.empty(library().workspace_bytes(I64(n)) // 8, torch.float64, 0)  # fmt: skip
-        d = None if divisor is None else device.constant(divisor)
-        yield run_reduce(
-            row,
-            "total",
-            out,
-            device.constant(x),
-            device.constant(t),
-            scale=scale,
-            divisor=d,
-            workspace=workspace,
+    for w in weights(row, n, dtype) if row.weighted else [None]:
+        torchs, true = (
+            total_of(row, x.to(kind), t.to(kind), w) * factor
+            for kind in (torch.float32, torch.float64)
         )
 
-    results = [total for (total,) in everywhere(run)]
-    check(results[0], torchs.view(1), true.view(1), real(dtype))
-    assert all(torch.equal(bits(result), bits(results[0])) for result in results), (
-        "the sum depends on the address"
-    )
+        def run(device, w=w):
+            out, workspace = device.empty(1, real(dtype)), device.empty(library().workspace_bytes(I64(n)) // 8, torch.float64, 0)  # fmt: skip
+            d = None if divisor is None else device.constant(divisor)
+            vx, vt = device.constant(x), device.constant(t)
+            vw = None if w is None else device.constant(w)
+            yield run_reduce(row, "total", out, vx, vt, scale=scale, divisor=d, workspace=workspace, w=vw)  # fmt: skip
+
+        results = [total for (total,) in everywhere(run)]
+        check(results[0], torchs.view(1), true.view(1), real(dtype))
+        assert all(torch.equal(bits(result), bits(results[0])) for result in results), (
+            "the sum depends on the address"
+        )
 
 
 @each_row("reduce")
@@ -436,10 +449,10 @@ def test_softmax_of_infinities(row, shape):
 
 def run_cross_entropy(
     row, x, target, weight, smoothing, loss, grad, scale=1.0, divisor=None, divisor_out=None,
-    z_loss=0.0, lse=None,
+    z_loss=0.0, lse=None, second=None, lam=1.0, second_divisor=None,
 ):  # fmt: skip
     extents = [I64(extent) for extent in x.shape]
-    call("run_cross_entropy", row.index, DTYPES[x.dtype], *extents, address(x), address(target), address(weight), I64(-100), F64(smoothing), address(loss), address(grad), F64(scale), address(divisor), address(divisor_out), F64(z_loss), address(lse))  # fmt: skip
+    call("run_cross_entropy", row.index, DTYPES[x.dtype], *extents, address(x), address(target), address(weight), I64(-100), F64(smoothing), address(loss), address(grad), F64(scale), address(divisor), address(divisor_out), F64(z_loss), address(lse), address(second), F64(lam), address(second_divisor))  # fmt: skip
 
 
 @every_dtype
@@ -490,6 +503,52 @@ def test_cross_entropy(row, dtype, shape, smoothing, weighted):
         check(grad, torch_grad, true[1], dtype)
         assert torch.equal(loss, alone) and torch.equal(bits(grad), bits(in_place))
         check(divisor, true[2].view(1), true[2].view(1), real(dtype))
+
+
+@every_dtype
+@each_row("cross_entropy")
+@every_shape
+@pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.2, True)])
+def test_cross_entropy_of_two_targets(row, dtype, shape, smoothing, weighted):
+    """lam of the one and the rest of the other, each divided by a divisor of its own; either may be ignored."""
+    outer, n, inner = shape
+    x, lam, scale, function = random(shape, dtype, 1, 3), 0.3, 0.5, reference(row.name)
+    both = [
+        torch.randint(0, n, (outer, inner), generator=torch.Generator().manual_seed(seed))
+        for seed in (4, 5)
+    ]
+    if outer:
+        both[0].view(-1)[1::3], both[1].view(-1)[1::2] = -100, -100
+    weight = (torch.arange(n) % 5 + 1) / 4 if weighted else None
+    divisors = [3.0, 0.5]
+
+    def by_torch(kind):
+        vx = x.to(kind, copy=True).requires_grad_()
+        w = None if weight is None else weight.to(kind)
+        a, b = (function(vx, t, w, reduction="none", label_smoothing=smoothing) for t in both)
+        loss = a * (lam / divisors[0]) + b * ((1 - lam) / divisors[1])
+        if outer == 0:
+            return loss.detach(), torch.zeros_like(vx)
+        return loss.detach(), torch.autograd.grad(loss.sum() * scale, vx)[0]
+
+    true = by_torch(torch.float64)
+    torch_loss, torch_grad = by_torch(torch.float32)[0], by_torch(judged(dtype))[1]
+
+    def run(device):
+        vx, (a, b) = device.copy(x), (device.constant(t, 0) for t in both)
+        w = None if weight is None else device.constant(weight.to(real(dtype)))
+        first, second = (device.constant(torch.tensor([d], dtype=real(dtype))) for d in divisors)
+        loss, alone = (device.empty((outer, inner), real(dtype)) for _ in range(2))
+        grad = device.empty(shape, dtype)
+        more = {"second": b, "lam": lam, "second_divisor": second}
+        run_cross_entropy(row, vx, a, w, smoothing, alone, None, scale, first, **more)
+        run_cross_entropy(row, vx, a, w, smoothing, loss, grad, scale, first, **more)
+        return loss, grad, alone
+
+    for loss, grad, alone in everywhere(run):
+        check(loss, torch_loss, true[0], real(dtype))
+        check(grad, torch_grad, true[1], dtype)
+        assert torch.equal(loss, alone)
 
 
 @each_row("cross_entropy")
@@ -998,13 +1057,14 @@ def test_map_touches_memory_once_where_it_is_not_aligned(row, dtype):
 def test_losses_touch_memory_once_in_packs(row, dtype):
     nbytes = 4096 * size_of(dtype)
     with Device() as device:
-        x, t, grad, out = (device.copy(random(4096, dtype, seed).sigmoid()) for seed in range(4))
-        seen = traffic(partial(run_reduce, row, "values", out, x, t))
-        assert_floor(seen, 2 * nbytes, nbytes)
+        x, t, grad, out, w = (device.copy(random(4096, dtype, seed).sigmoid()) for seed in range(5))
+        more = {"w": w} if row.weighted else {}
+        seen = traffic(partial(run_reduce, row, "values", out, x, t, **more))
+        assert_floor(seen, (2 + len(more)) * nbytes, nbytes)
         assert_all_wide(seen)
         for which in DERIVATIVES[1:]:
-            seen = traffic(partial(run_reduce, row, which, out, x, t, grad))
-            assert_floor(seen, 3 * nbytes, nbytes)
+            seen = traffic(partial(run_reduce, row, which, out, x, t, grad, **more))
+            assert_floor(seen, (3 + len(more)) * nbytes, nbytes)
             assert_all_wide(seen)
 
 
@@ -1013,11 +1073,11 @@ def test_losses_touch_memory_once_in_packs(row, dtype):
 @pytest.mark.parametrize("n, launches", [(16_384, 1), (131_072, 2)])
 def test_sums_read_memory_once_in_packs(row, dtype, n, launches):
     dtype = real(dtype) if row.name == "sum" else dtype
-    inputs = 1 if row.name == "sum" else 2
+    inputs = 1 if row.name == "sum" else 2 + row.weighted
     with Device() as device:
-        x, t = (device.copy(random(n, dtype, seed).sigmoid()) for seed in range(2))
+        x, t, w = (device.copy(random(n, dtype, seed).sigmoid()) for seed in range(3))
         out, workspace = device.empty(1, real(dtype)), device.empty(n // 16_384, torch.float64)
-        seen = traffic(partial(run_reduce, row, "total", out, x, t, workspace=workspace))
+        seen = traffic(partial(run_reduce, row, "total", out, x, t, workspace=workspace, w=w))
         nbytes = inputs * n * size_of(dtype)
         assert seen.launches == launches and seen.wide_loads * 16 == nbytes
         assert seen.loaded_bytes + seen.stored_bytes <= 1.01 * nbytes

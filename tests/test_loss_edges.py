@@ -100,8 +100,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_no_copy_of_the_logits(name, smoothing, mixup):
-    """Nothing of their size is made forward but the gradient (one for each target), and without one nothing at all:
-    no copy, no one-hot."""
+    """Nothing of their size is made forward but the gradient, and without one nothing at all: no copy, no one-hot."""
     x = LAYOUTS[name]
     shape = (x.shape[0], *x.shape[2:])
     first, second = (
@@ -119,7 +118,7 @@ def test_no_copy_of_the_logits(name, smoothing, mixup):
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
     with Large(x.nbytes) as both:
         loss = call(leaf)
-    assert both.seen == ["fastops.cross_entropy_forward.default"] * (1 + mixup)
+    assert both.seen == ["fastops.cross_entropy_forward.default"]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         (g,) = torch.autograd.grad(loss, leaf)
     assert g.stride() == x.stride()

@@ -51,6 +51,8 @@ def calls_of_kind(name, dtype):
     elif kind == "reduce":
         for reduction in ("none", "mean", "sum"):
             yield reduction, lambda x, t, r=reduction: function(x, t, reduction=r), (x.sigmoid(), t.sigmoid())  # fmt: skip
+            if "pos_weight" in parameters:
+                yield f"{reduction} pos_weight", lambda x, t, r=reduction: function(x, t, reduction=r, pos_weight=x[0, 0].detach()), (x, t)  # fmt: skip
     elif name == "bias_dropout_add":
         yield "", lambda x, b, r: function(x, b, r, 0.3), (x, t[0, 0], t)
     elif kind == "random":

@@ -139,6 +139,11 @@ def test_vmap(case, dim):
     torch.testing.assert_close(vmap(gradient(ours), dims)(*batch), one_by_one(gradient(reference)))
 
 
+def parameters(row, weight):
+    """What a row takes beside its inputs: `weight` where that is a tensor, else the defaults."""
+    return [weight] if "Tensor" in ROWS[row][1] else [v for _, v in fastops._op.parameters_of(row)]
+
+
 def opcheck_inputs():
     x, t = torch.randn(4, 6), torch.randn(4, 6)
     seed = torch.tensor(7)
@@ -151,7 +156,7 @@ def opcheck_inputs():
             yield f"{row}_", (x, *params)
             yield f"{row}_backward", (x, t, *params)
         elif kind == "reduce" and row != "sum":
-            params = [v for _, v in fastops._op.parameters_of(row)]
+            params = parameters(row, weight)
             a, b = (v.sigmoid() if row in INPUTS else v for v in (x, t))
             for reduction in (0, 1, 2):
                 yield row, (a, b, reduction, False, *params)
@@ -163,6 +168,10 @@ def opcheck_inputs():
     for reduction in (0, 1, 2):
         yield "cross_entropy", (x, labels, None, reduction)
         yield "cross_entropy_forward", (x, labels, weight, reduction, 5, 0.1)
+        yield (
+            "cross_entropy_forward",
+            (x, labels, weight, reduction, 5, 0.1, False, labels.flip(0), 0.3),
+        )
     yield "dropout", (x, 0.3, seed)
     yield "dropout_", (x, 0.3, seed)
 
@@ -175,9 +184,8 @@ def test_opcheck(name, args, requires_grad):
     inplace = name.endswith("_")
     if requires_grad and not inplace:
         args = tuple(
-            a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() and not (
-                name.startswith("cross_entropy") and k == 2) else a
-            for k, a in enumerate(args)
+            a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() and a.shape != (6,) else a
+            for a in args  # but no weights, of shape (6)
         )  # fmt: skip
     elif requires_grad:
         return  # a leaf that requires grad cannot be written to: test_errors
@@ -326,12 +334,13 @@ def test_function_classes(name):
                 partial(overload(row), x, other),
             )
         cls = getattr(A, A.class_name(row))
-        params = [v for _, v in fastops._op.parameters_of(row)]
+        params = parameters(row, t[0].abs())
         if OPS[name].kind == "reduce":
             within = INPUTS.get(name, lambda v: v)
+            given = {"pos_weight": t[0].abs()} if "Tensor" in ROWS[row][1] else {}
             pairs[name] = (
                 lambda: cls.apply(within(x), within(t), 1, *params),  # noqa: B023
-                lambda: OPS[name].function(within(x), within(t), reduction="mean"),  # noqa: B023
+                lambda: OPS[name].function(within(x), within(t), reduction="mean", **given),  # noqa: B023
             )
         ours, plain = pairs.get(name) or (
             partial(cls.apply, x, *params),
@@ -355,7 +364,7 @@ def test_function_classes_under_torch_func(name):
         assert not hasattr(fastops.autograd, fastops.autograd.class_name(name))
         return
     x, t = torch.rand(4, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
-    params = [v for _, v in fastops._op.parameters_of(name)]
+    params = parameters(name, torch.rand(6, dtype=torch.float64))
     seed = torch.tensor(5)
     rest = {
         "map": params, "fused": [t[0] if ROWS[name][1] else t], "reduce": [t, 1, *params], "softmax": [1],

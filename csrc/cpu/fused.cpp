@@ -23,23 +23,19 @@ Error fused(const FusedArgs& a, F f) {
     // Threads are given whole groups, so that every group of a long run is aligned.
     cpu::parallel((a.n + L::size - 1) / L::size, kGrain / L::size, [=, n = a.n](int64_t first, int64_t last) {
       const int64_t end = last * L::size < n ? last * L::size : n;
-      for (int64_t at = first * L::size; at < end;) {
-        const int64_t j = at % period, run = period - j < end - at ? period - j : end - at;
-        groups<L::size>(0, run, [&](int64_t i, auto count) {
-          V x[inputs][L::count], y[L::count];
-          for (int k = 0; k < inputs; ++k) L::load(k == 1 ? in[k] + j + i : in[k] + at + i, count, x[k]);
-          for (int k = 0; k < L::count; ++k) {
-            if constexpr (inputs == 2) y[k] = f(x[0][k], x[1][k]);
-            if constexpr (inputs == 3) y[k] = f(x[0][k], x[1][k], x[2][k]);
-          }
-          if (stream && count == L::size) {
-            L::stream(out + at + i, y);
-          } else {
-            L::store(out + at + i, count, y);
-          }
-        });
-        at += run;
-      }
+      groups_beside<L::size>(first * L::size, end, period, [&](int64_t i, int64_t j, auto count) {
+        V x[inputs][L::count], y[L::count];
+        for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 1 ? j : i), count, x[k]);
+        for (int k = 0; k < L::count; ++k) {
+          if constexpr (inputs == 2) y[k] = f(x[0][k], x[1][k]);
+          if constexpr (inputs == 3) y[k] = f(x[0][k], x[1][k], x[2][k]);
+        }
+        if (stream && count == L::size) {
+          L::stream(out + i, y);
+        } else {
+          L::store(out + i, count, y);
+        }
+      });
       if (stream) fence();
     });
     return nullptr;

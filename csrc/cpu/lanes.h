@@ -122,6 +122,17 @@ FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) {
   if (i < end) body(i, end - i);
 }
 
+// The same for the elements beside a row of `period` that is repeated: body(i, i % period, n). A group ends where the row
+// does.
+template <int64_t group, class Body>
+FASTOPS_FN void groups_beside(int64_t begin, int64_t end, int64_t period, Body body) {
+  for (int64_t at = begin; at < end;) {
+    const int64_t j = at % period, run = period - j < end - at ? period - j : end - at;
+    groups<group>(0, run, [&](int64_t i, auto n) { body(at + i, j + i, n); });
+    at += run;
+  }
+}
+
 // f(inputs..., parameters...) with the parameters spread as values of T.
 template <class T, class real, size_t... I, class F, class... In>
 FASTOPS_FN T apply(F f, const real* params, std::index_sequence<I...>, In... in) {

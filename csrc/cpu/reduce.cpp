@@ -1,5 +1,5 @@
 // Elementwise losses and their sums: values, total, first and second derivatives. Sums are taken chunk by chunk in an
-// order that n alone decides, so that they have the same bits for any number of threads.
+// order that n (and the period of what is repeated) alone decides, so that they have the same bits for any number of threads.
 #include "../formulas/losses.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -28,20 +28,33 @@ FASTOPS_FN double horizontal_sum(V v) {
   return sum;
 }
 
-// sum of f over [begin, end)
+// Calls body(i, j, n) for every group of [begin, end): where there is a third input, a row of `period` that is repeated,
+// j = i % period.
+template <int64_t group, int inputs, class Body>
+FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body) {
+  if constexpr (inputs == 3) {
+    groups_beside<group>(begin, end, period, body);
+  } else {
+    groups<group>(begin, end, [&](int64_t i, auto n) { body(i, i, n); });
+  }
+}
+
+// sum of f over [begin, end); the third input is a row of `period`, repeated
 template <class scalar_t, int inputs, class F>
-FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs], F f) {
+FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs], int64_t period, F f) {
   using L = Lanes<scalar_t>;
   using V = typename L::V;
   double sum = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     V total(typename L::real(0));
-    groups<L::size>(block, block + kBlock < end ? block + kBlock : end, [&](int64_t i, auto n) {
+    const int64_t behind = block + kBlock < end ? block + kBlock : end;
+    each_group<L::size, inputs>(block, behind, period, [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
       V x[inputs][L::count], v[L::count];
-      for (int k = 0; k < inputs; ++k) L::load(in[k] + i, n, x[k]);
+      for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
       for (int k = 0; k < L::count; ++k) {
         if constexpr (inputs == 1) v[k] = f(x[0][k]);
         if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
+        if constexpr (inputs == 3) v[k] = f(x[0][k], x[1][k], x[2][k]);
       }
       if (n < L::size) L::keep(n, 0, v);
       for (int k = 0; k < L::count; ++k) total = total + v[k];
@@ -61,11 +74,11 @@ Error total(const ReduceArgs& a, F f) {
     const scalar_t* in[inputs];
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     auto* partial = static_cast<double*>(a.workspace);
-    const int64_t n = a.n, chunks = (n + kReduceChunk - 1) / kReduceChunk;
+    const int64_t n = a.n, chunks = (n + kReduceChunk - 1) / kReduceChunk, period = a.period;
     cpu::parallel(chunks, 1, [=](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t from = k * kReduceChunk, to = from + kReduceChunk;
-        partial[k] = sum_chunk(from, to < n ? to : n, in,
+        partial[k] = sum_chunk(from, to < n ? to : n, in, period,
                                [&](auto... x) { return with_params<params, V>(f, p.value, x...); });
       }
     });
@@ -78,8 +91,8 @@ Error total(const ReduceArgs& a, F f) {
   });
 }
 
-// out[i] = f(x, t) times scale * grad[i], where there is a grad
-template <int params, class F>
+// out[i] = f(x, t, ...) times scale * grad[i], where there is a grad
+template <int params, int inputs, class F>
 Error each(const ReduceArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -88,20 +101,21 @@ Error each(const ReduceArgs& a, F f) {
     using real = typename L::real;
     const Params<params, real> p(a.params);
     auto* out = static_cast<scalar_t*>(a.out);
-    auto* x = static_cast<const scalar_t*>(a.in[0]);
-    auto* t = static_cast<const scalar_t*>(a.in[1]);
+    const scalar_t* in[inputs];
+    for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
+    const int64_t period = a.period;
     auto* grad = static_cast<const scalar_t*>(a.grad);
     const bool has_grad = grad != nullptr, scalar = a.grad_is_scalar;
     const real scale = static_cast<real>(a.scale);
     const real factor = has_grad && scalar ? static_cast<real>(*grad) * scale : scale;
     cpu::parallel(a.n, kGrain, [=](int64_t begin, int64_t end) {
-      groups<L::size>(begin, end, [&](int64_t i, auto n) {
-        V vx[L::count], vt[L::count], y[L::count], g[L::count];
-        L::load(x + i, n, vx);
-        L::load(t + i, n, vt);
+      each_group<L::size, inputs>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
+        V x[inputs][L::count], y[L::count], g[L::count];
+        for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
         if (has_grad && !scalar) L::load(grad + i, n, g);
         for (int k = 0; k < L::count; ++k) {
-          y[k] = with_params<params, V>(f, p.value, vx[k], vt[k]);
+          if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
+          if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           if (has_grad) y[k] = y[k] * (scalar ? V(factor) : g[k] * V(factor));
         }
         L::store(out + i, n, y);
@@ -113,34 +127,34 @@ Error each(const ReduceArgs& a, F f) {
 
 template <class Op>
 struct MakeReduce {
-  static constexpr int params = count_params(Op::params);
+  static constexpr int params = count_params(Op::params), inputs = 2 + count_tensors(Op::params);
 
   static Error values(const ReduceArgs& a) {
-    return each<params>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return each<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error sum(const ReduceArgs& a) {
-    return total<params, 2>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return total<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error d0(const ReduceArgs& a) {
-    return each<params>(a, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
+    return each<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
   }
   static Error d1(const ReduceArgs& a) {
-    return each<params>(a, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
+    return each<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
   static Error d00(const ReduceArgs& a) {
-    return each<params>(a, [](auto x, auto t, auto... p) {
+    return each<params, inputs>(a, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d0(D(x, c<decltype(x)>(1)), D(t, c<decltype(x)>(0)), D(p, c<decltype(x)>(0))...).d;
     });
   }
   static Error d01(const ReduceArgs& a) {
-    return each<params>(a, [](auto x, auto t, auto... p) {
+    return each<params, inputs>(a, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d0(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
     });
   }
   static Error d11(const ReduceArgs& a) {
-    return each<params>(a, [](auto x, auto t, auto... p) {
+    return each<params, inputs>(a, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d1(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
     });

@@ -371,7 +371,8 @@ struct MakeSoftmax {
 // The constants of a call, in real.
 template <class real>
 struct Target {
-  const int64_t* index;
+  const int64_t* index[2];
+  real share[2];  // of the targets in the loss, where there are two
   const real* weight;
   int64_t ignore_index;
   real smoothing, soft, scale, mass;  // soft = smoothing / n; scale of the gradient; mass = sum of the weights
@@ -379,13 +380,13 @@ struct Target {
   real* lse;
 
   FASTOPS_FN Target(const CrossEntropyArgs& a)
-      : index(a.target),
+      : index{a.target, a.second_target},
+        share{part(a.lam, a.divisor), part(1 - a.lam, a.second_divisor)},
         weight(static_cast<const real*>(a.weight)),
         ignore_index(a.ignore_index),
         smoothing(static_cast<real>(a.label_smoothing)),
         soft(static_cast<real>(a.label_smoothing / static_cast<double>(a.n))),
-        scale(static_cast<real>(a.divisor ? a.scale / static_cast<double>(*static_cast<const real*>(a.divisor))
-                                          : a.scale)),
+        scale(a.second_target ? static_cast<real>(a.scale) : part(a.scale, a.divisor)),
         mass(static_cast<real>(a.n)),
         z(static_cast<real>(a.z_loss)),
         lse(static_cast<real*>(a.lse)) {
@@ -394,6 +395,9 @@ struct Target {
       for (int64_t j = 0; j < a.n; ++j) sum += static_cast<double>(weight[j]);
       mass = static_cast<real>(sum);
     }
+  }
+  static FASTOPS_FN real part(double whole, const void* divisor) {
+    return static_cast<real>(divisor ? whole / static_cast<double>(*static_cast<const real*>(divisor)) : whole);
   }
   FASTOPS_FN real hard(int64_t t) const { return (real(1) - smoothing) * (weight ? weight[t] : real(1)); }
   // Leaves row r's log(sum(exp(x))), adds what z_loss makes of it to the row's loss, and returns what it adds to `total`.
@@ -406,13 +410,36 @@ struct Target {
   }
 };
 
-template <class L, class scalar_t, class real>
+// What `targets` classes of row r ask of its kernel; a class that is ignored is -1.
+template <int targets, class real>
+struct Classes {
+  int64_t t[targets];
+  real hard[targets] = {}, share = 0, nothing = 0;  // share: the sum of those of the classes not ignored; nothing: 0, or NaN
+  bool live = false;
+
+  FASTOPS_FN Classes(const Target<real>& q, int64_t r) {
+    for (int m = 0; m < targets; ++m) {
+      const real part = targets == 1 ? real(1) : q.share[m];
+      t[m] = q.index[m][r];
+      if (t[m] == q.ignore_index) {
+        t[m] = -1;
+        if (targets > 1) nothing += real(0) * part;  // the mean of none is NaN
+        continue;
+      }
+      live = true;
+      hard[m] = targets == 1 ? q.hard(t[m]) : part * q.hard(t[m]);
+      share += part;
+    }
+  }
+};
+
+template <int targets, class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* buffer, real* loss, int64_t n, int64_t r,
                                   const Target<real>& q) {
   using V = typename L::V;
-  const int64_t t = q.index[r];
-  if (t == q.ignore_index) {
-    *loss = 0;
+  const Classes<targets, real> of(q, r);
+  if (!of.live) {
+    *loss = of.nothing;
     if (q.lse) q.lse[r] = 0;
     if (grad) {
       V none[L::count];
@@ -421,7 +448,9 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
     }
     return;
   }
-  const real hard = q.hard(t), x_target = static_cast<real>(x[t]);  // before grad, which may be x, is written
+  real x_target[targets] = {};  // before grad, which may be x, is written
+  for (int m = 0; m < targets; ++m)
+    if (of.t[m] >= 0) x_target[m] = static_cast<real>(x[of.t[m]]);
   real smooth_depth = 0;
   Visit<real> v;
   if (q.soft != real(0)) {
@@ -450,14 +479,22 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
   scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
   visit<L>(x, n, exponential, v);
   const real log_sum = static_cast<real>(log(v.sum));
-  *loss = CrossEntropy::loss(log_sum, v.peak, x_target, hard);
-  if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, q.soft);
+  const real share = targets == 1 ? real(1) : of.share, soft_part = share * q.soft;
+  real hard = of.hard[0];
+  *loss = targets == 1 || of.t[0] >= 0 ? CrossEntropy::loss(log_sum, v.peak, x_target[0], of.hard[0]) : real(0);
+  if constexpr (targets == 2) {
+    hard += of.hard[1];
+    if (of.t[1] >= 0) *loss += CrossEntropy::loss(log_sum, v.peak, x_target[1], of.hard[1]);
+    *loss += of.nothing;
+  }
+  if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, soft_part);
   const real slope = q.finish(r, v.peak, log_sum, *loss);
   if (!grad) return;
 
-  const V inverse(static_cast<real>(1 / v.sum)), total((hard + q.soft * q.mass + slope) * q.scale), none(real(0));
-  const V soft(q.soft * q.scale);
-  const int64_t block_begin = t / L::size * L::size;
+  const V inverse(static_cast<real>(1 / v.sum)), total((hard + soft_part * q.mass + slope) * q.scale), none(real(0));
+  const V soft(soft_part * q.scale);
+  int64_t block_begin[targets];
+  for (int m = 0; m < targets; ++m) block_begin[m] = of.t[m] < 0 ? -1 : of.t[m] / L::size * L::size;
   each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
     for (int k = 0; k < L::count; ++k) {
       V soft_weight = none;
@@ -472,10 +509,11 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
       }
       e[k] = CrossEntropy::gradient(e[k] * inverse, total, soft_weight);
     }
-    if (i == block_begin) {  // the target's share is subtracted before the value is rounded to the dtype
+    for (int m = 0; m < targets; ++m) {
+      if (i != block_begin[m]) continue;  // the target's share is subtracted before the value is rounded to the dtype
       real lane[L::count * V::size()];
       for (int k = 0; k < L::count; ++k) e[k].store(lane + k * V::size());
-      lane[t - i] -= hard * q.scale;
+      lane[of.t[m] - i] -= of.hard[m] * q.scale;
       for (int k = 0; k < L::count; ++k) e[k] = V::loadu(lane + k * V::size());
     }
     if (buffer && count == L::size) {
@@ -486,18 +524,23 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
   });
 }
 
-template <class L, class scalar_t, class real, class N>
+template <int targets, class L, class scalar_t, class real, class N>
 FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* loss, int64_t r, int64_t n, int64_t inner,
                                       N count, const Target<real>& q) {
   using V = typename L::V;
   constexpr int64_t size = L::size;
-  const int64_t* const target = q.index + r;
-  real hard[size] = {}, x_target[size] = {}, live[size] = {};
+  int64_t target[targets][size];
+  real hard[targets][size] = {}, x_target[targets][size] = {}, live[size] = {}, share[size] = {}, nothing[size] = {};
   for (int64_t i = 0; i < count; ++i) {
-    if (target[i] == q.ignore_index) continue;
-    live[i] = 1;
-    hard[i] = q.hard(target[i]);
-    x_target[i] = static_cast<real>(x[target[i] * inner + i]);
+    const Classes<targets, real> of(q, r + i);
+    live[i] = of.live;
+    share[i] = of.share;
+    nothing[i] = of.nothing;
+    for (int m = 0; m < targets; ++m) {
+      target[m][i] = of.t[m];
+      hard[m][i] = of.hard[m];
+      if (of.t[m] >= 0) x_target[m][i] = static_cast<real>(x[of.t[m] * inner + i]);
+    }
   }
   LogSumExp<V> row[L::count];
   V depth[L::count];
@@ -526,12 +569,21 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
   });
   V inverse[L::count], total[L::count];
   real lane[size], out[size], lse[size];
+  const auto shared = [&](V v, int k) {  // what is the classes' part in it, where there are two
+    if constexpr (targets == 2) v = v * V::loadu(share + k * V::size());
+    return v;
+  };
   for (int k = 0; k < L::count; ++k) {
-    const V log_sum = log(row[k].sum), h = V::loadu(hard + k * V::size());
-    const V one_hot = CrossEntropy::loss(log_sum, row[k].peak, V::loadu(x_target + k * V::size()), h);
-    V value = one_hot;
+    const V log_sum = log(row[k].sum);
+    V h = V::loadu(hard[0] + k * V::size());
+    V value = CrossEntropy::loss(log_sum, row[k].peak, V::loadu(x_target[0] + k * V::size()), h);
+    if constexpr (targets == 2) {
+      const V second = V::loadu(hard[1] + k * V::size());
+      value = value + CrossEntropy::loss(log_sum, row[k].peak, V::loadu(x_target[1] + k * V::size()), second);
+      h = h + second;
+    }
     if (q.soft != real(0))
-      value = value + CrossEntropy::smooth_loss(log_sum, depth[k], V(q.mass), V(q.soft));
+      value = value + CrossEntropy::smooth_loss(log_sum, depth[k], V(q.mass), shared(V(q.soft), k));
     V slope(real(0));
     const V log_total = row[k].peak + log_sum;
     if (q.z != real(0)) {
@@ -541,9 +593,11 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     value.store(out + k * V::size());
     log_total.store(lse + k * V::size());
     inverse[k] = V(real(1)) / row[k].sum;
-    total[k] = (h + V(q.soft * q.mass) + slope) * V(q.scale);
+    total[k] = (h + shared(V(q.soft * q.mass), k) + slope) * V(q.scale);
   }
   for (int64_t i = 0; i < count; ++i) loss[i] = live[i] != real(0) ? out[i] : real(0);
+  if constexpr (targets == 2)
+    for (int64_t i = 0; i < count; ++i) loss[i] += nothing[i];
   if (q.lse)
     for (int64_t i = 0; i < count; ++i) q.lse[r + i] = live[i] != real(0) ? lse[i] : real(0);
   if (!grad) return;
@@ -553,11 +607,12 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     const V soft_weight(q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
     for (int k = 0; k < L::count; ++k) {
       const V p = exp(u[k] - row[k].peak) * inverse[k];
-      u[k] = CrossEntropy::gradient(p, total[k], soft_weight);
+      u[k] = CrossEntropy::gradient(p, total[k], shared(soft_weight, k));
       u[k].store(lane + k * V::size());
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (target[i] == j) lane[i] -= hard[i] * q.scale;
+      for (int m = 0; m < targets; ++m)
+        if (target[m][i] == j) lane[i] -= hard[m][i] * q.scale;
       if (live[i] == real(0)) lane[i] = 0;
     }
     for (int k = 0; k < L::count; ++k) u[k] = V::loadu(lane + k * V::size());
@@ -734,11 +789,12 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
 template <class Op>
 struct MakeCrossEntropy {
   static Error forward(const CrossEntropyArgs& a) {
-    return over<false>(a);
+    return a.second_target ? over<2>(a) : over<1>(a);
   }
-  static Error forward_probability(const CrossEntropyArgs& a) { return over<true>(a); }
+  static Error forward_probability(const CrossEntropyArgs& a) { return over<0>(a); }
 
-  template <bool probability>
+  // targets: classes for each row; 0 for a distribution
+  template <int targets>
   static Error over(const CrossEntropyArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
@@ -759,10 +815,10 @@ struct MakeCrossEntropy {
                 stream ? static_cast<scalar_t*>(std::aligned_alloc(64, (n * sizeof(scalar_t) + 63) / 64 * 64)) : nullptr;
             for (int64_t r = begin; r < end; ++r) {
               scalar_t* const g = grad ? grad + r * n : nullptr;
-              if constexpr (probability) {
+              if constexpr (targets == 0) {
                 cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, buffer, loss + r, n, r, target, distribution);
               } else {
-                cross_entropy_row<L>(x + r * n, g, buffer, loss + r, n, r, target);
+                cross_entropy_row<targets, L>(x + r * n, g, buffer, loss + r, n, r, target);
               }
             }
             if (buffer) fence();
@@ -771,11 +827,11 @@ struct MakeCrossEntropy {
           [=, &target, &distribution](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i, r = o * inner + i;
             scalar_t* const g = grad ? grad + at : nullptr;
-            if constexpr (probability) {
+            if constexpr (targets == 0) {
               cross_entropy_columns<L>(x + at, distribution.q + at, g, loss + r, n, inner, count, r, target,
                                        distribution);
             } else {
-              cross_entropy_columns<L>(x + at, g, loss + r, r, n, inner, count, target);
+              cross_entropy_columns<targets, L>(x + at, g, loss + r, r, n, inner, count, target);
             }
           });
       return nullptr;

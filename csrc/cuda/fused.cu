@@ -30,13 +30,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         real x[inputs][size], y[size];
         load_wide(in.p[0] + i, x[0]);
         if constexpr (inputs == 3) load_wide(in.p[2] + i, x[2]);
-        const int64_t j = i % period;
-        if (wide_row) {
-          load_wide(in.p[1] + j, x[1]);
-        } else {
-#pragma unroll
-          for (int k = 0; k < size; ++k) x[1][k] = static_cast<real>(load(in.p[1] + (i + k) % period));
-        }
+        load_beside(in.p[1], i, period, wide_row, x[1]);
 #pragma unroll
         for (int k = 0; k < size; ++k) {
           real each[inputs];
@@ -64,8 +58,7 @@ Error fused(const FusedArgs& a) {
     Inputs<scalar_t, inputs> in;
     for (int j = 0; j < inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
     const Cut whole = cut(a.n, size, out, in.p[0], in.p[inputs == 3 ? 2 : 0]);
-    const bool wide_row = whole.packs > 0 && (a.period == a.n || a.period % size == 0) && aligned(in.p[1] + whole.head) &&
-                          (a.period == a.n || whole.head == 0);
+    const bool wide_row = wide_beside(whole, size, in.p[1], a.period);
     const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
     return launch(fused_kernel<F, scalar_t, inputs>, grid_for(items, kThreads), kThreads, a.stream, whole, a.period,
                   wide_row, out, in);

@@ -106,6 +106,17 @@ __device__ __forceinline__ void store_narrow(scalar_t* p, int64_t count, const r
     if (k < count) store(p + k, static_cast<scalar_t>(v[k]));
 }
 
+// n elements of a row of `period` that is repeated, from element i on; in packs where `wide` says that they are whole ones.
+template <class real, class scalar_t, int n>
+__device__ __forceinline__ void load_beside(const scalar_t* row, int64_t i, int64_t period, bool wide, real (&v)[n]) {
+  if (wide) {
+    load_wide(row + i % period, v);
+  } else {
+#pragma unroll
+    for (int k = 0; k < n; ++k) v[k] = static_cast<real>(load(row + (i + k) % period));
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ alignment
 
 template <class... T>
@@ -125,6 +136,12 @@ __host__ __device__ __forceinline__ Cut cut(int64_t n, int size, const scalar_t*
   const int64_t head = over ? static_cast<int64_t>((kPackBytes - over) / sizeof(scalar_t)) : 0;
   if (head >= n || !aligned(first + head, others + head...)) return {n, n, 0};
   return {n, head, (n - head) / size};
+}
+
+// Whether load_beside() of a row may be wide for every pack of the cut.
+template <class scalar_t>
+__host__ __device__ __forceinline__ bool wide_beside(const Cut& cut, int size, const scalar_t* row, int64_t period) {
+  return cut.packs > 0 && aligned(row + cut.head) && (period == cut.n || (period % size == 0 && cut.head == 0));
 }
 
 // Calls pack(i) for the first element of every pack and single(i) for every other element, among `threads` threads.

@@ -17,13 +17,23 @@ template <class scalar_t>
 struct EachArgs {
   Cut cut;
   scalar_t* out;
-  const scalar_t *x, *t, *grad;  // grad: null, one value, or (each_grad) n of them
-  bool each_grad;
+  const scalar_t *x, *t, *w, *grad;  // grad: null, one value, or (each_grad) n of them
+  int64_t period;                    // of w, where there are three inputs
+  bool wide_w, each_grad;
   real_of<scalar_t> scale;
 };
 
-// out[i] = f(x, t), times scale and the gradient where there is one
-template <class F, class scalar_t, int params>
+// F of two or three inputs.
+template <class F, int inputs, class real, int params>
+__device__ __forceinline__ real value_of(const Params<params, real>& p, real x, [[maybe_unused]] real t,
+                                         [[maybe_unused]] real w) {
+  if constexpr (inputs == 1) return apply<F>(p, x);
+  if constexpr (inputs == 2) return apply<F>(p, x, t);
+  if constexpr (inputs == 3) return apply<F>(p, x, t, w);
+}
+
+// out[i] = f(x, t, ...), times scale and the gradient where there is one
+template <class F, class scalar_t, int inputs, int params>
 __global__ void __launch_bounds__(kThreads, kResident)
     each_kernel(EachArgs<scalar_t> a, Params<params, real_of<scalar_t>> p) {
   using real = real_of<scalar_t>;
@@ -33,18 +43,22 @@ __global__ void __launch_bounds__(kThreads, kResident)
   walk<size>(
       a.cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
       [&](int64_t i) {
-        real x[size], t[size], g[size];
+        real x[size], t[size], w[size] = {}, g[size];
         load_wide(a.x + i, x);
         load_wide(a.t + i, t);
+        if constexpr (inputs == 3) load_beside(a.w, i, a.period, a.wide_w, w);
         if (a.each_grad) load_wide(a.grad + i, g);
 #pragma unroll
-        for (int k = 0; k < size; ++k) x[k] = apply<F>(p, x[k], t[k]) * (a.each_grad ? g[k] * factor : factor);
+        for (int k = 0; k < size; ++k)
+          x[k] = value_of<F, inputs>(p, x[k], t[k], w[k]) * (a.each_grad ? g[k] * factor : factor);
         store_wide(a.out + i, x);
       },
       [&](int64_t i) {
         const real g = a.each_grad ? static_cast<real>(load(a.grad + i)) * factor : factor;
         const real x = static_cast<real>(load(a.x + i)), t = static_cast<real>(load(a.t + i));
-        store(a.out + i, static_cast<scalar_t>(apply<F>(p, x, t) * g));
+        real w = 0;
+        if constexpr (inputs == 3) w = static_cast<real>(load(a.w + i % a.period));
+        store(a.out + i, static_cast<scalar_t>(value_of<F, inputs>(p, x, t, w) * g));
       });
 }
 
@@ -67,7 +81,8 @@ struct Finish {
 // and the threads are added in double. A lone chunk is finished at once.
 template <class F, class scalar_t, int inputs, int params>
 __global__ void __launch_bounds__(kThreads, kResident)
-    chunk_kernel(int64_t n, const scalar_t* x, const scalar_t* t, bool wide, double* partial,
+    chunk_kernel(int64_t n, const scalar_t* x, const scalar_t* t, const scalar_t* w, int64_t period, bool wide,
+                 bool wide_w, double* partial,
                  Finish<real_of<scalar_t>> finish, Params<params, real_of<scalar_t>> p) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
@@ -76,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   real sum = 0;
   for (int64_t i = begin + threadIdx.x * size; i < end; i += kThreads * size) {
     const int64_t left = end - i;
-    real vx[size], vt[size];
+    real vx[size], vt[size] = {}, vw[size] = {};
     if (wide && left >= size) {
       load_wide(x + i, vx);
       if constexpr (inputs == 2) load_wide(t + i, vt);
@@ -84,12 +99,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       load_narrow(x + i, left, vx);
       if constexpr (inputs == 2) load_narrow(t + i, left, vt);
     }
+    if constexpr (inputs == 3) load_beside(w, i, period, wide_w && left >= size, vw);
 #pragma unroll
-    for (int k = 0; k < size; ++k) {
-      if (k >= left) continue;
-      if constexpr (inputs == 1) sum += apply<F>(p, vx[k]);
-      if constexpr (inputs == 2) sum += apply<F>(p, vx[k], vt[k]);
-    }
+    for (int k = 0; k < size; ++k)
+      if (k < left) sum += value_of<F, inputs>(p, vx[k], vt[k], vw[k]);
   }
   const double total = Team<kThreads>().sum(static_cast<double>(sum));
   if (threadIdx.x != 0) return;
@@ -111,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // ------------------------------------------------------------------------------------------------ launchers
 
-template <class F, int params>
+template <class F, int inputs, int params>
 Error each(const ReduceArgs& a) {
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
@@ -124,10 +137,13 @@ Error each(const ReduceArgs& a) {
     e.t = static_cast<const scalar_t*>(a.in[1]);
     e.grad = static_cast<const scalar_t*>(a.grad);
     e.scale = static_cast<real>(a.scale);
+    e.w = inputs == 3 ? static_cast<const scalar_t*>(a.in[2]) : nullptr;
+    e.period = a.period;
     e.each_grad = a.grad && !a.grad_is_scalar;
     e.cut = cut(a.n, size, e.out, e.x, e.t, e.each_grad ? e.grad : e.x);
+    e.wide_w = inputs == 3 && wide_beside(e.cut, size, e.w, e.period);
     const int64_t items = std::max(e.cut.packs, a.n - e.cut.packs * size);
-    return launch(each_kernel<F, scalar_t, params>, grid_for(items, kThreads), kThreads, a.stream, e,
+    return launch(each_kernel<F, scalar_t, inputs, params>, grid_for(items, kThreads), kThreads, a.stream, e,
                   Params<params, real>(a.params));
   });
 }
@@ -138,13 +154,16 @@ Error total(const ReduceArgs& a) {
     using scalar_t = decltype(zero);
     using real = real_of<scalar_t>;
     auto* x = static_cast<const scalar_t*>(a.in[0]);
-    auto* t = inputs == 2 ? static_cast<const scalar_t*>(a.in[1]) : x;
+    auto* t = inputs >= 2 ? static_cast<const scalar_t*>(a.in[1]) : x;
+    auto* w = inputs == 3 ? static_cast<const scalar_t*>(a.in[2]) : x;
+    constexpr int size = pack_size<scalar_t>;
+    const bool wide_w = inputs == 3 && aligned(w) && (a.period == a.n || a.period % size == 0);
     auto* partial = static_cast<double*>(a.workspace);
     const Finish<real> finish{static_cast<real*>(a.out), static_cast<const real*>(a.divisor), a.scale};
     const int64_t chunks = (a.n + kReduceChunk - 1) / kReduceChunk;
     if (chunks > 0) {
-      const Error error = launch(chunk_kernel<F, scalar_t, inputs, params>, chunks, kThreads, a.stream, a.n, x, t,
-                                 aligned(x, t), partial, finish, Params<params, real>(a.params));
+      const Error error = launch(chunk_kernel<F, scalar_t, inputs, params>, chunks, kThreads, a.stream, a.n, x, t, w,
+                                 a.period, aligned(x, t), wide_w, partial, finish, Params<params, real>(a.params));
       if (error || chunks == 1) return error;
     }
     return launch(join_kernel<real>, 1, kThreads, a.stream, chunks, partial, finish);
@@ -192,16 +211,16 @@ struct Identity {
 
 template <class Op>
 struct MakeReduce {
-  static constexpr int params = count_params(Op::params);
+  static constexpr int params = count_params(Op::params), inputs = 2 + count_tensors(Op::params);
   static constexpr ReduceRow row{Op::name,
                                  Op::params,
-                                 &each<Value<Op>, params>,
-                                 &total<Value<Op>, 2, params>,
-                                 &each<D0<Op>, params>,
-                                 &each<D1<Op>, params>,
-                                 &each<Derivative<D0<Op>, 0>, params>,
-                                 &each<Derivative<D0<Op>, 1>, params>,
-                                 &each<Derivative<D1<Op>, 1>, params>,
+                                 &each<Value<Op>, inputs, params>,
+                                 &total<Value<Op>, inputs, params>,
+                                 &each<D0<Op>, inputs, params>,
+                                 &each<D1<Op>, inputs, params>,
+                                 &each<Derivative<D0<Op>, 0>, inputs, params>,
+                                 &each<Derivative<D0<Op>, 1>, inputs, params>,
+                                 &each<Derivative<D1<Op>, 1>, inputs, params>,
                                  domain_of<Op>().low,
                                  domain_of<Op>().high};
 };

@@ -341,12 +341,13 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
 template <class scalar_t>
 struct Targets {
   using real = real_of<scalar_t>;
-  const int64_t* index;
+  const int64_t* index[2];
   const real* weight;
   int64_t ignore_index, classes;
   real smoothing, soft;  // soft = smoothing / classes
   real scale;            // of the gradient
-  const real* divisor;
+  const real* divisor[2];
+  real lam[2];  // the targets' parts, where there are two: then the divisors are theirs, and divide the loss as well
   real* loss;
   real* lse;
   real z;
@@ -354,14 +355,20 @@ struct Targets {
 
   __device__ __forceinline__ real weight_of(int64_t j) const { return weight ? load(weight + j) : real(1); }
   __device__ __forceinline__ real hard(int64_t t) const { return (real(1) - smoothing) * weight_of(t); }
-  __device__ __forceinline__ real gradient_scale() const { return divisor ? scale / load(divisor) : scale; }
+  __device__ __forceinline__ real divided(real whole, int m) const {
+    return divisor[m] ? whole / load(divisor[m]) : whole;
+  }
+  template <int targets = 1>
+  __device__ __forceinline__ real gradient_scale() const {
+    return targets == 1 ? divided(scale, 0) : scale;
+  }
   // What the distribution with q at class j has there.
   __device__ __forceinline__ real mix(real q, int64_t j) const {
     return (q * (real(1) - smoothing) + soft) * weight_of(j);
   }
   // What finish() leaves, of a row that is ignored.
-  __device__ __forceinline__ void ignore(int64_t r) const {
-    store(loss + r, real(0));
+  __device__ __forceinline__ void ignore(int64_t r, real nothing) const {
+    store(loss + r, nothing);
     if (lse) store(lse + r, real(0));
   }
   // Leaves row r's loss, to which z_loss is still to be added, and its log(sum(exp(x))), which is `value`.
@@ -375,11 +382,47 @@ struct Targets {
   __device__ __forceinline__ real slope(real value) const {
     return z == real(0) ? real(0) : Op::z_slope(value, z);
   }
-  // The target of row r, which is ignore_index or a class.
-  __device__ __forceinline__ int64_t operator[](int64_t r) const {
-    const int64_t t = load(index + r);
+  // Target m of row r, which is ignore_index or a class.
+  __device__ __forceinline__ int64_t at(int64_t r, int m = 0) const {
+    const int64_t t = load(index[m] + r);
     if (t != ignore_index && (t < 0 || t >= classes)) out_of_range(t, r, classes, ignore_index);
     return t;
+  }
+};
+
+// What `targets` classes of row r ask of its kernel; a class that is ignored is -1.
+template <int targets, class scalar_t>
+struct Classes {
+  using real = real_of<scalar_t>;
+  int64_t t[targets];
+  real hard[targets] = {}, x[targets] = {};
+  real share = 0, nothing = 0;  // share: the sum of those of the classes not ignored; nothing: 0, or NaN
+  bool live = false;
+
+  // The row's elements are `stride` apart. Reads no target where there is no such row.
+  __device__ __forceinline__ Classes(const Targets<scalar_t>& q, int64_t r, const scalar_t* row, int64_t stride,
+                                     bool exists = true) {
+#pragma unroll
+    for (int m = 0; m < targets; ++m) {
+      t[m] = exists ? q.at(r, m) : q.ignore_index;
+      const real part = targets == 1 ? real(1) : q.divided(q.lam[m], m);
+      if (t[m] == q.ignore_index) {
+        t[m] = -1;
+        if (targets > 1) nothing += real(0) * part;  // the mean of none is NaN
+      } else {
+        live = true;
+        share += part;
+        hard[m] = part * q.hard(t[m]);
+        x[m] = static_cast<real>(load(row + t[m] * stride));
+      }
+    }
+  }
+  __device__ __forceinline__ real all_hard() const { return targets == 1 ? hard[0] : hard[0] + hard[targets - 1]; }
+  // Takes from the gradient of class j what is less at the targets.
+  __device__ __forceinline__ void subtract(real& dx, int64_t j, real scale) const {
+#pragma unroll
+    for (int m = 0; m < targets; ++m)
+      if (j == t[m]) dx -= hard[m] * scale;
   }
 };
 
@@ -390,15 +433,18 @@ __device__ __forceinline__ void join(Expectation<real>& of, const Everyone& ever
   of.depth = everyone.sum(of.depth);
 }
 
-template <class Op, class real>
-__device__ __forceinline__ real loss_of(LogSumExp<real> total, real log_sum, real x_target, real hard, real soft,
+template <class Op, class real, int targets, class scalar_t>
+__device__ __forceinline__ real loss_of(LogSumExp<real> total, real log_sum, const Classes<targets, scalar_t>& of, real soft,
                                         const Expectation<real>& smooth) {
-  const real loss = Op::loss(log_sum, total.peak, x_target, hard);
+  real loss = targets == 1 || of.t[0] >= 0 ? Op::loss(log_sum, total.peak, of.x[0], of.hard[0]) : real(0);
+  if (targets > 1) loss += of.nothing;
+  if (targets > 1 && of.t[targets - 1] >= 0)
+    loss += Op::loss(log_sum, total.peak, of.x[targets - 1], of.hard[targets - 1]);
   return soft == real(0) ? loss : loss + Op::smooth_loss(log_sum, smooth.depth, smooth.mass, soft);
 }
 
 // grad may be x.
-template <class Op, class scalar_t, int threads, bool held>
+template <class Op, class scalar_t, int threads, bool held, int count>
 __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
     cross_entropy_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide,
                          Targets<scalar_t> targets) {
@@ -407,9 +453,9 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   const Team<threads> team;
   const bool smoothing = targets.soft != real(0);
   each_row<threads>(rows, [&](int64_t r) {
-    const int64_t t = targets[r];
-    if (t == targets.ignore_index) {  // the whole team agrees
-      if (team.rank == 0) targets.ignore(r);
+    const Classes<count, scalar_t> of(targets, r, x + r * n, 1);
+    if (!of.live) {  // the whole team agrees
+      if (team.rank == 0) targets.ignore(r, of.nothing);
       if (!grad) return;
       const Row<scalar_t, int64_t> row(x + r * n, n);
       const real zeros[size] = {};
@@ -418,7 +464,6 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
       return;
     }
     const real lowest = c<real>(-std::numeric_limits<double>::infinity());
-    const real hard = targets.hard(t), x_target = static_cast<real>(load(x + r * n + t));
     Walk<scalar_t, threads, held, 1> walk(n, x + r * n, nullptr, true, lowest, team.rank);
     Expectation<real> smooth;
     const LogSumExp<real> total = visit<true>(walk, team, [&](auto i, auto& v, real base) {
@@ -430,16 +475,15 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
     });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, team, base);
-    const real log_sum = log(total.sum);
+    const real log_sum = log(total.sum), soft_part = (count == 1 ? real(1) : of.share) * targets.soft;
     if (team.rank == 0)
-      targets.template finish<Op>(r, loss_of<Op>(total, log_sum, x_target, hard, targets.soft, smooth),
-                                  total.peak + log_sum);
+      targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth), total.peak + log_sum);
     if (!grad) return;
 
     team.sync();  // x[t] has been read by all before grad, which may be x, is written
-    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
+    const real scale = targets.template gradient_scale<count>(), inverse = real(1) / total.sum;
     const real slope = targets.template slope<Op>(total.peak + log_sum);
-    const real all = (hard + targets.soft * smooth.mass + slope) * scale, soft = targets.soft * scale;
+    const real all = (of.all_hard() + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
     walk.each([&](auto i, auto& v) {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
@@ -447,23 +491,21 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
         real soft_weight = soft;
         if (smoothing && walk.row.has(i + k)) soft_weight = soft * targets.weight_of(i + k);
         v[0][k] = Op::gradient(e * inverse, all, soft_weight);
-        if (i + k == t) v[0][k] -= hard * scale;
+        of.subtract(v[0][k], i + k, scale);
       }
       walk.row.put(grad + r * n, wide, i, v[0]);
     });
   });
 }
 
-template <class Op, class scalar_t>
+template <class Op, class scalar_t, int count>
 __global__ void __launch_bounds__(kColumnBlock, kResident)
     cross_entropy_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad, Targets<scalar_t> targets) {
   using real = real_of<scalar_t>;
   const bool smoothing = targets.soft != real(0);
   tiles.each([&](int64_t r, int64_t offset, bool exists) {
-    const int64_t t = exists ? targets[r] : targets.ignore_index;
-    const bool live = exists && t != targets.ignore_index;
-    const real hard = live ? targets.hard(t) : real(0);
-    const real x_target = live ? static_cast<real>(load(x + offset + t * tiles.inner)) : real(0);
+    const Classes<count, scalar_t> of(targets, r, x + offset, tiles.inner, exists);
+    const bool live = of.live;
     Expectation<real> smooth;
     const LogSumExp<real> total = visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
       if (!smoothing) return;
@@ -472,26 +514,25 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, tiles, base);
-    const real log_sum = log(total.sum);
+    const real log_sum = log(total.sum), soft_part = (count == 1 ? real(1) : of.share) * targets.soft;
     if (exists && tiles.first() == 0) {
       if (live) {
-        targets.template finish<Op>(r, loss_of<Op>(total, log_sum, x_target, hard, targets.soft, smooth),
-                                    total.peak + log_sum);
+        targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth), total.peak + log_sum);
       } else {
-        targets.ignore(r);
+        targets.ignore(r, of.nothing);
       }
     }
     if (!grad) return;
-    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
+    const real scale = targets.template gradient_scale<count>(), inverse = real(1) / total.sum;
     const real slope = targets.template slope<Op>(total.peak + log_sum);
-    const real all = (hard + targets.soft * smooth.mass + slope) * scale, soft = targets.soft * scale;
+    const real all = (of.all_hard() + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
     for (int64_t j = tiles.first(); exists && j < tiles.n; j += tiles.slices()) {
       const int64_t at = offset + j * tiles.inner;
       real dx = 0;
       if (live) {
         const real e = exp(static_cast<real>(load(x + at)) - base);
         dx = Op::gradient(e * inverse, all, smoothing ? soft * targets.weight_of(j) : soft);
-        if (j == t) dx -= hard * scale;
+        of.subtract(dx, j, scale);
       }
       store(grad + at, static_cast<scalar_t>(dx));
     }
@@ -580,7 +621,7 @@ __global__ void __launch_bounds__(kRowBlock, kResident)
   double sum = 0;
   const int64_t begin = blockIdx.x * each, end = begin + each < rows ? begin + each : rows;
   for (int64_t r = begin + threadIdx.x; r < end; r += kRowBlock) {
-    const int64_t t = targets[r];
+    const int64_t t = targets.at(r);
     if (t != targets.ignore_index) sum += static_cast<double>(targets.weight_of(t));
   }
   sum = Team<kRowBlock>().sum(sum);
@@ -659,14 +700,18 @@ template <class scalar_t>
 Targets<scalar_t> targets_of(const CrossEntropyArgs& a) {
   using real = real_of<scalar_t>;
   Targets<scalar_t> t;
-  t.index = a.target;
+  t.index[0] = a.target;
+  t.index[1] = a.second_target;
   t.weight = static_cast<const real*>(a.weight);
   t.ignore_index = a.ignore_index;
   t.classes = a.n;
   t.smoothing = static_cast<real>(a.label_smoothing);
   t.soft = static_cast<real>(a.n > 0 ? a.label_smoothing / static_cast<double>(a.n) : 0.0);
   t.scale = static_cast<real>(a.scale);
-  t.divisor = static_cast<const real*>(a.divisor);
+  t.divisor[0] = static_cast<const real*>(a.divisor);
+  t.divisor[1] = static_cast<const real*>(a.second_divisor);
+  t.lam[0] = static_cast<real>(a.lam);
+  t.lam[1] = static_cast<real>(1 - a.lam);
   t.loss = static_cast<real*>(a.loss);
   t.lse = static_cast<real*>(a.lse);
   t.z = static_cast<real>(a.z_loss);
@@ -674,8 +719,9 @@ Targets<scalar_t> targets_of(const CrossEntropyArgs& a) {
   return t;
 }
 
-template <class Op>
-Error cross_entropy(const CrossEntropyArgs& a) {
+// `count` classes for each row.
+template <class Op, int count>
+Error cross_entropy_of(const CrossEntropyArgs& a) {
   if (a.outer * a.inner == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -683,13 +729,18 @@ Error cross_entropy(const CrossEntropyArgs& a) {
     auto* grad = static_cast<scalar_t*>(a.grad);
     const Targets<scalar_t> targets = targets_of<scalar_t>(a);
     if (a.inner > 1)
-      return launch_columns(cross_entropy_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
+      return launch_columns(cross_entropy_columns_kernel<Op, scalar_t, count>, a.stream, a.outer, a.n, a.inner, x, grad,
                             targets);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
-      return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
+      return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held, count>, a.stream, a.outer, a.n, x, grad,
                                   together<scalar_t>(x, grad), targets);
     });
   });
+}
+
+template <class Op>
+Error cross_entropy(const CrossEntropyArgs& a) {
+  return a.second_target ? cross_entropy_of<Op, 2>(a) : cross_entropy_of<Op, 1>(a);
 }
 
 template <class Op>

@@ -1,5 +1,5 @@
-// Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target. The reduction is the
-// loop's affair, second derivatives are taken of d0 and d1 by Dual.
+// Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target. What `params` declares, numbers
+// and tensors, stands behind x and t. The reduction is the loop's affair, second derivatives are taken of d0 and d1 by Dual.
 #pragma once
 #include "../math.h"
 
@@ -111,6 +111,27 @@ struct BCEWithLogits {
   }
 };
 
+// The same with the share of the positive examples, -t log(sigmoid(x)), times w.
+struct BCEWithLogitsPosWeight {
+  static constexpr const char *name = "binary_cross_entropy_with_logits_pos_weight", *params = "Tensor pos_weight";
+  template <class T>
+  static FASTOPS_FN T value(T x, T t, T w) {
+    return (c<T>(1) - t) * x - share(t, w) * log_sigmoid(x);
+  }
+  template <class T>
+  static FASTOPS_FN T d0(T x, T t, T w) {
+    return share(t, w) * log_sigmoid_slope(-x) - w * t;
+  }
+  template <class T>
+  static FASTOPS_FN T d1(T x, T, T w) {
+    return log_sigmoid(-x) - w * log_sigmoid(x);
+  }
+  template <class T>
+  static FASTOPS_FN T share(T t, T w) {
+    return c<T>(1) + (w - c<T>(1)) * t;
+  }
+};
+
 // What a loss takes as input: all numbers, unless it says otherwise.
 struct Domain {
   double low = -std::numeric_limits<double>::infinity(), high = std::numeric_limits<double>::infinity();
@@ -121,6 +142,6 @@ constexpr Domain domain_of() {
   return {};
 }
 
-using Losses = List<MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits>;
+using Losses = List<MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits, BCEWithLogitsPosWeight>;
 
 }  // namespace fastops

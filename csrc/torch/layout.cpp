@@ -67,6 +67,24 @@ at::Tensor matching(const at::Tensor& t, const at::Tensor& like) {
   return at::empty_strided(like.sizes(), like.strides(), t.options()).copy_(t);
 }
 
+Repeated repeated(const at::Tensor& t, const at::Tensor& x) {
+  constexpr int64_t kShort = 512, kPack = 8;  // a shorter row is repeated, into whole packs, for the loops' sake
+  at::Tensor w = t.expand(x.sizes());
+  if (x.numel() == 0) return {w, 0};
+  std::vector<int64_t> order(x.dim());
+  for (size_t d = 0; d < order.size(); ++d) order[d] = static_cast<int64_t>(d);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return (x.size(a) == 1) != (x.size(b) == 1) ? x.size(a) == 1 : x.stride(a) > x.stride(b);
+  });
+  w = w.permute(order);
+  while (w.dim() > 0 && (w.size(0) == 1 || w.stride(0) == 0)) w = w.select(0, 0);
+  w = w.contiguous().reshape({-1});
+  const int64_t period = w.numel(), n = std::min(kShort, x.numel());
+  if (period >= n) return {w, period};
+  const int64_t times = ((n + period - 1) / period + kPack - 1) / kPack * kPack;
+  return {w.expand({times, period}).contiguous().reshape({-1}), times * period};
+}
+
 Rows3 around(const at::Tensor& x, int64_t dim) {
   if (x.dim() == 0) return {1, 1, 1};
   const int64_t n = x.size(dim), numel = x.numel();

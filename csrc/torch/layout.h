@@ -26,6 +26,14 @@ at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 // the pool.
 at::Tensor output_like(const at::Tensor& x);
 
+// t broadcast to x (which is dense), along x's memory order and no further than it repeats itself there: element i of x is
+// beside values[i % period]. Raises what torch raises where t does not broadcast to x.
+struct Repeated {
+  at::Tensor values;
+  int64_t period = 0;
+};
+Repeated repeated(const at::Tensor& t, const at::Tensor& x);
+
 // A dense tensor around dimension `dim`: (outer, n, inner) in memory, with n along `dim`.
 struct Rows3 {
   int64_t outer, n, inner;

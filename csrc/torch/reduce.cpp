@@ -34,6 +34,7 @@ using at::Tensor;
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
+// P are a row's parameters: doubles, or a tensor that broadcasts to the input.
 template <class... P>
 struct Ops {
   // (input, target, reduction, float32 result wanted of half inputs, parameters)
@@ -76,7 +77,24 @@ std::pair<Tensor, Tensor> aligned(const char* op, const Tensor& input, const Ten
   return {x, matching(target.to(dtype), x)};
 }
 
-ReduceArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const double* params) {
+// The parameters of a call on x as its kernels take them.
+struct Parameters {
+  double numbers[2] = {};
+  Repeated operand;
+
+  template <class... P>
+  Parameters(const char* op, const Tensor& x, const P&... p) {
+    size_t k = 0;
+    (add(op, x, k++, p), ...);
+  }
+  void add(const char*, const Tensor&, size_t k, double p) { numbers[k] = p; }
+  void add(const char* op, const Tensor& x, size_t, const Tensor& p) {
+    check_like(op, "weight", p, x);
+    operand = repeated(p, x);
+  }
+};
+
+ReduceArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const Parameters& p) {
   ReduceArgs a{};
   a.dtype = x.scalar_type();
   a.n = x.numel();
@@ -84,13 +102,15 @@ ReduceArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const 
   a.in[0] = x.const_data_ptr();
   if (t.defined()) a.in[1] = t.const_data_ptr();
   a.scale = 1;
-  a.params = params;
+  a.params = p.numbers;
+  if (p.operand.values.defined()) a.in[2] = p.operand.values.const_data_ptr();
+  a.period = p.operand.period;
   a.stream = stream_of(x);
   return a;
 }
 
 Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scale, const Tensor& divisor,
-             const double* params) {
+             const Parameters& params) {
   const Tensor out = at::empty({}, x.options().dtype(real_of(x.scalar_type())));
   const int64_t bytes = reduce_workspace(x.numel());
   constexpr int64_t kStack = 256;
@@ -123,7 +143,7 @@ struct Forward {
     const auto [x, t] = aligned(name_of(row), input, target);
     const c10::DeviceGuard guard(x.device());
     const ReduceRow& r = rows(x.device().type()).data[row];
-    const double params[sizeof...(P) + 1] = {p...};
+    const Parameters params(r.name, x, p...);
     const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
     if (reduction == at::Reduction::None) {
       Tensor out = output_like(x);
@@ -157,7 +177,7 @@ struct BackwardOp {
     const Tensor dy = each ? matching(g, x) : g;
     Tensor out = output_like(x);
     if (x.numel() > 0) {
-      const double params[sizeof...(P) + 1] = {p...};
+      const Parameters params(r.name, x, p...);
       ReduceArgs a = arguments(x, t, out, params);
       a.grad = dy.const_data_ptr();
       a.grad_is_scalar = !each;
@@ -178,7 +198,7 @@ struct Second {
     const ReduceRow& r = rows(x.device().type()).data[row];
     Tensor out = output_like(x);
     if (x.numel() == 0) return out;
-    const double params[sizeof...(P) + 1] = {p...};
+    const Parameters params(r.name, x, p...);
     check(r.name, (first + then == 0 ? r.d00 : first + then == 1 ? r.d01 : r.d11)(arguments(x, t, out, params)));
     return out;
   }
@@ -186,12 +206,30 @@ struct Second {
 
 // ------------------------------------------------------------------------------------------------ derivatives
 
-// Attributes are the row, the reduction and the parameters.
+// Attributes are the row, the reduction and the parameters that are numbers; one that is a tensor is saved last.
+template <class P>
+P parameter(const BackwardContext& c, size_t k) {
+  if constexpr (std::is_same_v<P, double>) {
+    return c.attributes[k + 2].toDouble();
+  } else {
+    return c.saved.back();
+  }
+}
+void add(double p, std::vector<Save>&, std::vector<c10::IValue>& attributes) { attributes.emplace_back(p); }
+void add(const Tensor& p, std::vector<Save>& saves, std::vector<c10::IValue>&) { saves.push_back({p}); }
+
+// Raises for a parameter to which a gradient is wanted, as torch has none either: the call is torch's to refuse.
+void check_constant(const std::string&, double) {}
+void check_constant(const std::string& op, const Tensor& p) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!requires_grad(p) && !is_dual(p), op,
+                              ": the gradient to a weight is not implemented; detach it");
+}
+
 template <class... P, class F>
-auto with_attributes(const std::vector<c10::IValue>& attributes, F f) {
-  const auto& op = ops<P...>(static_cast<size_t>(attributes[0].toInt()));
+auto with_parameters(const BackwardContext& c, F f) {
+  const auto& op = ops<P...>(static_cast<size_t>(c.attributes[0].toInt()));
   return [&]<size_t... I>(std::index_sequence<I...>) {
-    return f(op, attributes[1].toInt(), static_cast<P>(attributes[I + 2].toDouble())...);
+    return f(op, c.attributes[1].toInt(), parameter<P>(c, I)...);
   }(std::index_sequence_for<P...>{});
 }
 
@@ -199,7 +237,7 @@ Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.def
 
 template <class... P>
 variable_list forward_vjp(const variable_list& grads, const BackwardContext& c) {
-  return with_attributes<P...>(c.attributes, [&](const auto& op, int64_t reduction, auto... p) {
+  return with_parameters<P...>(c, [&](const auto& op, int64_t reduction, const auto&... p) {
     variable_list result(2);
     for (int64_t wrt = 0; wrt < 2; ++wrt)
       if (c.needed[wrt]) result[wrt] = op.backward.call(grads[0], c.saved[0], c.saved[1], reduction, p..., wrt);
@@ -218,7 +256,7 @@ Tensor reduced(const Tensor& values, int64_t reduction) {
 template <class... P>
 variable_list backward_vjp(const variable_list& grads, const BackwardContext& c) {
   const int64_t wrt = c.attributes.back().toInt();
-  return with_attributes<P...>(c.attributes, [&](const auto& op, int64_t reduction, auto... p) {
+  return with_parameters<P...>(c, [&](const auto& op, int64_t reduction, const auto&... p) {
     const Tensor &g = c.saved[0], &x = c.saved[1], &t = c.saved[2], &v = grads[0];
     variable_list result(3);
     if (c.needed[0]) {
@@ -242,6 +280,7 @@ struct ForwardAutograd {
   explicit ForwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row))) {}
   Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, int64_t reduction, bool upcast,
                     P... p) {
+    (check_constant(label, p), ...);
     const auto& op = ops<P...>(row);
     Tensor y;
     {
@@ -259,9 +298,12 @@ struct ForwardAutograd {
       dy = reduced(values, reduction).to(y.scalar_type());
     }
     set_tangent(y, dy);
-    if (requires_grad(input, target))
-      record(label.c_str(), &forward_vjp<P...>, {y}, {input, target}, {{input}, {target}},
-             {static_cast<int64_t>(row), reduction, p...});
+    if (requires_grad(input, target)) {
+      std::vector<Save> saves{{input}, {target}};
+      std::vector<c10::IValue> attributes{static_cast<int64_t>(row), reduction};
+      (add(p, saves, attributes), ...);
+      record(label.c_str(), &forward_vjp<P...>, {y}, {input, target}, std::move(saves), std::move(attributes));
+    }
     return y;
   }
 };
@@ -273,6 +315,7 @@ struct BackwardAutograd {
   explicit BackwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_backward") {}
   Tensor operator()(DispatchKeySet ks, const Tensor& grad, const Tensor& input, const Tensor& target,
                     int64_t reduction, P... p, int64_t wrt) {
+    (check_constant(label, p), ...);
     const auto& op = ops<P...>(row);
     Tensor dx;
     {
@@ -290,9 +333,13 @@ struct BackwardAutograd {
       dual = plus(dual, value);
     }
     set_tangent(dx, dual);
-    if (requires_grad(grad, input, target))
-      record(label.c_str(), &backward_vjp<P...>, {dx}, {grad, input, target}, {{grad}, {input}, {target}},
-             {static_cast<int64_t>(row), reduction, p..., wrt});
+    if (requires_grad(grad, input, target)) {
+      std::vector<Save> saves{{grad}, {input}, {target}};
+      std::vector<c10::IValue> attributes{static_cast<int64_t>(row), reduction};
+      (add(p, saves, attributes), ...);
+      attributes.emplace_back(wrt);
+      record(label.c_str(), &backward_vjp<P...>, {dx}, {grad, input, target}, std::move(saves), std::move(attributes));
+    }
     return dx;
   }
 };
@@ -304,6 +351,7 @@ struct SecondAutograd {
   explicit SecondAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_second") {}
   Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, P... p, int64_t first,
                     int64_t then) {
+    (check_constant(label, p), ...);
     TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(input) && !is_dual(target), "forward-mode derivative of ", label,
                                 " is not implemented");
     Tensor out;
@@ -343,7 +391,8 @@ void define(torch::Library& m, size_t row, const ReduceRow& r) {
     given += params.substr(at, end - at);
   }
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def((n + "(Tensor input, Tensor target, int reduction=1, bool upcast=False" + params + ") -> Tensor").c_str(), tags);
+  const std::string first = count_tensors(r.params) ? ", int reduction, bool upcast" : ", int reduction=1, bool upcast=False";
+  m.def((n + "(Tensor input, Tensor target" + first + params + ") -> Tensor").c_str(), tags);
   m.def((n + "_backward(Tensor grad, Tensor input, Tensor target, int reduction" + given + ", int wrt) -> Tensor").c_str(),
         tags);
   m.def((n + "_second(Tensor input, Tensor target" + given + ", int first, int then) -> Tensor").c_str(), tags);
@@ -375,15 +424,14 @@ void each_row(F f) {
   size_t i = 0;
   for (const ReduceRow& r : rows(c10::DeviceType::CPU)) {
     if (r.values == nullptr) continue;  // "sum", which is no loss
-    switch (count_params(r.params)) {
-      case 0:
-        f.template operator()<>(i, r);
-        break;
-      case 1:
-        f.template operator()<double>(i, r);
-        break;
-      default:
-        TORCH_INTERNAL_ASSERT(false, "a loss with more than one parameter: ", r.name);
+    const int numbers = count_params(r.params), tensors = count_tensors(r.params);
+    TORCH_INTERNAL_ASSERT(numbers + tensors <= 1, "a loss with more than one parameter: ", r.name);
+    if (tensors) {
+      f.template operator()<const Tensor&>(i, r);
+    } else if (numbers) {
+      f.template operator()<double>(i, r);
+    } else {
+      f.template operator()<>(i, r);
     }
     ++i;
   }
@@ -399,7 +447,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 Tensor sum_of(const Tensor& values, double scale, const Tensor& divisor) {
   const c10::DeviceGuard guard(values.device());
   const auto& all = rows(values.device().type());
-  return total(all.data[all.size - 1], values, Tensor(), scale, divisor, nullptr);
+  return total(all.data[all.size - 1], values, Tensor(), scale, divisor, Parameters("sum", values));
 }
 
 void bind_reduce(pybind11::module_& m) {

@@ -189,8 +189,9 @@ struct SoftmaxAutocast {
 // ------------------------------------------------------------------------------------------------ cross-entropy
 
 using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t,
-                                           double, bool);
-using Whole = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t, double, bool);
+                                           double, bool, const std::optional<Tensor>&, double);
+using Whole = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t, double, bool,
+                     const std::optional<Tensor>&, double);
 using WithLse = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t,
                                                    int64_t, double, bool, double, bool, bool);
 using Overwriting = std::tuple<Tensor, Tensor>(Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t,
@@ -222,17 +223,14 @@ struct Problem {
 // Whether targets are probabilities, one per class, rather than class indices.
 bool is_distribution(const Tensor& target) { return at::isFloatingType(target.scalar_type()); }
 
-Problem problem(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
-                int64_t ignore_index, double label_smoothing) {
-  check_reduction("cross_entropy", reduction);
-  check_dtype("cross_entropy", input);
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
-              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
-  TORCH_CHECK_VALUE(input.dim() >= 1, "cross_entropy: expected logits of 1 or more dimensions, (C), (N, C) or (N, C, d1, ...); got ",
-                    input.dim());
-  const int64_t dim = input.dim() == 1 ? 0 : 1, n = input.size(dim);
-  auto expected = input.sizes().vec();
-  expected.erase(expected.begin() + dim);
+// The sizes of logits without their classes.
+std::vector<int64_t> row_sizes(const Tensor& input) {
+  auto sizes = input.sizes().vec();
+  sizes.erase(sizes.begin() + (input.dim() == 1 ? 0 : 1));
+  return sizes;
+}
+
+void check_target(const Tensor& input, const Tensor& target, int64_t ignore_index) {
   if (input.dim() > 1 && target.dim() >= 1)
     TORCH_CHECK_VALUE(input.size(0) == target.size(0), "Expected input batch_size (", input.size(0),
                       ") to match target batch_size (", target.size(0), ").");
@@ -243,6 +241,7 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
                 c10::toString(input.scalar_type()), ", got ", c10::toString(target.scalar_type()));
     TORCH_CHECK(ignore_index < 0, "ignore_index is not supported for floating point target");
   } else {
+    const auto expected = row_sizes(input);
     TORCH_CHECK(target.sizes() == c10::IntArrayRef(expected), "cross_entropy: expected a target of size ",
                 c10::IntArrayRef(expected), " for logits of size ", input.sizes(), ", got ", target.sizes());
     TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
@@ -251,6 +250,18 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
   }
   TORCH_CHECK(target.device() == input.device(), "cross_entropy: expected logits and target on one device, got ",
               input.device(), " and ", target.device());
+}
+
+Problem problem(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
+                int64_t ignore_index, double label_smoothing) {
+  check_reduction("cross_entropy", reduction);
+  check_dtype("cross_entropy", input);
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  TORCH_CHECK_VALUE(input.dim() >= 1, "cross_entropy: expected logits of 1 or more dimensions, (C), (N, C) or (N, C, d1, ...); got ",
+                    input.dim());
+  const int64_t dim = input.dim() == 1 ? 0 : 1, n = input.size(dim);
+  check_target(input, target, ignore_index);
   Problem p;
   if (weight && weight->defined()) {
     TORCH_CHECK(weight->dim() == 1 && weight->numel() == n,
@@ -264,7 +275,7 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
   }
   p.x = dense(input);
   p.rows = around(p.x, dim);
-  p.result_sizes = expected;
+  p.result_sizes = row_sizes(input);
   return p;
 }
 
@@ -277,10 +288,18 @@ struct Extras {
   bool lse = false;
   double z_loss = 0;
   bool overwrite = false;  // the gradient goes where the logits are
+  Tensor second_target = {};  // of mixup; then lam is the part of the first
+  double lam = 1;
 };
+Extras mixed(const std::optional<Tensor>& second_target, double lam) {
+  Extras extras;
+  extras.second_target = second_target.value_or(Tensor());
+  extras.lam = lam;
+  return extras;
+}
 
 Computed compute(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
-                 int64_t ignore_index, double label_smoothing, bool upcast, bool with_grad, Extras extras = {}) {
+                 int64_t ignore_index, double label_smoothing, bool upcast, bool with_grad, const Extras& extras) {
   TORCH_CHECK_VALUE(std::isfinite(extras.z_loss) && extras.z_loss >= 0,
                     "cross_entropy: z_loss must be a finite number and not negative, got ", extras.z_loss);
   if (extras.overwrite) {
@@ -291,6 +310,12 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   }
   const int64_t dim = input.dim() <= 1 ? 0 : 1;
   Problem p = problem(input, target, weight, reduction, ignore_index, label_smoothing);
+  const Tensor& second_target = extras.second_target;
+  if (second_target.defined()) {
+    check_target(input, second_target, ignore_index);
+    TORCH_CHECK(!is_distribution(target) && !is_distribution(second_target),
+                "cross_entropy: two targets have to be class indices");
+  }
   const auto options = p.x.options().dtype(real_of(p.x.scalar_type()));
   const auto dtype = upcast ? options.dtype().toScalarType() : p.x.scalar_type();
   const c10::DeviceGuard guard(p.x.device());
@@ -314,14 +339,13 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   for (auto& s : strides)
     if (s >= p.rows.n * p.rows.inner) s /= p.rows.n;
   const bool distribution = is_distribution(target);
-  Tensor index;
-  if (distribution) {
-    index = matching(target, p.x);
-  } else {
-    index = target.to(at::kLong);
-    if (index.strides() != c10::IntArrayRef(strides))
-      index = at::empty_strided(like.sizes(), strides, index.options()).copy_(index);
-  }
+  const auto classes = [&](const Tensor& t) {
+    const Tensor index = t.to(at::kLong);
+    if (index.strides() == c10::IntArrayRef(strides)) return index;
+    return at::empty_strided(like.sizes(), strides, index.options()).copy_(index);
+  };
+  const Tensor index = distribution ? matching(target, p.x) : classes(target);
+  const Tensor second = second_target.defined() ? classes(second_target) : Tensor();
   const Tensor losses = at::empty({p.rows.outer * p.rows.inner}, options);
   const Tensor lse = extras.lse ? at::empty_like(losses) : Tensor();
 
@@ -346,19 +370,38 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   a.stream = stream_of(p.x);
 
   const bool mean = reduction == at::Reduction::Mean;
-  Tensor divisor;
   double scale = 1;
-  if (distribution) {
-    if (mean) scale = 1 / static_cast<double>(losses.numel());
-  } else {
-    divisor = at::empty({}, options);
+  if (distribution && mean) scale = 1 / static_cast<double>(losses.numel());
+  const auto divisor_of_rows = [&](const Tensor& classes) {
+    CrossEntropyArgs b = a;
+    b.target = classes.const_data_ptr<int64_t>();
+    const Tensor divisor = at::empty({}, options);
     int64_t bad_row = -1;
-    check("cross_entropy", row.divisor(a, divisor.mutable_data_ptr(), &bad_row));
+    check("cross_entropy", row.divisor(b, divisor.mutable_data_ptr(), &bad_row));
     if (bad_row >= 0) {
-      const Tensor flat = index.as_strided({losses.numel()}, {1});
+      const Tensor flat = classes.as_strided({losses.numel()}, {1});
       TORCH_CHECK_INDEX(false, "cross_entropy: target ", flat[bad_row].item<int64_t>(), " at row ", bad_row,
                         " is out of range for ", a.n, " classes (ignore_index=", ignore_index, ")");
     }
+    return divisor;
+  };
+  const Tensor divisor = distribution ? Tensor() : divisor_of_rows(index);
+  if (second.defined()) {
+    const Tensor second_divisor = divisor_of_rows(second);
+    a.second_target = second.const_data_ptr<int64_t>();
+    a.lam = extras.lam;
+    if (mean) {
+      a.divisor = divisor.const_data_ptr();
+      a.second_divisor = second_divisor.const_data_ptr();
+    }
+    if (with_grad) {
+      a.grad = result.grad.mutable_data_ptr();
+      if (mean && p.x.scalar_type() == at::kHalf) a.scale = static_cast<double>(losses.numel());  // see scale_of_saved()
+    }
+    check("cross_entropy", row.forward(a));
+    result.loss = reduction == at::Reduction::None ? losses.as_strided(p.result_sizes, strides).contiguous().to(dtype)
+                                                   : sum_of(losses, 1, Tensor()).to(dtype);
+    return result;
   }
   if (with_grad) {
     a.grad = result.grad.mutable_data_ptr();
@@ -380,14 +423,18 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
 
 std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
                                                  const std::optional<Tensor>& weight, int64_t reduction,
-                                                 int64_t ignore_index, double label_smoothing, bool upcast) {
-  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, true);
+                                                 int64_t ignore_index, double label_smoothing, bool upcast,
+                                                 const std::optional<Tensor>& second_target, double lam) {
+  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, true,
+                       mixed(second_target, lam));
   return {c.loss, c.grad};
 }
 
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing, bool upcast) {
-  return compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, false).loss;
+                     int64_t ignore_index, double label_smoothing, bool upcast,
+                     const std::optional<Tensor>& second_target, double lam) {
+  return compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, false,
+                 mixed(second_target, lam)).loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_lse(const Tensor& input, const Tensor& target,
@@ -395,7 +442,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_lse(const Tensor& input, const 
                                                      int64_t ignore_index, double label_smoothing, bool upcast,
                                                      double z_loss, bool, bool with_grad) {
   Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, with_grad,
-                       {true, z_loss, false});
+                       {true, z_loss, false, {}, 1});
   return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
 }
 
@@ -404,7 +451,7 @@ std::tuple<Tensor, Tensor> cross_entropy_overwriting(Tensor& input, const Tensor
                                                      int64_t ignore_index, double label_smoothing, bool upcast,
                                                      double z_loss) {
   Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, true,
-                       {true, z_loss, true});
+                       {true, z_loss, true, {}, 1});
   return {c.loss, c.lse};
 }
 
@@ -415,6 +462,8 @@ struct Attributes {
   double label_smoothing;
   bool exclusive;  // nobody else can see the saved gradient: it may be handed on or overwritten
   double z_loss = 0;
+  bool mixed = false;  // of two targets, of which lam is the part of the first
+  double lam = 1;
 };
 
 Tensor live_rows(const Tensor& target, int64_t ignore_index) { return target.ne(ignore_index); }
@@ -442,6 +491,7 @@ double per_row(const Tensor& target) { return static_cast<double>(target.size(cl
 Tensor scale_of_saved(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a) {
   if (a.reduction != at::Reduction::Mean || grad.scalar_type() != at::kHalf) return Tensor();
   const auto options = grad.options().dtype(at::kFloat);
+  if (a.mixed) return at::scalar_tensor(1 / static_cast<double>(target.numel()), options);
   if (is_distribution(target)) return at::scalar_tensor(per_row(target), options);
   return mean_factor(target, weight, a, options);
 }
@@ -477,7 +527,7 @@ struct RowTerms {
   c10::ScalarType dtype;
 
   RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
-           const Tensor& logits = {}, const Tensor& lse = {});
+           const Tensor& logits = {}, const Tensor& lse = {}, const Tensor& second_target = {});
 
   // d lse / dx, applied to v from the right, and from the left
   Tensor jvp_of_lse(const Tensor& v) const { return (p * v.to(p.scalar_type())).sum(dim); }
@@ -492,21 +542,32 @@ struct RowTerms {
 };
 
 RowTerms::RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
-                   const Tensor& logits, const Tensor& lse)
+                   const Tensor& logits, const Tensor& lse, const Tensor& second_target)
     : dim(class_dim(grad)), dtype(grad.scalar_type()) {
   const int64_t n = grad.size(dim);
   const auto options = grad.options().dtype(real_of(grad.scalar_type()));
   const Tensor w = class_weights(grad, weight, options);
-  Tensor q, live;
-  if (is_distribution(target)) {
+  Tensor q, live, scale;
+  const auto of_classes = [&](const Tensor& t) {
+    const Tensor classes = at::arange(n, t.options().dtype(at::kLong)).reshape(w.sizes());
+    live = live_rows(t, a.ignore_index).unsqueeze(dim).to(options.dtype());
+    const Tensor one_hot = classes.eq(t.unsqueeze(dim)).to(options.dtype());
+    return (one_hot * w * (1 - a.label_smoothing) + w * (a.label_smoothing / static_cast<double>(n))) * live;
+  };
+  if (a.mixed) {
+    // Each with a divisor of its own; in float16 times the number of rows, see scale_of_saved().
+    const double rows = grad.scalar_type() == at::kHalf ? static_cast<double>(target.numel()) : 1.0;
+    const auto part = [&](const Tensor& t, double lam) {
+      const Tensor q = of_classes(t) * lam;
+      return a.reduction == at::Reduction::Mean ? q * (mean_factor(t, weight, a, options) * rows) : q;
+    };
+    q = part(target, a.lam) + part(second_target, 1 - a.lam);
+  } else if (is_distribution(target)) {
     q = (target.to(options.dtype()) * (1 - a.label_smoothing) + a.label_smoothing / static_cast<double>(n)) * w;
   } else {
-    const Tensor classes = at::arange(n, target.options().dtype(at::kLong)).reshape(w.sizes());
-    live = live_rows(target, a.ignore_index).unsqueeze(dim).to(options.dtype());
-    const Tensor one_hot = classes.eq(target.unsqueeze(dim)).to(options.dtype());
-    q = (one_hot * w * (1 - a.label_smoothing) + w * (a.label_smoothing / static_cast<double>(n))) * live;
+    q = of_classes(target);
   }
-  const Tensor scale = scale_in_saved(grad, target, weight, a, options);
+  if (!a.mixed) scale = scale_in_saved(grad, target, weight, a, options);
   if (scale.defined()) q = q * scale;
   S = q.sum(dim, true);
   if (a.z_loss != 0) {
@@ -544,10 +605,12 @@ struct ToTarget {
 };
 
 Attributes attributes_of(const std::vector<c10::IValue>& v) {
-  return {v[0].toInt(), v[1].toInt(), v[2].toDouble(), v[3].toBool(), v.size() > 4 ? v[4].toDouble() : 0.0};
+  return {v[0].toInt(), v[1].toInt(), v[2].toDouble(), v[3].toBool(), v.size() > 4 ? v[4].toDouble() : 0.0,
+          v.size() > 5, v.size() > 5 ? v[5].toDouble() : 1.0};
 }
 
-// Of outputs loss, G and, with the extras, lse; saved are G, target, weight, logits (where they are needed) and lse.
+// Of outputs loss, G and, with the extras, lse; saved are G, target, weight, logits (where they are needed), lse and the
+// second target.
 variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContext& c) {
   const Attributes a = attributes_of(c.attributes);
   const Tensor &grad = c.saved[0], &target = c.saved[1], &weight = c.saved[2], &dloss = grads[0];
@@ -586,7 +649,8 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
   const bool of_grad = grads.size() > 1 && grads[1].defined(), of_lse = grads.size() > 2 && grads[2].defined();
   if (of_grad || of_lse) {
     const bool extended = c.saved.size() > 4;
-    const RowTerms rows(grad, target, weight, a, extended ? c.saved[3] : Tensor(), extended ? c.saved[4] : Tensor());
+    const RowTerms rows(grad, target, weight, a, extended ? c.saved[3] : Tensor(), extended ? c.saved[4] : Tensor(),
+                        a.mixed ? c.saved[5] : Tensor());
     for (const Tensor& h : {of_grad ? rows.of_gradient(grads[1]) : Tensor(),
                             of_lse ? rows.vjp_of_lse(grads[2]) : Tensor()})
       if (h.defined()) dx = dx.defined() ? at::add(dx, h) : h;
@@ -600,25 +664,28 @@ bool hooks_see_saved_tensors() {
   return at::SavedTensorDefaultHooks::is_enabled() && at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
-// With the extras where `extras` is not null.
+// With what the extras ask for; cross_entropy_lse where that is log(sum(exp)) or a z_loss.
 Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor& target,
                             const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
-                            double label_smoothing, bool upcast, bool exclusive, const Extras* extras = nullptr) {
+                            double label_smoothing, bool upcast, bool exclusive, const Extras& extras, bool with_lse) {
   Tensor loss, grad, lse;
+  const Tensor& second = extras.second_target;
+  const bool is_mixed = second.defined();
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (extras) {
+    if (with_lse) {
       std::tie(loss, lse, grad) =
           lse_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
-                              label_smoothing, upcast, extras->z_loss, extras->lse, /*with_grad=*/true);
+                              label_smoothing, upcast, extras.z_loss, extras.lse, /*with_grad=*/true);
     } else {
-      std::tie(loss, grad) = forward_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction,
-                                                     ignore_index, label_smoothing, upcast);
+      std::tie(loss, grad) =
+          forward_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
+                                  label_smoothing, upcast, is_mixed ? std::optional(second) : std::nullopt, extras.lam);
     }
   }
   const Tensor w = weight.value_or(Tensor());
-  const Attributes a{reduction, ignore_index, label_smoothing, exclusive, extras ? extras->z_loss : 0};
-  const bool keep_logits = extras && extras->lse;  // for the gradient of lse, which is asked for
+  const Attributes a{reduction, ignore_index, label_smoothing, exclusive, extras.z_loss, is_mixed, extras.lam};
+  const bool keep_logits = extras.lse;  // for the gradient of lse, which is asked for
   Tensor dloss, dgrad, dlse;
   if (is_dual(input)) {
     const Tensor t = tangent(input), pt = primal(target), pw = w.defined() ? primal(w) : w;
@@ -627,9 +694,9 @@ Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor
     Tensor total = reduction == at::Reduction::None ? real.sum(class_dim(grad)) : real.sum();
     if (scale.defined()) total = total * scale;
     dloss = total.to(loss.scalar_type());
-    const RowTerms rows(grad, pt, pw, a, keep_logits ? primal(input) : Tensor(), lse);
+    const RowTerms rows(grad, pt, pw, a, keep_logits ? primal(input) : Tensor(), lse, second);
     dgrad = rows.of_gradient(t);
-    if (extras) dlse = rows.jvp_of_lse(t);
+    if (with_lse) dlse = rows.jvp_of_lse(t);
   }
   if (is_dual(target)) {
     const ToTarget to(primal(input), primal(target), w.defined() ? primal(w) : w, a);
@@ -644,13 +711,17 @@ Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor
   }
   set_tangent(loss, dloss);
   set_tangent(grad, dgrad);
-  if (extras) set_tangent(lse, dlse);
+  if (with_lse) set_tangent(lse, dlse);
   if (requires_grad(input, target) || (w.defined() && requires_grad(w))) {
     const Tensor logits = keep_logits || requires_grad(target) ? input : Tensor();
-    if (extras)
+    if (with_lse)
       record("fastops::cross_entropy_lse", &cross_entropy_vjp, {loss, grad, lse}, {input, target, w},
              {{grad, true}, {target}, {w}, {logits}, {lse, true}},
-             {reduction, ignore_index, label_smoothing, exclusive, extras->z_loss});
+             {reduction, ignore_index, label_smoothing, exclusive, extras.z_loss});
+    else if (is_mixed)
+      record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
+             {{grad, true}, {target}, {w}, {logits}, {Tensor()}, {second}},
+             {reduction, ignore_index, label_smoothing, exclusive, extras.z_loss, extras.lam});
     else
       record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
              {{grad, true}, {target}, {w}, {logits}}, {reduction, ignore_index, label_smoothing, exclusive});
@@ -660,20 +731,24 @@ Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor
 
 std::tuple<Tensor, Tensor> forward_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target,
                                             const std::optional<Tensor>& weight, int64_t reduction,
-                                            int64_t ignore_index, double label_smoothing, bool upcast) {
-  Computed c = forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, false);
+                                            int64_t ignore_index, double label_smoothing, bool upcast,
+                                            const std::optional<Tensor>& second_target, double lam) {
+  Computed c = forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, false,
+                                  mixed(second_target, lam), /*with_lse=*/false);
   return {c.loss, c.grad};
 }
 
 Tensor whole_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast) {
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast,
+                      const std::optional<Tensor>& second_target, double lam) {
   const Tensor w = weight.value_or(Tensor());
   if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w)))
     return forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast,
-                              /*exclusive=*/!hooks_see_saved_tensors()).loss;
+                              /*exclusive=*/!hooks_see_saved_tensors(), mixed(second_target, lam), /*with_lse=*/false)
+        .loss;
   at::AutoDispatchBelowADInplaceOrView guard;
   return whole_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
-                               label_smoothing, upcast);
+                               label_smoothing, upcast, second_target, lam);
 }
 
 std::tuple<Tensor, Tensor, Tensor> lse_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target,
@@ -682,9 +757,11 @@ std::tuple<Tensor, Tensor, Tensor> lse_autograd(DispatchKeySet ks, const Tensor&
                                                 double z_loss, bool return_lse, bool with_grad) {
   const Tensor w = weight.value_or(Tensor());
   if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w))) {
-    const Extras extras{return_lse, z_loss, false};
+    Extras extras;
+    extras.lse = return_lse;
+    extras.z_loss = z_loss;
     Computed c = forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast,
-                                    /*exclusive=*/!with_grad && !hooks_see_saved_tensors(), &extras);
+                                    /*exclusive=*/!with_grad && !hooks_see_saved_tensors(), extras, /*with_lse=*/true);
     return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -761,12 +838,13 @@ std::tuple<Tensor, Tensor> overwriting_version(DispatchKeySet ks, Tensor& input,
 // Under autocast the loss is float32; the logits are read as they are.
 template <DispatchKey key>
 Tensor whole_autocast(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool) {
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool,
+                      const std::optional<Tensor>& second_target, double lam) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   if (is_distribution(target) && target.scalar_type() != input.scalar_type())
     return whole_op().call(input.to(at::kFloat), target.to(at::kFloat), weight, reduction, ignore_index,
-                           label_smoothing, true);
-  return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true);
+                           label_smoothing, true, second_target, lam);
+  return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true, second_target, lam);
 }
 
 template <DispatchKey key>
@@ -809,8 +887,9 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
   const std::string arguments =
       " input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
       "float label_smoothing=0.0, bool upcast=False";
-  m.def(("cross_entropy(Tensor" + arguments + ") -> Tensor").c_str(), tags);
-  m.def(("cross_entropy_forward(Tensor" + arguments + ") -> (Tensor, Tensor)").c_str(), tags);
+  const std::string mixup = ", Tensor? second_target=None, float lam=1.0";
+  m.def(("cross_entropy(Tensor" + arguments + mixup + ") -> Tensor").c_str(), tags);
+  m.def(("cross_entropy_forward(Tensor" + arguments + mixup + ") -> (Tensor, Tensor)").c_str(), tags);
   // (loss, log(sum(exp)) of each row, gradient), the last of one dimension without elements unless with_grad
   m.def(("cross_entropy_lse(Tensor" + arguments +
          ", float z_loss=0.0, bool return_lse=True, bool with_grad=False) -> (Tensor, Tensor, Tensor)").c_str(), tags);
@@ -846,9 +925,15 @@ void bind_rows(pybind11::module_& m) {
   }
   def(m, "cross_entropy", [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
-    return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false);
+    return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false, {}, 1);
   });
-  // torch has neither: what has no kernel is not handed on.
+  // torch has none of these: what has no kernel is not handed on.
+  m.def("cross_entropy_mixup", [](const Tensor& input, const Tensor& target, const Tensor& second_target, double lam,
+                                  const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+                                  double label_smoothing) {
+    const Unlocked unlocked(input);
+    return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, false, second_target, lam);
+  });
   const auto with_lse = [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                            int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
                            bool return_lse) {

@@ -87,6 +87,8 @@ void reduce(const Dtype& d, int64_t n, Buffers b) {
     a.n = n;
     a.in[0] = b.values(n, a.dtype);
     a.in[1] = b.values(n, a.dtype);
+    a.period = n % 3 ? n : n / 3;
+    a.in[2] = b.values(a.period, a.dtype);
     a.grad = b.values(n, a.dtype);
     a.scale = 0.5;
     a.params = kParams;
@@ -129,6 +131,11 @@ void rows(const Dtype& d, int64_t outer, int64_t n, int64_t inner, Buffers b) {
     expect(row.name, "loss", row.forward(a));
     a.grad = b.values(count, d.type);
     expect(row.name, "loss and gradient", row.forward(a));
+    a.second_target = target;
+    a.second_divisor = divisor;
+    a.lam = 0.3;
+    expect(row.name, "of two targets", row.forward(a));
+    a.second_target = nullptr;
     a.grad = const_cast<void*>(a.x);
     a.z_loss = 0.1;
     a.lse = b.values(outer * inner, d.real);

@@ -108,7 +108,7 @@ bool second_in_float(const char* name, const double* params, int64_t n, const fl
 
 const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, void* out, const void* x, const void* t,
                        const void* grad, bool grad_is_scalar, double scale, const void* divisor, const double* params,
-                       void* workspace) {
+                       void* workspace, const void* w, int64_t period) {
   const ReduceRow& row = tables().reduce.data[index];
   ReduceArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -116,6 +116,8 @@ const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, vo
   a.out = out;
   a.in[0] = x;
   a.in[1] = t;
+  a.in[2] = w;
+  a.period = period;
   a.grad = grad;
   a.grad_is_scalar = grad_is_scalar;
   a.scale = scale;
@@ -157,7 +159,8 @@ const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, i
 const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner, const void* x,
                               const int64_t* target, const void* weight, int64_t ignore_index, double label_smoothing,
                               void* loss, void* grad, double scale, const void* divisor, void* divisor_out,
-                              double z_loss, void* lse) {
+                              double z_loss, void* lse, const int64_t* second_target, double lam,
+                              const void* second_divisor) {
   const CrossEntropyRow& row = tables().cross_entropy.data[index];
   CrossEntropyArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -175,6 +178,9 @@ const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n,
   a.divisor = divisor;
   a.z_loss = z_loss;
   a.lse = lse;
+  a.second_target = second_target;
+  a.lam = lam;
+  a.second_divisor = second_divisor;
   if (divisor_out) {
     int64_t bad_row = 0;
     if (const Error error = row.divisor(a, divisor_out, &bad_row)) return error;

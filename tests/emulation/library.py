@@ -67,7 +67,8 @@ def rows(kind: str) -> list[SimpleNamespace]:
         index = ctypes.c_size_t(len(found))
         row = SimpleNamespace(kind=kind, index=index, name=name.decode())
         if kind in ("map", "reduce"):
-            row.params = defaults(getattr(lib, f"{kind}_params")(index).decode())
+            declared = getattr(lib, f"{kind}_params")(index).decode()
+            row.params, row.weighted = defaults(declared), "Tensor" in declared
         if kind == "map":
             row.from_output = lib.map_from_output(index)
         if kind == "fused":

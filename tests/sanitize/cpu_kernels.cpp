@@ -130,7 +130,8 @@ struct Elementwise {
       a.dtype = row.values ? type : real_of(type);
       if (!row.values && a.dtype != type) continue;
       a.n = n;
-      a.in[0] = in[0], a.in[1] = in[1], a.grad = in[2];
+      a.in[0] = in[0], a.in[1] = in[1], a.in[2] = in[2], a.grad = in[2];
+      a.period = n % 3 ? n : n / 3;
       a.scale = 0.5;
       a.params = kParams;
       a.workspace = b.raw(static_cast<size_t>(reduce_workspace(n)));
@@ -219,6 +220,9 @@ struct Rows3 {
           expect(row.name, "loss", row.forward(a));
           a.grad = b.values(count, type);
           expect(row.name, "loss and gradient", row.forward(a));
+          a.second_target = target, a.second_divisor = divisor, a.lam = 0.3;
+          expect(row.name, "of two targets", row.forward(a));
+          a.second_target = nullptr;
           a.x = a.grad;
           a.z_loss = smoothing;
           a.lse = b.values(outer * inner, real_of(type));
