@@ -673,7 +673,7 @@ def binary_cross_entropy_with_logits(
         ValueError: input and target of two sizes, an unknown reduction.
         RuntimeError: a weight or pos_weight that does not broadcast, a pos_weight that requires grad.
 
-    Tensors of more than one dtype are left to torch. Same as
+    Tensors of more than one dtype are left to torch, and so are a weight and a pos_weight together. Same as
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`. Gradients flow to input and target. Example:
     ``binary_cross_entropy_with_logits(torch.zeros(1), torch.ones(1))`` is log(2).
     """
@@ -686,6 +686,7 @@ def binary_cross_entropy_with_logits(
     if (
         input.dtype != target.dtype
         or _not_ours(input, target)
+        or (weight is not None and pos_weight is not None)
         or not (
             pos_weight is None
             or (pos_weight.dtype == input.dtype and pos_weight.device == input.device)
@@ -701,16 +702,11 @@ def binary_cross_entropy_with_logits(
         raise ValueError(
             f"Target size ({target.size()}) must be the same as input size ({input.size()})"
         )
-    if pos_weight is None:
-        if weight is None:
-            return _C.binary_cross_entropy_with_logits(input, target, enum)
-        values = _C.binary_cross_entropy_with_logits(input, target, 0)
-    else:
-        kernel = _C.binary_cross_entropy_with_logits_pos_weight
-        if weight is None:
-            return kernel(input, target, enum, pos_weight)
-        values = kernel(input, target, 0, pos_weight)
-    return _reduced(values * weight, reduction)
+    if pos_weight is not None:
+        return _C.binary_cross_entropy_with_logits_pos_weight(input, target, enum, pos_weight)
+    if weight is None:
+        return _C.binary_cross_entropy_with_logits(input, target, enum)
+    return _reduced(_C.binary_cross_entropy_with_logits(input, target, 0) * weight, reduction)
 
 
 @op(kind="rows", reference=F.cross_entropy)

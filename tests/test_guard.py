@@ -98,6 +98,12 @@ TORCHS = [
         {"pos_weight": SMALL[0].double()},
         "more than one dtype",
     ),
+    (
+        F.binary_cross_entropy_with_logits,
+        (SMALL, SMALL),
+        {"weight": SMALL, "pos_weight": SMALL[0]},
+        "weight and pos_weight is torch's to compute",
+    ),
     (TF.relu, (SMALL,), {}, "fastops.functional.relu is ours"),
     (torch.softmax, (SMALL, 1), {}, "fastops.functional.softmax is ours"),
     (nn.GELU(), (SMALL,), {}, "patch() makes it fastops.nn.GELU"),

@@ -94,10 +94,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
     real vx[size], vt[size] = {}, vw[size] = {};
     if (wide && left >= size) {
       load_wide(x + i, vx);
-      if constexpr (inputs == 2) load_wide(t + i, vt);
+      if constexpr (inputs >= 2) load_wide(t + i, vt);
     } else {
       load_narrow(x + i, left, vx);
-      if constexpr (inputs == 2) load_narrow(t + i, left, vt);
+      if constexpr (inputs >= 2) load_narrow(t + i, left, vt);
     }
     if constexpr (inputs == 3) load_beside(w, i, period, wide_w && left >= size, vw);
 #pragma unroll
