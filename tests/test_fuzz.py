@@ -295,6 +295,13 @@ def test_reduce(op, data):
     if "weight" in inspect.signature(op.exact).parameters and data.draw(st.integers(0, 3)) == 0:
         weight = data.draw(fenced(shape, dtype, within=torch.abs))
         extra, kwargs["weight"] = [weight], weight.tensor.resolve_neg()
+    elif "pos_weight" in op.signature.parameters and data.draw(st.booleans()):
+        # of a shape that broadcasts
+        first = data.draw(st.integers(0, len(shape)))
+        ones = [data.draw(st.booleans()) for _ in shape[first:]]
+        row = tuple(1 if one else n for one, n in zip(ones, shape[first:], strict=True))
+        weight = data.draw(fenced(row, dtype, within=torch.abs))
+        extra, kwargs["pos_weight"] = [weight], weight.tensor.resolve_neg()
     check(op, [x, t], kwargs, each=False, extra=extra)
 
 
