@@ -195,6 +195,7 @@ def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
         given_fakes = [f for f in (*fakes, *named.values()) if isinstance(f, Tensor)]
         versions = [f._version for f in given_fakes]
         result = function(*fakes, **named)
+        result = result[0] if isinstance(result, tuple) else result
     same = [f._version == v for f, v in zip(given_fakes, versions, strict=True) if f is result]
     if same and same[0]:
         return Explanation(_title(title, args, kwargs), "nothing", (), result.device.type, None, False, False, ("the result is the input",))  # fmt: skip
