@@ -1018,8 +1018,8 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """-input[target] of log-probabilities: :func:`torch.nn.functional.nll_loss` itself, which reads one number a row and
-    leaves nothing to win. From logits, :func:`cross_entropy` does both steps in one."""
+    """-input[target] of log-probabilities: :func:`torch.nn.functional.nll_loss` itself, which reads one number a row
+    forward and fills zeros backward: nothing is left to win. From logits, :func:`cross_entropy` does both steps in one."""
     return F.nll_loss(
         input, target, weight=weight, size_average=size_average, ignore_index=ignore_index,
         reduce=reduce, reduction=reduction,
