@@ -226,7 +226,7 @@ def run_finetune(options: argparse.Namespace) -> None:
                 f"--resume takes the options of the run; leave out {', '.join(flags)}"
             )
         result = resume(options.resume, show=not options.quiet)
-    elif options.profile:
+    elif options.profile and not options.dry_run:
         print(profile(FineTuneConfig(**given)))
         return
     else:

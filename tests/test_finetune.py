@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib import font_manager
 from PIL import Image
 
 from fastops.__main__ import main
@@ -59,7 +61,15 @@ from fastops.finetune.model import (
     split,
 )
 from fastops.finetune.pretrain import TURNS, distort, measure
-from fastops.finetune.report import count_confusions, draw_predictions
+from fastops.finetune.report import (
+    compare_backends,
+    count_confusions,
+    curve_distances,
+    draw_curves,
+    draw_predictions,
+    find_fonts,
+    letters,
+)
 from fastops.finetune.storage import complete_file, make_run_folder
 from fastops.finetune.train import fit, make_optimizer, ops_for, warmup_cosine
 
@@ -239,6 +249,35 @@ def test_every_shown_picture_is_drawn():
     assert count_confusions([run, run], collection).sum() == 400
 
 
+def synthetic_runs(*curves, times=(1.0, 1.0)):
+    """Runs of one mode, two seeds on each back end, with these losses."""
+    arms = [("torch", 0), ("torch", 1), ("fastops", 0), ("fastops", 1)]
+    return [
+        Run("full", seed, backend, losses=list(losses), times=list(times), curve=[(1, 0.5)])
+        for (backend, seed), losses in zip(arms, curves, strict=True)
+    ]
+
+
+def test_back_ends_are_compared_by_the_loss_of_every_step():
+    runs = synthetic_runs((2.0, 1.0), (2.0, 1.5), (2.0, 1.1), (2.0, 1.6, 9.0))
+    between, noise = curve_distances(runs[:2], runs[2:])
+    assert between == pytest.approx(0.05) and noise == pytest.approx(0.25)
+    (sentence,) = compare_backends(runs)
+    assert "first losses 0e+00 apart" in sentence
+    assert "loss curves 0.0500 (mean of the steps; those of two seeds on torch 0.2500)" in sentence
+    assert "two seeds" not in compare_backends([runs[0], runs[2]])[0]
+    assert not compare_backends(runs[:2])
+
+
+@pytest.mark.parametrize(("steps", "points"), [(1, 1), (2, 2), (4, 4), (120, 116)])
+def test_curves_of_short_runs_are_drawn(steps, points):
+    curve = torch.linspace(2, 1, steps).tolist()
+    losses, accuracies = draw_curves(synthetic_runs(*[curve] * 4)).axes
+    assert [len(line.get_xdata()) for line in losses.lines] == [points] * 2
+    names = [text.get_text() for text in accuracies.get_legend().get_texts()]
+    assert names == ["each of them (torch)", "full (fastops)"]
+
+
 def test_same_seed_same_run(tmp_path, small_test):
     first = finetune(quick(tmp_path, modes=("full",)))
     state = torch.random.get_rng_state()
@@ -261,6 +300,7 @@ def test_backends_start_from_the_same_loss(tmp_path, small_test):
     for column in ("accuracy", "first loss", "ms/step", "images/s", "peak MB"):
         assert column in text.splitlines()[0]
     assert "full: first losses" in text and "scratch: first losses" in text
+    assert text.count("loss curves 0.0") == 2
     if sys.platform == "linux":
         assert all(run.peak_memory > 1_000_000 for run in result.runs)
 
@@ -365,6 +405,8 @@ def test_exported_program_needs_torch_only(tmp_path, small_test):
     assert torch.allclose(confidence, result.runs[0].confidence, atol=1e-5)
     with pytest.raises(OutputError, match="there is no such folder"):
         finetune(quick(tmp_path / "run", export=tmp_path / "none" / "out.pt2"))
+    with pytest.raises(OutputError, match="it is a folder"):
+        finetune(quick(tmp_path / "run", export=tmp_path))
 
 
 def test_profile_accounts_for_a_step(tmp_path, small_test, monkeypatch, capsys):
@@ -475,6 +517,32 @@ def test_folder_with_resnet18(tmp_path, capsys):
     assert "12 training images, 6 test images, 32 x 32" in printed and "last:2" in printed
     classifier = load_classifier(tmp_path / "run" / "checkpoints" / "full.pt")
     assert classifier.classes == ["cat", "dog", "owl"] and classifier.format.size == 32
+
+
+def test_classes_of_any_name(tmp_path, monkeypatch):
+    """Formulas, HTML, letters that no font here has, names longer than their place."""
+    names = ["$", "$\\frac$", "a < b & c", "x" * 80, "고양이"]
+    draw_pictures(tmp_path / "data", names, count=3)
+    fonts = font_manager.fontManager.ttflist
+    own = [font for font in fonts if font.name.startswith("DejaVu")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a missing letter
+        result = finetune(quick(tmp_path, data=tmp_path / "data", modes=("features",)))
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert (
+        "고양이" in page and "have the numbers of the list" in page and "a &lt; b &amp; c" in page
+    )
+    assert load_classifier(result.folder).classes == names
+
+
+def test_fonts_are_found_by_their_letters():
+    own, missing = find_fonts("Trouser")
+    assert len(own) == 1 and not missing
+    entry = next(f for f in font_manager.fontManager.ttflist if f.name == "STIXNonUnicode")
+    letter = min(letters(entry.fname) - letters(font_manager.findfont("DejaVu Sans")))
+    families, missing = find_fonts("a" + letter)
+    assert len(families) == 2 and families[0] == own[0] and not missing
 
 
 def test_folder_is_split_the_same_way_each_time(tmp_path):
@@ -605,6 +673,7 @@ def test_augment_keeps_shape_and_range():
         ({"optimizer": "lamb"}, "unknown optimizer"),
         ({"amp": "fp8"}, "unknown amp"),
         ({"device": "abacus"}, "device 'abacus'"),
+        ({"device": "meta"}, "device 'meta'"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"lr": -1.0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
@@ -685,14 +754,17 @@ def test_bad_checkpoints(tmp_path):
         return str(caught.value)
 
     assert "there is no checkpoint" in reason()
+    path.mkdir()
+    assert "is a folder: name a checkpoint in it" in reason()
+    path.rmdir()
     path.write_bytes(b"not a checkpoint")
-    assert "damaged" in reason()
+    assert "damaged" in reason() and "weights_only" not in reason()
     state = build("small", 5).state_dict()
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-5000])
     assert "damaged" in reason()
     torch.save({"model": Path("x")}, path)
-    assert "more than weights" in reason()
+    assert re.search(r"more than weights: Unsupported global: GLOBAL pathlib\S*Path$", reason())
     torch.save([1, 2], path)
     assert "holds a list" in reason()
     torch.save({"epoch": 3}, path)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune import one_thread, quick, small_test  # noqa: F401  fixtures
+from test_finetune import draw_pictures, one_thread, quick, small_test  # noqa: F401  fixtures
 
 from fastops.__main__ import main
 from fastops.finetune import ConfigError, OutputError, finetune, resume
@@ -279,6 +280,38 @@ def test_bad_folders(tmp_path, small_test, capsys):  # noqa: F811
         resume(folder)
     assert main(["finetune", "--resume", str(folder), "--steps=3"]) == 2
     assert "leave out steps" in capsys.readouterr().err
+
+
+def test_other_pictures_or_another_network_cannot_be_gone_on_with(tmp_path, monkeypatch):
+    import fastops.finetune.train as train
+
+    draw_pictures(tmp_path / "data", count=5)
+    config = quick(tmp_path, data=tmp_path / "data", modes=("full",), save_every=1)
+    step = train.Trainer.step
+
+    def interrupted(self, *batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    folder = Path(config.out)
+    shutil.move(tmp_path / "data" / "owl", tmp_path / "owl")
+    with pytest.raises(
+        ConfigError,
+        match="12 and 3 images of the classes cat, dog, owl, now there are 8 and 2 images",
+    ):
+        resume(folder)
+    shutil.move(tmp_path / "owl", tmp_path / "data" / "owl")
+    good = (folder / "config.json").read_text()
+    other = {"arch": "resnet18", "weights": "none", "image_size": 32}
+    (folder / "config.json").write_text(json.dumps({**json.loads(good), **other}))
+    with pytest.raises(ConfigError, match="is not one of this network and recipe"):
+        resume(folder)
+    (folder / "config.json").write_text(good)
+    monkeypatch.setattr(train.Trainer, "step", step)
+    assert len(resume(folder).runs[0].losses) == 3
 
 
 @pytest.mark.parametrize(

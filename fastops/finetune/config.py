@@ -207,7 +207,7 @@ class FineTuneConfig:
                 values["modes"] = tuple(values["modes"])
             config = cls(**values)
             config.check()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"there is no {path}: name the folder of a run") from error
         except (OSError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, ConfigError):

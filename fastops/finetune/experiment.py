@@ -57,7 +57,7 @@ class Result:
 
     def __str__(self) -> str:
         lines = [format_table(self.summary), describe_keeping(self.summary)]
-        lines += compare_backends(self.summary)
+        lines += compare_backends(self.runs)
         return "\n".join(line for line in lines if line)
 
 
@@ -65,21 +65,34 @@ PROGRESS = "progress.pt"
 """What an unfinished experiment goes on from: the finished runs, and the state of the one that is not."""
 
 
-def save_progress(folder: Path, runs: list[Run], state: dict | None) -> None:
+def save_progress(
+    folder: Path, collection: Collection, runs: list[Run], state: dict | None
+) -> None:
     """Write what the experiment in `folder` can go on from; the first process does."""
     with processes.together():
         if processes.rank() == 0:
-            content = {"runs": [asdict(run) for run in runs], "state": state}
+            content = {
+                "runs": [asdict(run) for run in runs],
+                "state": state,
+                "processes": processes.count(),
+                "data": describe_data(collection),
+            }
             with complete_file(folder / PROGRESS) as path:
-                torch.save({**content, "processes": processes.count()}, path)
+                torch.save(content, path)
 
 
-def load_progress(folder: Path) -> tuple[list[Run], dict | None]:
+def describe_data(collection: Collection) -> str:
+    """What tells apart images that another state of the data's folder would give."""
+    sizes = f"{len(collection.train)} and {len(collection.test)} images"
+    return f"{sizes} of the classes {', '.join(collection.classes)}"
+
+
+def load_progress(folder: Path, collection: Collection) -> tuple[list[Run], dict | None]:
     """The finished runs of an experiment, and the state of the unfinished one.
 
     Raises:
-        ConfigError: there is nothing to go on from, it is damaged, or of another number of
-            processes.
+        ConfigError: there is nothing to go on from, it is damaged, of another number of
+            processes or of other data.
     """
     path = folder / PROGRESS
     if not path.exists():
@@ -91,10 +104,11 @@ def load_progress(folder: Path) -> tuple[list[Run], dict | None]:
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        runs, state, count = (
+        runs, state, count, data = (
             [Run(**run) for run in saved["runs"]],
             saved["state"],
             saved["processes"],
+            saved["data"],
         )
     except Exception as error:  # what a damaged file makes of torch.load is anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -103,6 +117,11 @@ def load_progress(folder: Path) -> tuple[list[Run], dict | None]:
         raise ConfigError(
             f"{folder} was begun by {count} process{'es' * (count > 1)}, this is one of "
             f"{processes.count()}: resume it with torchrun --nproc-per-node={count}"
+        )
+    if data != describe_data(collection):
+        raise ConfigError(
+            f"{folder} was begun on {data}, now there are {describe_data(collection)}: "
+            "put the pictures back, or start a new run"
         )
     return runs, state
 
@@ -185,6 +204,8 @@ def make_plan(config: FineTuneConfig, show: bool = False) -> Plan:
         find_writer()
     if config.export is not None and not Path(config.export).parent.is_dir():
         raise OutputError(f"cannot write {config.export}: there is no such folder")
+    if config.export is not None and Path(config.export).is_dir():
+        raise OutputError(f"cannot write {config.export}: it is a folder, name a file")
     weights = None
     if set(config.chosen_modes) != {"scratch"}:
         weights = find_weights(config.arch, config.weights)
@@ -213,7 +234,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
     result = Result(config, None, collection.classes, description=plan.description)
     with processes.together():
         if resumed:
-            result.runs, state = load_progress(resumed)
+            result.runs, state = load_progress(resumed, collection)
         elif writes:
             folder = make_run_folder(config.out)
             (folder / "checkpoints").mkdir()
@@ -224,7 +245,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
         if resumed and writes:
             remove_unfinished(folder)
     if not resumed:
-        save_progress(folder, [], None)
+        save_progress(folder, collection, [], None)
     if show:
         print("\n".join(result.description), flush=True)
     jobs = [(m, b, s) for m in modes for b in backends for s in range(config.seeds)]
@@ -258,7 +279,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
                     seed,
                     on_step=advance,
                     state=state,
-                    save=lambda state: save_progress(folder, result.runs, state),
+                    save=lambda state: save_progress(folder, collection, result.runs, state),
                     stop=stop,
                 )
                 state = None
@@ -274,7 +295,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
                         if writes:
                             classes = collection.classes
                             save_classifier(path, model, config, classes, plan.format, run)
-                save_progress(folder, result.runs, None)
+                save_progress(folder, collection, result.runs, None)
     finally:
         if journal is not None:
             journal.close()

@@ -5,6 +5,7 @@ All share torchvision's names (conv1, bn1, layer1 ..., fc), so that one piece of
 
 import contextlib
 import pickle
+import re
 import socket
 from collections.abc import Mapping
 from importlib import resources
@@ -158,6 +159,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: the file is missing, truncated or damaged, or holds more than weights.
     """
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder: name a checkpoint in it")
     if not path.is_file():
         raise WeightsError(f"there is no checkpoint {path}")
     try:
@@ -171,7 +174,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # The rest of the message tells how to run whatever code a file brings along.
+        found = re.search(
+            r"WeightsUnpickler error:\s*(.+?)(?= was not an allowed global|$)", str(error), re.M
+        )
+        reason = found[1] if found else str(error).splitlines()[0]
         raise WeightsError(f"{path} is damaged or holds more than weights: {reason}") from error
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,15 +1,17 @@
 """What a run leaves for a reader: the closing table, pictures, metrics and one HTML page."""
 
 import base64
+import contextlib
 import html
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.figure import Figure
 
 from .config import FineTuneConfig, plain
@@ -129,20 +131,39 @@ def describe_keeping(rows: Sequence[dict]) -> str:
     return f"Frozen stages ran once; that makes an epoch faster: {', '.join(parts)}." * bool(parts)
 
 
-def compare_backends(rows: Sequence[dict]) -> list[str]:
+def compare_backends(runs: Sequence[Run]) -> list[str]:
     """For each mode that ran on both back ends, a sentence: losses, accuracy and time."""
     sentences = []
-    for torchs in (row for row in rows if row["backend"] == "torch"):
-        for ours in rows:
-            if ours["mode"] == torchs["mode"] and ours["backend"] == "fastops":
-                apart = abs(ours["first_loss"] / torchs["first_loss"] - 1)
-                ratio = torchs["seconds_per_step"] / ours["seconds_per_step"]
-                sentences.append(
-                    f"{ours['mode']}: first losses {apart:.0e} apart, accuracy "
-                    f"{ours['accuracy'] - torchs['accuracy']:+.3f}, torch's time for a step over "
-                    f"fastops' {ratio:.2f}."
-                )
+    rows = {(row["mode"], row["backend"]): row for row in summarise(runs)}
+    arms = group_runs(runs)
+    for mode in dict.fromkeys(run.mode for run in runs):
+        if (mode, "torch") not in arms or (mode, "fastops") not in arms:
+            continue
+        torchs, ours = rows[mode, "torch"], rows[mode, "fastops"]
+        apart = abs(ours["first_loss"] / torchs["first_loss"] - 1)
+        between, noise = curve_distances(arms[mode, "torch"], arms[mode, "fastops"])
+        ratio = torchs["seconds_per_step"] / ours["seconds_per_step"]
+        seeds = "" if noise is None else f"; those of two seeds on torch {noise:.4f}"
+        sentences.append(
+            f"{mode}: first losses {apart:.0e} apart (relative), loss curves {between:.4f} (mean of "
+            f"the steps{seeds}), accuracy {ours['accuracy'] - torchs['accuracy']:+.3f}, torch's "
+            f"time for a step over fastops' {ratio:.2f}."
+        )
     return sentences
+
+
+def curve_distances(torchs: Sequence[Run], ours: Sequence[Run]) -> tuple[float, float | None]:
+    """How far apart the losses of a step are in the mean: on two back ends with one seed, and on torch with two seeds
+    (None where there is one)."""
+
+    def distance(a: Run, b: Run) -> float:
+        length = min(len(a.losses), len(b.losses))
+        both = torch.tensor([a.losses[:length], b.losses[:length]], dtype=torch.float64)
+        return (both[0] - both[1]).abs().mean().item()
+
+    between = [distance(a, b) for a, b in zip(torchs, ours, strict=False)]
+    noise = [distance(a, b) for i, a in enumerate(torchs) for b in torchs[:i]]
+    return spread(between)[0], spread(noise)[0] if noise else None
 
 
 def best_arm(runs: Sequence[Run]) -> list[Run]:
@@ -157,18 +178,20 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     arms = group_runs(runs)
+    modes = list(dict.fromkeys(mode for mode, _ in arms))
+    both = len(arms) > len(modes)
     for arm, repeats in arms.items():
         # The two back ends lie on each other: torch's line is drawn dashed and dark above.
-        modes = list(dict.fromkeys(mode for mode, _ in arms))
         style: dict = {"color": COLOURS[modes.index(arm[0]) % len(COLOURS)]}
-        if arm[1] == "torch" and len(arms) > len(modes):
-            style = {"color": "#222222", "linestyle": (0, (1, 3)), "zorder": 3}
         name = name_arm(arm, list(arms))
+        if both and arm[1] == "torch":
+            style = {"color": "#222222", "linestyle": (0, (1, 3)), "zorder": 3}
+            name = "each of them (torch)" if arm[0] == modes[-1] else "_"  # once in the legend
         # Runs that stopped early are shorter.
         length = min(len(run.losses) for run in repeats)
         loss = torch.tensor([run.losses[:length] for run in repeats])
         # Averaging a few neighbours shows the course; single batches are noise.
-        window = min(5, loss.shape[1])
+        window = max(1, min(5, length // 8))
         loss = loss.unfold(1, window, 1).mean(2).mean(0)
         losses.plot(range(window, window + len(loss)), loss.tolist(), label=name, **style)
         points = min(len(run.curve) for run in repeats)
@@ -188,26 +211,66 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def letters(path: str) -> set[str]:
+    """The characters that a font file can draw; none if it cannot be read."""
+    with contextlib.suppress(OSError, RuntimeError):
+        return set(map(chr, font_manager.get_font(path).get_charmap()))
+    return set()
+
+
+def find_fonts(text: str) -> tuple[list[str], set[str]]:
+    """Families of installed fonts that can draw `text` between them, matplotlib's own first; and the characters that
+    none can."""
+    families = list(rcParams["font.family"])
+    missing = set(text) - letters(font_manager.findfont(font_manager.FontProperties()))
+    fonts = {}
+    if missing:
+        fonts = {
+            entry.name: missing & letters(entry.fname)
+            for entry in font_manager.fontManager.ttflist
+            if not entry.name.startswith("Last Resort")  # which has a box for each
+        }
+    while missing and fonts:
+        best = max(fonts, key=lambda name: len(fonts[name] & missing))
+        if not fonts[best] & missing:
+            break
+        families.append(best)
+        missing -= fonts[best]
+    return families, missing
+
+
+def drawable_names(classes: Sequence[str], undrawable: set[str]) -> list[str]:
+    """The classes' names, or their numbers where no font has the letters."""
+    return [f"class {i}" if set(c) & undrawable else c for i, c in enumerate(classes, 1)]
+
+
+def shorten(name: str, length: int) -> str:
+    """The name, cut off where it is longer."""
+    return name if len(name) <= length else name[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 def draw_predictions(run: Run, collection: Collection) -> Figure:
     """Test images with their predicted class and, where that is wrong, the true one.
 
     A third of them are mistakes (as far as there are any), the rest are drawn at random.
     """
+    names = [shorten(name, 15) for name in collection.classes]
     order = torch.randperm(len(collection.test), generator=torch.Generator().manual_seed(0))
     right = (run.predictions == collection.test.labels)[order]
     shown = torch.cat([order[~right][:8], order[right]])[:24]
     shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(1))]
     pictures, labels = collection.test.__getitems__(shown.tolist())
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
-    plots = figure.subplots(3, 8).ravel()
+    rows = -(-len(shown) // 8)
+    figure = Figure(figsize=(12, 0.5 + 1.7 * rows), layout="constrained")
+    plots = figure.subplots(rows, 8).ravel()
     for plot in plots:
         plot.axis("off")
     for plot, index, picture, label in zip(plots, shown.tolist(), pictures, labels, strict=False):
         predicted = int(run.predictions[index])
-        title = f"{collection.classes[predicted]} {run.confidence[index]:.0%}"
+        title = f"{names[predicted]} {run.confidence[index]:.0%}"
         wrong = predicted != int(label)
         if wrong:
-            title += f"\nis {collection.classes[int(label)]}"
+            title += f"\nis {names[int(label)]}"
         plot.imshow(picture.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255)
         plot.set_title(title, fontsize=9, color="#c00000" if wrong else "#007030")
     mistakes = int((~right).sum())
@@ -236,9 +299,12 @@ def draw_confusions(runs: Sequence[Run], collection: Collection) -> Figure:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{runs[0].mode}, {len(runs)} seeds")
-    axes.set_xticks(range(classes), collection.classes, rotation=45, ha="right")
-    axes.set_yticks(range(classes), collection.classes)
+    seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    axes.set(xlabel="predicted", ylabel="true", title=f"{runs[0].mode}, {seeds}")
+    names = [shorten(name, 24) for name in collection.classes]
+    size = min(10.0, 600 / classes)
+    axes.set_xticks(range(classes), names, rotation=45, ha="right", fontsize=size)
+    axes.set_yticks(range(classes), names, fontsize=size)
     if classes <= 15:
         for row in range(classes):
             for column in range(classes):
@@ -289,19 +355,29 @@ def write_report(
         "runs": [describe_run(run) for run in runs],
     }
     write_text(folder / "metrics.json", json.dumps(metrics) + "\n")
+    families, undrawable = find_fonts("".join(collection.classes))
+    drawn = replace(collection, classes=drawable_names(collection.classes, undrawable))
     figures: dict[str, Callable[[], Figure]] = {
         "curves": lambda: draw_curves(runs),
-        "predictions": lambda: draw_predictions(best[0], collection),
-        "confusion": lambda: draw_confusions(best, collection),
+        "predictions": lambda: draw_predictions(best[0], drawn),
+        "confusion": lambda: draw_confusions(best, drawn),
     }
     pictures = {}
     for name, draw in figures.items():
         buffer = io.BytesIO()
-        draw().savefig(buffer, format="png", dpi=110)
+        # A class may be called "$": that begins no formula.
+        with rc_context({"font.family": families, "text.parse_math": False}):
+            draw().savefig(buffer, format="png", dpi=110)
         pictures[name] = buffer.getvalue()
         with complete_file(folder / f"{name}.png") as path:
             path.write_bytes(pictures[name])
-    write_text(folder / "report.html", make_page(summary, description, pictures, metrics["config"]))
+    numbered = (
+        undrawable
+        and "Classes that no installed font can write have the numbers of the list above."
+    )
+    comments = [*compare_backends(runs), *([numbered] if numbered else [])]
+    page = make_page(summary, description, pictures, metrics["config"], comments)
+    write_text(folder / "report.html", page)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -343,7 +419,8 @@ summary {{ cursor: pointer; font-weight: 600 }}
 </tbody></table>
 <p class="small">Accuracy: mean ± standard deviation over the seeds, lowest and highest; all test
 images, after the last step. s/run: training one network, without evaluation. ms/step: median. Peak MB:
-how far the memory in use rose. {keeping}</p></section>
+how far the memory in use rose.</p>
+{comments}</section>
 <section><h2>Training</h2>
 <img alt="Loss and accuracy by step" src="data:image/png;base64,{curves}"></section>
 <section><h2>Test images and what the best mode makes of them</h2>
@@ -360,8 +437,9 @@ def make_page(
     description: Sequence[str],
     pictures: dict[str, bytes],
     options: dict,
+    comments: Sequence[str] = (),
 ) -> str:
-    """The report as one page of HTML that needs no other file."""
+    """The report as one page of HTML that needs no other file; the comments stand below its table."""
     best = max(reversed(summary), key=lambda row: row["accuracy"])
     figures = [
         (f"{best['accuracy']:.1%}", f"accuracy of {best['name']}, the best mode"),
@@ -385,7 +463,11 @@ def make_page(
             f"<div><b>{html.escape(figure)}</b>{html.escape(what)}</div>"
             for figure, what in figures
         ),
-        keeping=html.escape(" ".join([describe_keeping(summary), *compare_backends(summary)])),
+        comments="\n".join(
+            f'<p class="small">{html.escape(line)}</p>'
+            for line in (describe_keeping(summary), *comments)
+            if line
+        ),
         options=html.escape(json.dumps(options, indent=2)),
         **{name: base64.b64encode(content).decode() for name, content in pictures.items()},
     )

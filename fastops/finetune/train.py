@@ -220,7 +220,8 @@ def fit(
 
     Raises:
         WeightsError: the weights do not fit the network.
-        ConfigError: the back end lacks the optimizer, or "last:N" asks for too many stages.
+        ConfigError: the back end lacks the optimizer, "last:N" asks for too many stages, or the
+            state is of another network or recipe.
         FineTuneError: the loss became infinite or NaN.
     """
     run = Run(mode, seed, backend)
@@ -231,7 +232,13 @@ def fit(
         images = take(collection.train, chosen)
         trainer = Trainer(run, config, ops_for(backend), network, images, collection.test)
         if state is not None:
-            trainer.load_state_dict(state)
+            try:
+                trainer.load_state_dict(state)
+            except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise ConfigError(
+                    f"the saved state of {mode}, seed {seed}, is not one of this network and recipe: {reason}"
+                ) from error
         trainer.train(on_step, save, stop or threading.Event())
         run.peak_memory = memory.rise()
     return run, model.eval()
@@ -647,7 +654,7 @@ def find_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', processes.rank())}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
