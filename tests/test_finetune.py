@@ -264,7 +264,7 @@ def test_back_ends_are_compared_by_the_loss_of_every_step():
     assert between == pytest.approx(0.05) and noise == pytest.approx(0.25)
     (sentence,) = compare_backends(runs)
     assert "first losses 0e+00 apart" in sentence
-    assert "loss curves 0.0500 (mean of the steps; those of two seeds on torch 0.2500)" in sentence
+    assert "loss curves 0.05 (mean of the steps; those of two seeds on torch 0.25)" in sentence
     assert "two seeds" not in compare_backends([runs[0], runs[2]])[0]
     assert not compare_backends(runs[:2])
 
@@ -300,7 +300,7 @@ def test_backends_start_from_the_same_loss(tmp_path, small_test):
     for column in ("accuracy", "first loss", "ms/step", "images/s", "peak MB"):
         assert column in text.splitlines()[0]
     assert "full: first losses" in text and "scratch: first losses" in text
-    assert text.count("loss curves 0.0") == 2
+    assert text.count("loss curves ") == 2
     if sys.platform == "linux":
         assert all(run.peak_memory > 1_000_000 for run in result.runs)
 

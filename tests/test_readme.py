@@ -1,7 +1,11 @@
-"""The commands that the README shows under Fine-tuning are commands that run."""
+"""The commands that the README and docs/finetuning.md show are commands that run: each is, for two steps."""
 
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +13,19 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from test_finetune import one_thread, small_test  # noqa: F401  fixtures
 
+import fastops.finetune.train as train
 from fastops.__main__ import main, make_parser
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SECTION = re.search(r"^## Fine-tuning\n(.*?)^## ", README, re.M | re.S)[1]
-COMMANDS = re.findall(r"^    (?:torchrun \S+ -m|python -m) fastops (.*?)(?: +#.*)?$", SECTION, re.M)
+TEXTS = SECTION + (ROOT / "docs" / "finetuning.md").read_text()
+SHOWN = re.findall(r"^    ((?:torchrun \S+ -m|python -m) fastops .*?)(?: +#.*)?$", TEXTS, re.M)
+COMMANDS = list(dict.fromkeys(SHOWN))
+FEW = ["--seeds=1", "--steps=2", "--quiet", "--threads=1"]
+"""Given after a command's own options, for the time they take."""
 
 
 @pytest.fixture
@@ -32,13 +43,33 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def interrupted_run(monkeypatch):
+    """RUN, which Ctrl-C ended at its second step."""
+    step, count = train.Trainer.step, 0
+
+    def interrupted(self, *batch):
+        nonlocal count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", interrupted)
+        assert main(["finetune", "--modes=features", *FEW, "--steps=4", "--out=RUN"]) == 130
+
+
 def test_there_are_commands():
-    assert len(COMMANDS) >= 4
+    words = " ".join(COMMANDS)
+    shown = ("torchrun", "--data", "--schedule", "--resume", "--profile", "predict", "--help")
+    assert all(word in words for word in shown)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_command(place, command, capsys):
-    words = shlex.split(command)
+def test_command(place, command, capsys, small_test, monkeypatch):  # noqa: F811
+    launcher, _, rest = command.partition(" fastops ")
+    words = [re.sub(r"^runs/\S+$", "RUN", word) for word in shlex.split(rest)]
+    words = [re.sub(r"^IMAGE(\.\.\.)?$", "IMAGE.png", word) for word in words]
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):
             main(words)
@@ -47,18 +78,46 @@ def test_command(place, command, capsys):
         assert {"finetune", "predict", "doctor"} <= options
         assert "examples:" in printed and "--resume" in printed
         return
+    if launcher.startswith("torchrun"):
+        script = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*script, *shlex.split(launcher)[1:], "fastops", *words, *FEW, "--modes=features", "--out=RUN"],
+            capture_output=True, text=True, timeout=540, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "2 processes of 50" in (place / "RUN" / "report.html").read_text()
+        return
     if "--resume" in words:
-        assert main(words) == 2 and "name the folder of a run" in capsys.readouterr().err
+        interrupted_run(monkeypatch)
+        assert main(words) == 0 and (place / "RUN" / "report.html").exists()
         return
     if words[0] == "predict":
-        assert (
-            main(["finetune", "--modes=features", "--steps=2", "--seeds=1", "--quiet", "--out=RUN"])
-            == 0
-        )
-        words = [re.sub("IMAGE.*", "IMAGE.png", word) for word in words]
-        words = ["RUN" if "runs/" in word else word for word in words]
-        assert main(words) == 0 and "IMAGE.png: " in capsys.readouterr().out
+        assert main(["finetune", "--modes=features", *FEW, "--out=RUN"]) == 0
+        capsys.readouterr()
+        assert main(words) == 0 and capsys.readouterr().out.startswith("IMAGE.png: ")
         return
     assert words[0] == "finetune"
-    assert main([*words, "--dry-run"]) == 0
+    if "--data" in words:
+        words.append("--image-size=32")
+    if "--profile" in words:
+        assert main([*words, *FEW, "--modes=features"]) == 0
+        assert "torch's time over fastops's" in capsys.readouterr().out
+        return
+    assert main([*words, *FEW, "--out=RUN"]) == 0
+    printed = capsys.readouterr().out
+    assert (place / "RUN" / "report.html").exists() and "See RUN/report.html" in printed
+
+
+def examples():
+    """The commands that finetune --help ends with."""
+    (commands,) = (action for action in make_parser()._actions if action.choices)
+    lines = commands.choices["finetune"].epilog.splitlines()[1:]
+    return [line.split(" fastops ")[1] for line in lines]
+
+
+@pytest.mark.parametrize("command", examples(), ids=str)
+def test_example_of_the_help(place, command, capsys):
+    (place / "FOLDER").rename(place / "photos")
+    (place / "FILE").rename(place / "resnet18.pth")
+    assert main([*shlex.split(command), "--dry-run"]) == 0
     assert "steps of" in capsys.readouterr().out

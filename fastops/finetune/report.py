@@ -143,9 +143,9 @@ def compare_backends(runs: Sequence[Run]) -> list[str]:
         apart = abs(ours["first_loss"] / torchs["first_loss"] - 1)
         between, noise = curve_distances(arms[mode, "torch"], arms[mode, "fastops"])
         ratio = torchs["seconds_per_step"] / ours["seconds_per_step"]
-        seeds = "" if noise is None else f"; those of two seeds on torch {noise:.4f}"
+        seeds = "" if noise is None else f"; those of two seeds on torch {noise:.2g}"
         sentences.append(
-            f"{mode}: first losses {apart:.0e} apart (relative), loss curves {between:.4f} (mean of "
+            f"{mode}: first losses {apart:.0e} apart (relative), loss curves {between:.2g} (mean of "
             f"the steps{seeds}), accuracy {ours['accuracy'] - torchs['accuracy']:+.3f}, torch's "
             f"time for a step over fastops' {ratio:.2f}."
         )
