@@ -488,6 +488,20 @@ def test_unfinished_file_leaves_the_old_one(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    """torch.save's own error tells of positions in the file."""
+
+    def write(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=free))
+        with pytest.raises(OutputError) as caught:
+            with complete_file(tmp_path / "a.pt"):
+                raise RuntimeError("unexpected pos 640 vs 520")
+        return str(caught.value)
+
+    assert "No space left on device" in write(free=0)
+    assert "unexpected pos 640 vs 520" in write(free=1 << 30)
+
+
 def test_interrupted_experiment_reports_what_it_has(tmp_path, small_test, monkeypatch, capsys):
     def fit_two(*arguments, seed, **options):
         if seed == 2:

@@ -1,7 +1,9 @@
 """Where a run writes: its folder, and files that appear under their name only when complete."""
 
 import contextlib
+import errno
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,9 @@ from .errors import OutputError
 
 UNFINISHED = ".unfinished."
 """What the names of files that are still being written start with."""
+
+FULL = 1 << 16
+"""A disk with fewer free bytes than this is what stopped torch.save, whose own error tells of positions in a file."""
 
 
 @contextlib.contextmanager
@@ -32,6 +37,10 @@ def complete_file(path: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, OutputError):
             raise
+        # What it had written by then is still there, so that the disk is still full.
+        with contextlib.suppress(OSError):
+            if isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free < FULL:
+                error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise OutputError(f"cannot write {path}: {error}") from error
     finally:
         with contextlib.suppress(OSError):
