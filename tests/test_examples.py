@@ -26,6 +26,13 @@ def run(name: str, *launcher: str) -> str:
 def test_pytorch_primer():
     pytest.importorskip("torchvision")
     out = run("pytorch_primer.py")
+    shown = dict(re.findall(r"^(\w+)\(.*\) +\[(.*)\]$", out, re.M))
+    assert shown["ReLU"] == "0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0" and len(shown) == 5
+    assert float(re.search(r"^Softmax of a row +([\d.]+)$", out, re.M)[1]) == pytest.approx(1)
+    zeros = re.search(
+        r"^Dropout\(p=0.5.*\) in training: ([\d.]+) are 0, the others 2.0$", out, re.M
+    )[1]
+    assert abs(float(zeros) - 0.5) < 0.03 and "in eval: nothing changes, True" in out
     losses = dict(re.findall(r"^(MSE|MAE|BCE|cross-entropy of [\w -]+?) ([\d.]+)$", out, re.M))
     assert float(losses["MSE"]) == pytest.approx((0.04 + 0.01 + 0.16) / 3)
     assert float(losses["MAE"]) == pytest.approx(0.7 / 3)

@@ -1,6 +1,7 @@
 """The fine-tuning reference: its modes on the shipped images, folders of pictures, bad input."""
 
 import errno
+import gzip
 import json
 import re
 import struct
@@ -194,7 +195,8 @@ def test_every_mode_runs_and_leaves_its_report(tmp_path, small_test, capsys):
     assert [line["loss"] for line in lines] == sum((run.losses for run in result.runs), [])
     assert [line["accuracy"] for line in lines[:3]] == [a for _, a in result.runs[0].curve]
     assert [line["rate"] for line in lines[:3]] == pytest.approx([0.01, 0.01, 0.005])
-    assert "features, seed 0" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "features, seed 0" in printed.out and not printed.err  # no bars: this is no terminal
     assert str(result).count("\n") >= 6
 
 
@@ -316,7 +318,7 @@ def test_fastops_modules_are_patched_in():
 
 
 def test_cut_network_computes_the_same():
-    for arch in ("small", "resnet18"):
+    for arch in ("small", "resnet18", "resnet50"):
         model = build(arch, 3, dropout=0.3).eval()
         images = torch.randn(2, input_format(arch).channels, 40, 40)
         expected = model(images)
@@ -342,6 +344,32 @@ def test_learning_rates_and_decay(tmp_path):
     assert found[id(named["fc.bias"])] == (1.0, 0.0)
     assert found[id(named["layer3.0.conv1.weight"])] == (0.25, 0.5)
     assert found[id(named["layer3.0.bn1.weight"])] == (0.25, 0.0)
+
+
+def test_each_stage_has_its_rate():
+    config = FineTuneConfig(lr=1.0, backbone_rate=0.25, layer_decay=0.5)
+    model = build("small", 5)
+    optimizer = make_optimizer(config, ops_for("fastops"), "full", split(model, "full")[1])
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name.split(".")[0]: rates[id(p)] for name, p in model.named_parameters()}
+    assert found == {
+        "fc": 1.0, "layer3": 0.25, "layer2": 0.125, "layer1": 0.0625, "bn1": 0.03125, "conv1": 0.03125,
+    }  # fmt: skip
+
+
+def test_early_stop_keeps_the_best_weights(tmp_path, small_test):
+    """At a rate that changes nothing, the first of eight evaluations is the best, the second no better."""
+    config = quick(tmp_path, modes=("full",), steps=16, early_stop=1, lr=1e-12)
+    (run,) = finetune(config).runs
+    assert run.stopped and [step for step, _ in run.curve] == [2, 4] and len(run.losses) == 4
+    pretrained = find_weights("small", "DEFAULT")["bn1.num_batches_tracked"]
+    saved = load_classifier(config.out).model.bn1.num_batches_tracked
+    assert saved - pretrained == 2
+    test = load_shipped(SHIPPED_FORMAT).test
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    others = order[len(test) // 2 :]  # that no evaluation has seen
+    right = (run.predictions == test.labels)[others].float().mean().item()
+    assert run.accuracy == right
 
 
 def test_warmup_then_cosine():
@@ -748,8 +776,6 @@ def test_bad_raw_files(tmp_path):
     path.write_bytes(b"\x1f\x8b\x08 cut off")
     with pytest.raises(DataError, match="cannot read"):
         read_idx(path)
-    import gzip
-
     path.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x09123"))
     with pytest.raises(DataError, match="truncated"):
         read_idx(path)
@@ -849,6 +875,50 @@ def test_fashion_mnist_without_files_or_network(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_data, "FashionMNIST", refuse)
     with pytest.raises(DataError, match="Network is unreachable.*dataset-fashion-mnist"):
         finetune(quick(tmp_path, data="fashion-mnist"))
+
+
+@pytest.mark.parametrize("downloaded", [False, True])
+def test_fashion_mnist_of_raw_files(tmp_path, monkeypatch, downloaded):
+    """Debian's files where they are, else torchvision's download."""
+
+    def write(folder):
+        folder.mkdir(parents=True)
+        for part, count in (("train", 40), ("t10k", 20)):
+            labels = torch.arange(count) % 10
+            images = (20 * labels).repeat_interleave(784)
+            for kind, values, shape in (
+                ("images-idx3", images, [count, 28, 28]),
+                ("labels-idx1", labels, [count]),
+            ):
+                header = struct.pack(f">I{len(shape)}I", 0x800 + len(shape), *shape)
+                with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
+                    file.write(header + bytes(values.tolist()))
+
+    monkeypatch.setattr(finetune_data, "RAW_FASHION_MNIST", tmp_path / "debian")
+    if downloaded:
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+        download = lambda root, download: write(root / "FashionMNIST" / "raw")  # noqa: E731
+        monkeypatch.setattr(finetune_data, "FashionMNIST", download)
+    else:
+        write(tmp_path / "debian")
+    result = finetune(quick(tmp_path, data="fashion-mnist", modes=("features",)))
+    assert result.classes == ["Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot"]
+    assert "20 training images (4 a class), 10 test images" in result.description[1]
+
+
+def test_weights_by_default_are_torchvisions(monkeypatch):
+    state = torchvision.models.resnet18().state_dict()
+    asked = []
+
+    def answer(url, *arguments, **options):
+        asked.append(url)
+        return state
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", answer)
+    model = build("resnet18", 5)
+    load_weights(model, find_weights("resnet18", "DEFAULT"), head=False)
+    assert torch.equal(model.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    assert len(asked) == 1 and "resnet18" in asked[0] and model.fc.out_features == 5
 
 
 def test_download_without_a_network(monkeypatch):

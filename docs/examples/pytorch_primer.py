@@ -54,10 +54,14 @@ def optimizers() -> None:
         print(f"{name:20} loss {loss.item():8.5f}, weights that are exactly 0: {zeros} of 20")
 
 
-def regularised_model() -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.Linear(100, 50), nn.ReLU(), nn.Dropout(p=0.5), torch.nn.Linear(50, 10)
-    )
+def dropout() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(100, 50), nn.ReLU(), nn.Dropout(p=0.5))
+    x, layer = torch.ones(10000), model[-1]
+    y = layer(x)
+    print(f"{layer} in training: {(y == 0).float().mean():.2f} are 0, the others {y.max().item()}")
+    model.eval()
+    print(f"{layer} in eval: nothing changes, {torch.equal(layer(x), x)}")
 
 
 def transfer_learning(pretrained: bool) -> None:
@@ -95,7 +99,7 @@ def main() -> None:
     activations()
     losses()
     optimizers()
-    print(regularised_model())
+    dropout()
     transfer_learning(arguments.pretrained)
 
 
