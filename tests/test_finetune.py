@@ -185,6 +185,7 @@ def test_every_mode_runs_and_leaves_its_report(tmp_path, small_test, capsys):
             picture.load()
     page = (result.folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "last:2" in page
+    assert not re.search(r"(?:src|href)=.(?!data:)|@import|url\(", page)  # needs no other file
     files = sorted(file.name for file in (result.folder / "checkpoints").iterdir())
     assert files == ["best.pt", "features.pt", "full.pt", "last-2.pt", "last.pt", "scratch.pt"]
     assert not list(result.folder.rglob(".*"))
