@@ -19,6 +19,9 @@ WARM_UP, TIMED, PROFILED = 3, 10, 3
 SHOWN = 18
 """Ops in the table; the others are summed."""
 
+BETWEEN = "(between ops)"
+"""What no op accounts for: Python's time, and the profiler's."""
+
 
 class Stepper:
     """Takes the steps of a run one by one."""
@@ -50,7 +53,8 @@ def profile(config: FineTuneConfig) -> str:
     """A table for each mode: milliseconds of a step by op, a column for each back end.
 
     The time of a step is the median of some that the back ends take in turns, without the
-    profiler; the ops' are means of steps under it. What no op accounts for is Python's.
+    profiler; the ops' are means of steps under it, in turns as well. What no op accounts for is
+    Python's.
 
     Raises:
         ConfigError, DataError, WeightsError: see finetune.
@@ -73,15 +77,18 @@ def profile_mode(plan: Plan, mode: str) -> str:
     for _ in range(TIMED):
         for backend, stepper in steppers.items():
             times[backend].append(stepper.step())
-    ops: dict[str, dict[str, float]] = {}
-    for backend, stepper in steppers.items():
-        for name, seconds in profile_steps(stepper).items():
-            ops.setdefault(name, {})[backend] = seconds
-    order = sorted(ops, key=lambda name: -max(ops[name].values()))
+    ops: dict[str, dict[str, float]] = {BETWEEN: {}}
+    for _ in range(PROFILED):
+        for backend, stepper in steppers.items():
+            for name, seconds in profile_step(stepper).items():
+                own = ops.setdefault(name, {})
+                own[backend] = own.get(backend, 0.0) + seconds / PROFILED
+    order = sorted(ops.keys() - {BETWEEN}, key=lambda name: -max(ops[name].values()))
     if len(order) > SHOWN:
         rest = order[SHOWN:]
         ops["other ops"] = {b: sum(ops[name].get(b, 0.0) for name in rest) for b in backends}
         order = [*order[:SHOWN], "other ops"]
+    order.append(BETWEEN)
 
     totals = {b: sum(ops[name].get(b, 0.0) for name in order) for b in backends}
     rows = [("op", *(f"{b}, ms" for b in backends), *(f"{b}, %" for b in backends))]
@@ -100,16 +107,15 @@ def profile_mode(plan: Plan, mode: str) -> str:
     return title + "\n" + align(rows)
 
 
-def profile_steps(stepper: Stepper) -> dict[str, float]:
+def profile_step(stepper: Stepper) -> dict[str, float]:
     """Seconds of a step by op, and what lies between the ops."""
     cuda = stepper.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with torch.profiler.profile(activities=activities) as profiler:
-        seconds = [stepper.step() for _ in range(PROFILED)]
+        seconds = stepper.step()
     found = {}
     for event in profiler.key_averages():
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
         if own and not event.key.startswith("DataLoader") and "dataloader" not in event.key.lower():
-            found[event.key] = own / 1e6 / PROFILED
-    between = statistics.fmean(seconds) - sum(found.values())
-    return {**found, "(between ops)": max(0.0, between)}
+            found[event.key] = own / 1e6
+    return {**found, BETWEEN: max(0.0, seconds - sum(found.values()))}
