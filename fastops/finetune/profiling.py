@@ -81,8 +81,8 @@ def profile_mode(plan: Plan, mode: str) -> str:
     for _ in range(PROFILED):
         for backend, stepper in steppers.items():
             for name, seconds in profile_step(stepper).items():
-                own = ops.setdefault(name, {})
-                own[backend] = own.get(backend, 0.0) + seconds / PROFILED
+                taken = ops.setdefault(name, {})
+                taken[backend] = taken.get(backend, 0.0) + seconds / PROFILED
     order = sorted(ops.keys() - {BETWEEN}, key=lambda name: -max(ops[name].values()))
     if len(order) > SHOWN:
         rest = order[SHOWN:]
