@@ -15,7 +15,7 @@ from . import (
     _C,
     functional,  # noqa: F401  which fills the table
 )
-from ._op import ROWS, overload, reference_of, refused
+from ._op import ROWS, overload, reference_of, refused, tensors_of
 
 NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction.get_enum
 
@@ -36,7 +36,7 @@ def fake(name: str):
                 raise NotImplementedError(
                     f"fastops::{name}: not float64, float32, bfloat16, float16"
                 )
-            devices = {a.device for a in given if isinstance(a, Tensor)}
+            devices = {t.device for t in tensors_of(given)}
             if len(devices) > 1:
                 found = " and ".join(sorted(map(str, devices)))
                 raise RuntimeError(
@@ -51,10 +51,6 @@ def fake(name: str):
 
 def like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
-
-
-def tensors_of(args) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
 
 
 # ---------------------------------------------------------------------------------------------- fake kernels
@@ -142,12 +138,20 @@ def at_front(x, dim, size):
     return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def beside(w, dim, x):
-    """w, which broadcasts to each example of x, in the shape that broadcasts to all of them."""
-    if dim is None or not isinstance(w, Tensor):
-        return w
-    w = w.movedim(dim, 0)
-    return w.reshape(w.shape[0], *(1,) * (x.dim() - w.dim()), *w.shape[1:])
+def all_at_front(info, dims, *args):
+    return [at_front(a, d, info.batch_size) for a, d in zip(args, dims, strict=True)]
+
+
+def beside(x, dims, params):
+    """The parameters; of those that are tensors, which broadcast to each example of x, the shape that broadcasts to all."""
+
+    def shaped(w, dim):
+        if dim is None or not isinstance(w, Tensor):
+            return w
+        w = w.movedim(dim, 0)
+        return w.reshape(w.shape[0], *(1,) * (x.dim() - w.dim()), *w.shape[1:])
+
+    return [shaped(w, d) for w, d in zip(params, dims, strict=True)]
 
 
 def batched(name: str, rule=None):
@@ -162,7 +166,7 @@ def elementwise_rule(name: str):
     call = overload(name)
 
     def rule(info, dims, *args):
-        return call(*(at_front(a, d, info.batch_size) for a, d in zip(args, dims, strict=True))), 0
+        return call(*all_at_front(info, dims, *args)), 0
 
     return rule
 
@@ -199,32 +203,21 @@ def _vmaps() -> None:
         second = overload(f"{name}_second")
 
         def rule(info, dims, input, target, reduction=MEAN, upcast=False, *params):
-            x, t = (
-                at_front(a, d, info.batch_size)
-                for a, d in zip((input, target), dims[:2], strict=True)
-            )
-            params = tuple(beside(p, d, x) for p, d in zip(params, dims[4:], strict=True))
+            x, t = all_at_front(info, dims[:2], input, target)
+            params = beside(x, dims[4:], params)
             return reduced(forward(x, t, NONE, upcast, *params), reduction), 0
 
         def backward_rule(info, dims, grad, input, target, reduction, *rest):
-            g, x, t = (
-                at_front(a, d, info.batch_size)
-                for a, d in zip((grad, input, target), dims[:3], strict=True)
-            )
+            g, x, t = all_at_front(info, dims[:3], grad, input, target)
             if reduction != NONE:
                 g = g.reshape(-1, *(1,) * (x.dim() - 1)).expand_as(x).to(x.dtype)
                 if reduction == MEAN:
                     g = g / x[0].numel()
-            rest = tuple(beside(p, d, x) for p, d in zip(rest, dims[4:], strict=True))
-            return backward(g, x, t, NONE, *rest), 0
+            return backward(g, x, t, NONE, *beside(x, dims[4:], rest)), 0
 
         def second_rule(info, dims, input, target, *rest):
-            x, t = (
-                at_front(a, d, info.batch_size)
-                for a, d in zip((input, target), dims[:2], strict=True)
-            )
-            rest = tuple(beside(p, d, x) for p, d in zip(rest, dims[2:], strict=True))
-            return second(x, t, *rest), 0
+            x, t = all_at_front(info, dims[:2], input, target)
+            return second(x, t, *beside(x, dims[2:], rest)), 0
 
         batched(name, rule)
         batched(f"{name}_backward", backward_rule)
@@ -247,10 +240,7 @@ def _vmaps() -> None:
             return forward(x, shifted(dim, x.dim() - 1)), 0
 
         def backward_rule(info, dims, grad, output, dim):
-            g, y = (
-                at_front(a, d, info.batch_size)
-                for a, d in zip((grad, output), dims[:2], strict=True)
-            )
+            g, y = all_at_front(info, dims[:2], grad, output)
             if y.dim() == 1:
                 return backward(g.unsqueeze(1), y.unsqueeze(1), 1).squeeze(1), 0
             return backward(g, y, shifted(dim, y.dim() - 1)), 0
@@ -263,10 +253,8 @@ def _vmaps() -> None:
 
     def calls_of(info, dims, input, target, weight, *rest):
         """The arguments of one unbatched call per example."""
-        x, t = (
-            at_front(a, d, info.batch_size) for a, d in zip((input, target), dims[:2], strict=True)
-        )
-        others = [at_front(a, d, info.batch_size) for a, d in zip(rest, dims[3:], strict=True)]
+        x, t = all_at_front(info, dims[:2], input, target)
+        others = all_at_front(info, dims[3:], *rest)
         return [
             (
                 x[k], t[k], weight if dims[2] is None else weight.select(dims[2], k),

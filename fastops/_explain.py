@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _C, _rewrite, functional, memory
 from ._guard import DISABLED, DISABLED_REASON, GRAIN, POOL_MINIMUM, SMALLEST, unusable_because
-from ._op import COMPOSED, OPS, ROWS
+from ._op import COMPOSED, OPS, ROWS, tensors_of
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _title(name: str, args: tuple, kwargs: dict) -> str:
 
 
 def _torchs(name: str, args: tuple, kwargs: dict, *why: str) -> Explanation:
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    tensors = tensors_of((*args, *kwargs.values()))
     device = tensors[0].device.type if tensors else "cpu"
     return Explanation(_title(name, args, kwargs), "torch", (), device, None, False, False, why)
 
@@ -179,7 +179,7 @@ def _torchs(name: str, args: tuple, kwargs: dict, *why: str) -> Explanation:
 def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    tensors = tensors_of((*args, *kwargs.values()))
     title = f"fastops.functional.{name}"
     unusable = next((w for t in tensors[:1] if (w := unusable_because(t))), None)
     if unusable:

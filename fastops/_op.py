@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -89,9 +89,14 @@ def overload(name: str) -> Any:
 REDUCTIONS = ("none", "mean", "sum")  # by torch.nn._reduction.get_enum
 
 
+def tensors_of(args: Iterable[Any]) -> list[Tensor]:
+    """Those of the arguments that are tensors."""
+    return [a for a in args if isinstance(a, Tensor)]
+
+
 def refused(*args: Any) -> bool:
     """Whether the kernels do not take these arguments: no float tensor among them, or one of another kind."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
+    tensors = tensors_of(args)
     floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
     return (
         not floats
@@ -149,7 +154,7 @@ def _unrecord() -> None:
 def _hand_over(name: str, args: tuple[Any, ...]) -> Any:
     """What a call becomes that the kernels have refused: integers, complex numbers, sparse, quantized and nested tensors,
     other devices, tensors that know torch's own ops only. _C asks after the fact, so that no other call pays for it."""
-    if not _C.cuda_built() and any(isinstance(a, Tensor) and a.is_cuda for a in args):
+    if not _C.cuda_built() and any(t.is_cuda for t in tensors_of(args)):
         warnings.warn(
             f"fastops was built without CUDA kernels: torch computes {name} (see `python -m fastops doctor`)",
             stacklevel=3,

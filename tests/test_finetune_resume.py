@@ -11,11 +11,13 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_finetune import draw_pictures, one_thread, quick, small_test  # noqa: F401  fixtures
 
+import fastops.finetune.train as train
 from fastops.__main__ import main
 from fastops.finetune import ConfigError, OutputError, finetune, resume
 from fastops.finetune.storage import make_run_folder
@@ -24,6 +26,20 @@ RECIPE = {
     "modes": ("full", "last"), "seeds": 1, "steps": 40, "shots": 4, "batch_size": 8, "ema": 0.9, "mixup": 0.2,
     "dropout": 0.2, "augment": True, "schedule": "gradual", "l1": 1e-4, "max_grad_norm": 1.0, "accumulate": 2,
 }  # fmt: skip
+
+
+def interrupt(monkeypatch, at: int):
+    """Ctrl-C at a training's step `at`; how many steps there have been is the result's .count."""
+    step, taken = train.Trainer.step, SimpleNamespace(count=0)
+
+    def interrupted(self, *batch):
+        taken.count += 1
+        if taken.count == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    return taken
 
 
 def figures(folder: Path):
@@ -165,26 +181,15 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
 
 
 def test_stopped_and_resumed(tmp_path, small_test, monkeypatch):  # noqa: F811
-    import fastops.finetune.train as train
-
     whole = finetune(quick(tmp_path, **RECIPE))
     config = quick(tmp_path / "run", **RECIPE)
-    step, count = train.Trainer.step, 0
-
-    def interrupted(self, *batch):
-        nonlocal count
-        count += 1
-        if count == 23:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    steps = interrupt(monkeypatch, at=23)
     with pytest.raises(KeyboardInterrupt):
         finetune(config)
     folder = Path(config.out)
     assert (folder / "progress.pt").exists()
     again = resume(folder)
-    assert count == 2 * RECIPE["steps"]  # nothing was computed twice
+    assert steps.count == 2 * RECIPE["steps"]  # nothing was computed twice
     assert [r.losses for r in again.runs] == [r.losses for r in whole.runs]
     assert_same(whole.folder, folder)
     with pytest.raises(ConfigError, match="is finished: there is nothing to resume"):
@@ -283,18 +288,10 @@ def test_bad_folders(tmp_path, small_test, capsys):  # noqa: F811
 
 
 def test_other_pictures_or_another_network_cannot_be_gone_on_with(tmp_path, monkeypatch):
-    import fastops.finetune.train as train
-
     draw_pictures(tmp_path / "data", count=5)
     config = quick(tmp_path, data=tmp_path / "data", modes=("full",), save_every=1)
-    step = train.Trainer.step
-
-    def interrupted(self, *batch):
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(train.Trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, at=1)
         finetune(config)
     folder = Path(config.out)
     shutil.move(tmp_path / "data" / "owl", tmp_path / "owl")
@@ -310,7 +307,6 @@ def test_other_pictures_or_another_network_cannot_be_gone_on_with(tmp_path, monk
     with pytest.raises(ConfigError, match="is not one of this network and recipe"):
         resume(folder)
     (folder / "config.json").write_text(good)
-    monkeypatch.setattr(train.Trainer, "step", step)
     assert len(resume(folder).runs[0].losses) == 3
 
 
@@ -334,8 +330,6 @@ def test_every_recipe_runs_on_both_back_ends(tmp_path, small_test, options):  # 
 
 
 def test_gradual_unfreezing_starts_with_the_head(tmp_path, small_test, monkeypatch):  # noqa: F811
-    import fastops.finetune.train as train
-
     seen = []
     step = train.Trainer.step
 

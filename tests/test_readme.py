@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 import torchvision
 from PIL import Image
 from test_finetune import one_thread, small_test  # noqa: F401  fixtures
+from test_finetune_resume import interrupt
 
-import fastops.finetune.train as train
 from fastops.__main__ import main, make_parser
 
 ROOT = Path(__file__).parents[1]
@@ -45,17 +44,8 @@ def place(tmp_path, monkeypatch):
 
 def interrupted_run(monkeypatch):
     """RUN, which Ctrl-C ended at its second step."""
-    step, count = train.Trainer.step, 0
-
-    def interrupted(self, *batch):
-        nonlocal count
-        count += 1
-        if count == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "step", interrupted)
+        interrupt(patch, at=2)
         assert main(["finetune", "--modes=features", *FEW, "--steps=4", "--out=RUN"]) == 130
 
 

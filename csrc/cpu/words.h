@@ -1,6 +1,7 @@
-// exp, log, tanh, erf, expm1, log1p of vectors of float, within 2 ulp and without branches, and the
-// normal distribution, for the instruction set that this is compiled for. math.h includes this file inside its namespace
-// CPU_CAPABILITY and provides Vec and FASTOPS_FN; vectors of double keep at::vec's words (1 ulp).
+// exp, log, tanh, erf, expm1 and log1p of vectors of float, within 2 ulp and without branches, and
+// the normal distribution, for the instruction set that this is compiled for. math.h includes this
+// file inside its namespace CPU_CAPABILITY and provides Vec and FASTOPS_FN; vectors of double keep
+// at::vec's words (1 ulp).
 //
 // The polynomials are minimax fits of our own: Lawson's iteratively reweighted least squares (1961)
 // on Chebyshev nodes, weighted so that the error is relative to the result; the coefficients were
@@ -297,7 +298,7 @@ FASTOPS_FN Tail normal(F x) {
   const F y = max(x * x * -0x1.715476p-1f, -127.f);
   const F shifted = y + kRound;
   const F e = (F)((I)polynomial(y - (shifted - kRound), c) + ((I)shifted << 23));
-  // Mills' ratio, cdf(-a) / exp(-a^2 / 2), in a / (1 + a / 3), which is accurate at 0 as well
+  // Mills' ratio, cdf(-a) / exp(-a^2 / 2), in a / (1 + 0.335 a), which is accurate at 0 as well
   constexpr float mills[] = {.5f,            -0x1.98846ep-2f, 0x1.dc9f5cp-4f,  -0x1.517062p-7f,
                              -0x1.e9db7ap-10f, 0x1.c2a468p-15f, 0x1.48e598p-13f, -0x1.794c56p-16f};
   const F a = min(magnitude(x), 14.f);

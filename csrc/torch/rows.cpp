@@ -292,10 +292,7 @@ struct Extras {
   double lam = 1;
 };
 Extras mixed(const std::optional<Tensor>& second_target, double lam) {
-  Extras extras;
-  extras.second_target = second_target.value_or(Tensor());
-  extras.lam = lam;
-  return extras;
+  return {.second_target = second_target.value_or(Tensor()), .lam = lam};
 }
 
 Computed compute(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
@@ -386,27 +383,22 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
     return divisor;
   };
   const Tensor divisor = distribution ? Tensor() : divisor_of_rows(index);
-  if (second.defined()) {
-    const Tensor second_divisor = divisor_of_rows(second);
+  const Tensor second_divisor = second.defined() ? divisor_of_rows(second) : Tensor();
+  if (second.defined()) {  // whose divisors are applied where the two losses are added
     a.second_target = second.const_data_ptr<int64_t>();
     a.lam = extras.lam;
     if (mean) {
       a.divisor = divisor.const_data_ptr();
       a.second_divisor = second_divisor.const_data_ptr();
     }
-    if (with_grad) {
-      a.grad = result.grad.mutable_data_ptr();
-      if (mean && p.x.scalar_type() == at::kHalf) a.scale = static_cast<double>(losses.numel());  // see scale_of_saved()
-    }
-    check("cross_entropy", row.forward(a));
-    result.loss = reduction == at::Reduction::None ? losses.as_strided(p.result_sizes, strides).contiguous().to(dtype)
-                                                   : sum_of(losses, 1, Tensor()).to(dtype);
-    return result;
   }
   if (with_grad) {
     a.grad = result.grad.mutable_data_ptr();
     // float16 cannot hold gradients divided by a large batch: they are left as they are, see scale_of_saved().
-    if (mean && p.x.scalar_type() != at::kHalf) {
+    const bool half = p.x.scalar_type() == at::kHalf;
+    if (mean && second.defined()) {
+      if (half) a.scale = static_cast<double>(losses.numel());
+    } else if (mean && !half) {
       a.divisor = divisor.defined() ? divisor.const_data_ptr() : nullptr;
       a.scale = scale;
     }
@@ -415,7 +407,7 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   if (reduction == at::Reduction::None) {
     result.loss = losses.as_strided(p.result_sizes, strides).contiguous().to(dtype);
   } else {
-    result.loss = sum_of(losses, scale, mean ? divisor : Tensor()).to(dtype);
+    result.loss = sum_of(losses, scale, mean && !second.defined() ? divisor : Tensor()).to(dtype);
   }
   if (extras.lse) result.lse = lse.as_strided(p.result_sizes, strides).contiguous();
   return result;
@@ -442,7 +434,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_lse(const Tensor& input, const 
                                                      int64_t ignore_index, double label_smoothing, bool upcast,
                                                      double z_loss, bool, bool with_grad) {
   Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, with_grad,
-                       {true, z_loss, false, {}, 1});
+                       {.lse = true, .z_loss = z_loss});
   return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
 }
 
@@ -451,7 +443,7 @@ std::tuple<Tensor, Tensor> cross_entropy_overwriting(Tensor& input, const Tensor
                                                      int64_t ignore_index, double label_smoothing, bool upcast,
                                                      double z_loss) {
   Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, true,
-                       {true, z_loss, true, {}, 1});
+                       {.lse = true, .z_loss = z_loss, .overwrite = true});
   return {c.loss, c.lse};
 }
 
@@ -511,10 +503,11 @@ Tensor class_weights(const Tensor& grad, const Tensor& weight, at::TensorOptions
       .reshape(shape);
 }
 
-// What each row's distribution is multiplied with in G, the saved gradient: per row or 0-d, or undefined for 1.
+// What each row's distribution is multiplied with in G, the saved gradient: per row or 0-d, or undefined for 1 and where
+// two targets have factors of their own.
 Tensor scale_in_saved(const Tensor& grad, const Tensor& target, const Tensor& weight, const Attributes& a,
                       at::TensorOptions options) {
-  if (a.reduction != at::Reduction::Mean || grad.scalar_type() == at::kHalf) return Tensor();
+  if (a.mixed || a.reduction != at::Reduction::Mean || grad.scalar_type() == at::kHalf) return Tensor();
   if (is_distribution(target)) return at::scalar_tensor(per_row(target), options);
   return mean_factor(target, weight, a, options);
 }
@@ -547,7 +540,7 @@ RowTerms::RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weigh
   const int64_t n = grad.size(dim);
   const auto options = grad.options().dtype(real_of(grad.scalar_type()));
   const Tensor w = class_weights(grad, weight, options);
-  Tensor q, live, scale;
+  Tensor q, live;
   const auto of_classes = [&](const Tensor& t) {
     const Tensor classes = at::arange(n, t.options().dtype(at::kLong)).reshape(w.sizes());
     live = live_rows(t, a.ignore_index).unsqueeze(dim).to(options.dtype());
@@ -567,7 +560,7 @@ RowTerms::RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weigh
   } else {
     q = of_classes(target);
   }
-  if (!a.mixed) scale = scale_in_saved(grad, target, weight, a, options);
+  const Tensor scale = scale_in_saved(grad, target, weight, a, options);
   if (scale.defined()) q = q * scale;
   S = q.sum(dim, true);
   if (a.z_loss != 0) {
@@ -757,9 +750,7 @@ std::tuple<Tensor, Tensor, Tensor> lse_autograd(DispatchKeySet ks, const Tensor&
                                                 double z_loss, bool return_lse, bool with_grad) {
   const Tensor w = weight.value_or(Tensor());
   if (requires_grad(input, target) || is_dual(input) || is_dual(target) || (w.defined() && requires_grad(w))) {
-    Extras extras;
-    extras.lse = return_lse;
-    extras.z_loss = z_loss;
+    const Extras extras{.lse = return_lse, .z_loss = z_loss};
     Computed c = forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast,
                                     /*exclusive=*/!with_grad && !hooks_see_saved_tensors(), extras, /*with_lse=*/true);
     return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
