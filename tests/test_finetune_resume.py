@@ -287,7 +287,7 @@ def test_bad_folders(tmp_path, small_test, capsys):  # noqa: F811
     assert "leave out steps" in capsys.readouterr().err
 
 
-def test_other_pictures_or_another_network_cannot_be_gone_on_with(tmp_path, monkeypatch):
+def test_other_pictures_or_options_cannot_be_gone_on_with(tmp_path, monkeypatch):
     draw_pictures(tmp_path / "data", count=5)
     config = quick(tmp_path, data=tmp_path / "data", modes=("full",), save_every=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -302,11 +302,19 @@ def test_other_pictures_or_another_network_cannot_be_gone_on_with(tmp_path, monk
         resume(folder)
     shutil.move(tmp_path / "owl", tmp_path / "data" / "owl")
     good = (folder / "config.json").read_text()
-    other = {"arch": "resnet18", "weights": "none", "image_size": 32}
-    (folder / "config.json").write_text(json.dumps({**json.loads(good), **other}))
+    network = {"arch": "resnet18", "weights": "none", "image_size": 32}
+    for other in (network, {"optimizer": "sgd"}, {"steps": 4}, {"mixup": 0.5}):
+        (folder / "config.json").write_text(json.dumps({**json.loads(good), **other}))
+        name, value = next(iter(other.items()))
+        with pytest.raises(ConfigError, match=f"begun with {name}=.*json now says {value!r}"):
+            resume(folder)
+    (folder / "config.json").write_text(good)
+    progress = torch.load(folder / "progress.pt", weights_only=True)
+    lacking = {**progress["state"], "optimizer": {}}
+    torch.save({**progress, "state": lacking}, folder / "progress.pt")
     with pytest.raises(ConfigError, match="is not one of this network and recipe"):
         resume(folder)
-    (folder / "config.json").write_text(good)
+    torch.save(progress, folder / "progress.pt")
     assert len(resume(folder).runs[0].losses) == 3
 
 

@@ -1,5 +1,6 @@
 """A whole experiment: every mode with every seed, then the report."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -66,7 +67,11 @@ PROGRESS = "progress.pt"
 
 
 def save_progress(
-    folder: Path, collection: Collection, runs: list[Run], state: dict | None
+    folder: Path,
+    config: FineTuneConfig,
+    collection: Collection,
+    runs: list[Run],
+    state: dict | None,
 ) -> None:
     """Write what the experiment in `folder` can go on from; the first process does."""
     with processes.together():
@@ -76,6 +81,7 @@ def save_progress(
                 "state": state,
                 "processes": processes.count(),
                 "data": describe_data(collection),
+                "options": config.to_json(),
             }
             with complete_file(folder / PROGRESS) as path:
                 torch.save(content, path)
@@ -87,12 +93,18 @@ def describe_data(collection: Collection) -> str:
     return f"{sizes} of the classes {', '.join(collection.classes)}"
 
 
-def load_progress(folder: Path, collection: Collection) -> tuple[list[Run], dict | None]:
+FREE = ("out", "logdir", "export", "save_every")
+"""The options that an unfinished experiment may go on with another value of: none of them changes what is computed."""
+
+
+def load_progress(
+    folder: Path, config: FineTuneConfig, collection: Collection
+) -> tuple[list[Run], dict | None]:
     """The finished runs of an experiment, and the state of the unfinished one.
 
     Raises:
         ConfigError: there is nothing to go on from, it is damaged, of another number of
-            processes or of other data.
+            processes, of other data or of other options.
     """
     path = folder / PROGRESS
     if not path.exists():
@@ -104,11 +116,12 @@ def load_progress(folder: Path, collection: Collection) -> tuple[list[Run], dict
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        runs, state, count, data = (
+        runs, state, count, data, begun = (
             [Run(**run) for run in saved["runs"]],
             saved["state"],
             saved["processes"],
             saved["data"],
+            json.loads(saved["options"]),
         )
     except Exception as error:  # what a damaged file makes of torch.load is anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -123,6 +136,13 @@ def load_progress(folder: Path, collection: Collection) -> tuple[list[Run], dict
             f"{folder} was begun on {data}, now there are {describe_data(collection)}: "
             "put the pictures back, or start a new run"
         )
+    now = json.loads(config.to_json())
+    for name in sorted(now.keys() - set(FREE)):
+        if begun.get(name) != now[name]:
+            raise ConfigError(
+                f"{folder} was begun with {name}={begun.get(name)!r}, its config.json now says "
+                f"{now[name]!r}: put it back, or start a new run"
+            )
     return runs, state
 
 
@@ -234,7 +254,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
     result = Result(config, None, collection.classes, description=plan.description)
     with processes.together():
         if resumed:
-            result.runs, state = load_progress(resumed, collection)
+            result.runs, state = load_progress(resumed, config, collection)
         elif writes:
             folder = make_run_folder(config.out)
             (folder / "checkpoints").mkdir()
@@ -245,7 +265,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
         if resumed and writes:
             remove_unfinished(folder)
     if not resumed:
-        save_progress(folder, collection, [], None)
+        save_progress(folder, config, collection, [], None)
     if show:
         print("\n".join(result.description), flush=True)
     jobs = [(m, b, s) for m in modes for b in backends for s in range(config.seeds)]
@@ -279,7 +299,9 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
                     seed,
                     on_step=advance,
                     state=state,
-                    save=lambda state: save_progress(folder, collection, result.runs, state),
+                    save=lambda state: save_progress(
+                        folder, config, collection, result.runs, state
+                    ),
                     stop=stop,
                 )
                 state = None
@@ -295,7 +317,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
                         if writes:
                             classes = collection.classes
                             save_classifier(path, model, config, classes, plan.format, run)
-                save_progress(folder, collection, result.runs, None)
+                save_progress(folder, config, collection, result.runs, None)
     finally:
         if journal is not None:
             journal.close()
