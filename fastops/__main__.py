@@ -223,7 +223,7 @@ def run_finetune(options: argparse.Namespace) -> None:
         flags += [name for name in ("dry_run", "profile") if getattr(options, name)]
         if flags:
             raise ConfigError(
-                f"--resume takes the options of the run; leave out {', '.join(flags)}"
+                f"--resume takes the options of the run; leave out {', '.join(f'--{name}'.replace('_', '-') for name in flags)}"
             )
         result = resume(options.resume, show=not options.quiet)
     elif options.profile and not options.dry_run:

@@ -130,8 +130,8 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
             )
             return _torchs(f"{cls.__name__}", args, kwargs, why)
         raise TypeError(f"explain: expected a module of fastops.nn, got a {cls.__name__}")
-    if DISABLED and any(fn is o.function for o in OPS.values()):
-        return _torchs(name, args, kwargs, DISABLED_REASON)
+    if DISABLED and (own := next((n for n, o in OPS.items() if o.function is fn), None)):
+        return _torchs(own, args, kwargs, DISABLED_REASON)
     if fn in _rewrite.NAMES:
         ours = _rewrite.NAMES[fn]
         return _torchs(name, args, kwargs, f"torch's own; fastops.functional.{ours} is ours")

@@ -284,7 +284,7 @@ def test_bad_folders(tmp_path, small_test, capsys):  # noqa: F811
     with pytest.raises(ConfigError, match="unknown options: surprise"):
         resume(folder)
     assert main(["finetune", "--resume", str(folder), "--steps=3"]) == 2
-    assert "leave out steps" in capsys.readouterr().err
+    assert "leave out --steps" in capsys.readouterr().err
 
 
 def test_other_pictures_or_options_cannot_be_gone_on_with(tmp_path, monkeypatch):

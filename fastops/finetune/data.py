@@ -294,7 +294,7 @@ def find_pictures(folder: Path) -> tuple[list[str], list[Path], list[int]]:
     except OSError as error:
         raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
     if not classes:
-        raise DataError(f"{folder} is empty: expected one sub-folder of pictures for each class")
+        raise DataError(f"{folder} has no sub-folders: expected one of pictures for each class")
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(

@@ -414,7 +414,8 @@ def describe(
         "none": "random weights",
         "DEFAULT": "the shipped weights" if config.arch == "small" else "torchvision's weights",
     }.get(config.weights, str(config.weights))
-    shots = f" ({config.chosen_shots} a class)" if config.chosen_shots else ""
+    most = "at most " if images < config.chosen_shots * len(collection.classes) else ""
+    shots = f" ({most}{config.chosen_shots} a class)" if config.chosen_shots else ""
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
     lines = [
         f"{collection.name}: {', '.join(collection.classes[:12])}"

@@ -179,9 +179,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             r"WeightsUnpickler error:\s*(.+?)(?= was not an allowed global|$)", str(error), re.M
         )
         reason = found[1] if found else str(error).splitlines()[0]
-        raise WeightsError(f"{path} is damaged or holds more than weights: {reason}") from error
+        raise WeightsError(
+            f"{path} is damaged or holds more than weights: {reason}; weights alone are what "
+            "torch.save(model.state_dict(), FILE) writes"
+        ) from error
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).splitlines() or [""])[0]
+        if " " not in reason:  # a KeyError's is a number
+            reason = "torch.load cannot read it"
         raise WeightsError(f"{path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}: expected weights by name")
