@@ -131,8 +131,9 @@ def same_values(a, b):
 def assert_as_accurate(ours, theirs, exact, each, terms=None):
     """Where float64's result is a number in this dtype, the error is at most twice torch's, plus 4 eps, in units of
     that number (each) or of the largest (not each); elsewhere what float64 gives, or what torch gives. For float64 the
-    reference is torch's float64, whose own error counts as none. But a sum errs by as much as its terms, and by the
-    order in which they are added: there the 4 eps are of `terms`, the sum of their absolute values."""
+    reference is torch's float64, whose own error counts as none. But a sum errs by its terms' errors, and by the order
+    in which torch adds them, which the layout decides: there the 4 eps are of `terms`, their root sum square, as
+    independent errors add."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (
         ours.shape,
         theirs.shape,
@@ -156,7 +157,7 @@ def assert_as_accurate(ours, theirs, exact, each, terms=None):
         if finite.any()
         else torch.ones(())
     )
-    if terms is not None and ours.dtype == torch.float64:
+    if terms is not None:
         scale = torch.maximum(scale, terms.detach())
     errors = [((x - e).abs() / scale)[finite & x.isfinite()] for x in (o, t)]
     mine, torchs = (x.max().item() if x.numel() else 0.0 for x in errors)
@@ -208,9 +209,9 @@ def check(op, inputs, kwargs, each, extra=()):
         tell = ~(of.isnan() | truly.isnan()) if each else torch.ones_like(of, dtype=torch.bool)
         assert mine.shape == of.shape
         # a bias' gradient is the sum of the input's
-        terms = (
-            exact_grads[0].abs().sum_to_size(of.shape)[tell] if of.shape != plain[0].shape else None
-        )
+        terms = None
+        if of.shape != plain[0].shape:
+            terms = exact_grads[0].square().sum_to_size(of.shape).sqrt()[tell]
         assert_as_accurate(mine[tell], torchs[tell], truly[tell], each, terms)
     for f in [*inputs, *extra]:
         assert not isinstance(f, Fenced) or f.untouched()
@@ -412,7 +413,7 @@ def test_random(op, data):
     def exact(x, bias=None, residual=None):
         x = x if bias is None else x + bias
         x = x.relu() if op.name.startswith("relu") else x
-        y = torch.where(kept, x / (1 - p), torch.zeros((), dtype=x.dtype)) if p < 1 else x * 0
+        y = torch.where(kept, x * (1 / (1 - p)), torch.zeros((), dtype=x.dtype)) if p < 1 else x * 0
         return y if residual is None else residual + y
 
     wide = doubled([t.resolve_neg() for t in tensors])

@@ -91,9 +91,9 @@ Error total(const ReduceArgs& a, F f) {
   });
 }
 
-// out[i] = f(x, t, ...) times scale * grad[i], where there is a grad
+// out[i] = f(x, t, ...) times slope, and times scale * grad[i] where there is a grad
 template <int params, int inputs, class F>
-Error each(const ReduceArgs& a, F f) {
+Error each(const ReduceArgs& a, double slope, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     using L = Lanes<scalar_t>;
@@ -105,18 +105,18 @@ Error each(const ReduceArgs& a, F f) {
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     const int64_t period = a.period;
     auto* grad = static_cast<const scalar_t*>(a.grad);
-    const bool has_grad = grad != nullptr, scalar = a.grad_is_scalar;
-    const real scale = static_cast<real>(a.scale);
-    const real factor = has_grad && scalar ? static_cast<real>(*grad) * scale : scale;
+    const bool each_grad = grad != nullptr && !a.grad_is_scalar, scaled = grad != nullptr || slope != 1;
+    const real scale = static_cast<real>(grad ? a.scale * slope : slope);
+    const real factor = grad && !each_grad ? static_cast<real>(*grad) * scale : scale;
     cpu::parallel(a.n, kGrain, [=](int64_t begin, int64_t end) {
       each_group<L::size, inputs>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
-        if (has_grad && !scalar) L::load(grad + i, n, g);
+        if (each_grad) L::load(grad + i, n, g);
         for (int k = 0; k < L::count; ++k) {
           if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
           if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
-          if (has_grad) y[k] = y[k] * (scalar ? V(factor) : g[k] * V(factor));
+          if (scaled) y[k] = y[k] * (each_grad ? g[k] * V(factor) : V(factor));
         }
         L::store(out + i, n, y);
       });
@@ -128,33 +128,34 @@ Error each(const ReduceArgs& a, F f) {
 template <class Op>
 struct MakeReduce {
   static constexpr int params = count_params(Op::params), inputs = 2 + count_tensors(Op::params);
+  static constexpr double slope = slope_of<Op>();
 
   static Error values(const ReduceArgs& a) {
-    return each<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return each<params, inputs>(a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error sum(const ReduceArgs& a) {
     return total<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error d0(const ReduceArgs& a) {
-    return each<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
+    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
   }
   static Error d1(const ReduceArgs& a) {
-    return each<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
+    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
   static Error d00(const ReduceArgs& a) {
-    return each<params, inputs>(a, [](auto x, auto t, auto... p) {
+    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d0(D(x, c<decltype(x)>(1)), D(t, c<decltype(x)>(0)), D(p, c<decltype(x)>(0))...).d;
     });
   }
   static Error d01(const ReduceArgs& a) {
-    return each<params, inputs>(a, [](auto x, auto t, auto... p) {
+    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d0(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
     });
   }
   static Error d11(const ReduceArgs& a) {
-    return each<params, inputs>(a, [](auto x, auto t, auto... p) {
+    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d1(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
     });

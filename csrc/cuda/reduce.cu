@@ -32,14 +32,14 @@ __device__ __forceinline__ real value_of(const Params<params, real>& p, real x, 
   if constexpr (inputs == 3) return apply<F>(p, x, t, w);
 }
 
-// out[i] = f(x, t, ...), times scale and the gradient where there is one
+// out[i] = F(x, t, ...) times its slope, and times scale and the gradient where there is one
 template <class F, class scalar_t, int inputs, int params>
 __global__ void __launch_bounds__(kThreads, kResident)
     each_kernel(EachArgs<scalar_t> a, Params<params, real_of<scalar_t>> p) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
-  real factor = a.grad ? a.scale : real(1);
-  if (a.grad && !a.each_grad) factor = static_cast<real>(load(a.grad)) * a.scale;
+  real factor = static_cast<real>(F::slope) * (a.grad ? a.scale : real(1));
+  if (a.grad && !a.each_grad) factor *= static_cast<real>(load(a.grad));
   walk<size>(
       a.cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
       [&](int64_t i) {
@@ -172,6 +172,7 @@ Error total(const ReduceArgs& a) {
 
 template <class Op>
 struct Value {
+  static constexpr double slope = 1;
   template <class T, class... P>
   static FASTOPS_FN T apply(T x, T t, P... p) {
     return Op::value(x, t, p...);
@@ -179,6 +180,7 @@ struct Value {
 };
 template <class Op>
 struct D0 {
+  static constexpr double slope = slope_of<Op>();
   template <class T, class... P>
   static FASTOPS_FN T apply(T x, T t, P... p) {
     return Op::d0(x, t, p...);
@@ -186,6 +188,7 @@ struct D0 {
 };
 template <class Op>
 struct D1 {
+  static constexpr double slope = slope_of<Op>();
   template <class T, class... P>
   static FASTOPS_FN T apply(T x, T t, P... p) {
     return Op::d1(x, t, p...);
@@ -194,6 +197,7 @@ struct D1 {
 // The derivative of F to its first (0) or second (1) argument.
 template <class F, int to>
 struct Derivative {
+  static constexpr double slope = F::slope;
   template <class T, class... P>
   static FASTOPS_FN T apply(T x, T t, P... p) {
     using D = Dual<T>;

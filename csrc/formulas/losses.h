@@ -1,5 +1,6 @@
-// Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target. What `params` declares, numbers
-// and tensors, stands behind x and t. The reduction is the loop's affair, second derivatives are taken of d0 and d1 by Dual.
+// Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target, which the loop multiplies by
+// `slope`, where a formula has one. What `params` declares, numbers and tensors, stands behind x and t. The reduction is the
+// loop's affair, second derivatives are taken of d0 and d1 by Dual.
 #pragma once
 #include "../math.h"
 
@@ -7,17 +8,18 @@ namespace fastops {
 
 struct MSE {
   static constexpr const char *name = "mse_loss", *params = "";
+  static constexpr double slope = 2;  // twice a large difference would be inf where twice its share of the mean is not
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
     return (x - t) * (x - t);
   }
   template <class T>
   static FASTOPS_FN T d0(T x, T t) {
-    return c<T>(2) * (x - t);
+    return x - t;
   }
   template <class T>
   static FASTOPS_FN T d1(T x, T t) {
-    return c<T>(2) * (t - x);
+    return t - x;
   }
 };
 
@@ -140,6 +142,12 @@ template <class Op>
 constexpr Domain domain_of() {
   if constexpr (requires { Op::low; }) return {Op::low, Op::high};
   return {};
+}
+
+template <class Op>
+constexpr double slope_of() {
+  if constexpr (requires { Op::slope; }) return Op::slope;
+  return 1;
 }
 
 using Losses = List<MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits, BCEWithLogitsPosWeight>;
