@@ -83,9 +83,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # The kernels use nothing that GPUs before 8.0 lack or later ones add: one pass of the compiler serves all, and its PTX
 # later ones. torch adds flags of its own only where TORCH_CUDA_ARCH_LIST asks for them.
-GPUS = ["-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"]
-if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-    GPUS = []
+ALL_GPUS = "-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,sm_120,compute_80]"
+GPUS = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else [ALL_GPUS]
 
 
 class Build(BuildExtension):

@@ -733,7 +733,8 @@ def cross_entropy(
         input: logits of shape (C), (N, C) or (N, C, d1, ...), in any dense layout.
         target: class indices (int64 or uint8) of shape (), (N) or (N, d1, ...); or probabilities of input's shape,
             of which input's dtype and theirs are promoted to one. Gradients flow to them too.
-        weight: a factor per class, of shape (C). No gradient flows to it.
+        weight: a factor per class, of shape (C) and input's dtype; with probabilities it takes part in the promotion,
+            under autocast any float dtype will do. No gradient flows to it.
         size_average, reduce: deprecated, as in torch.
         ignore_index: rows with this target count for nothing.
         reduction: ``"none"``, ``"mean"`` (weighted, over rows not ignored) or ``"sum"``.
@@ -773,8 +774,18 @@ def cross_entropy(
     if not isinstance(target, Tensor):
         raise TypeError(f"cross_entropy: target must be a Tensor, got {type(target).__name__}")
     if target.is_floating_point():
-        if target.dtype != input.dtype:
-            dtype = torch.promote_types(input.dtype, target.dtype)
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        if isinstance(weight, Tensor) and weight.dtype != dtype:
+            # autocast brings all to float32, but for float64
+            narrow = (torch.float32, torch.bfloat16, torch.float16)
+            if not (
+                weight.dtype in narrow
+                and dtype in narrow
+                and torch.is_autocast_enabled(input.device.type)
+            ):
+                dtype = torch.promote_types(dtype, weight.dtype)
+                weight = weight.to(dtype)
+        if input.dtype != dtype or target.dtype != dtype:
             input, target = input.to(dtype), target.to(dtype)
     elif input.dim() == 1 and target.shape == (1,):
         target = target.squeeze(0)

@@ -56,6 +56,12 @@ def _check(model: torch.nn.Module, caller: str) -> None:
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
+def _check_flags(caller: str, **flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{caller}: {name} must be True or False, got {flag!r}")
+
+
 def _plan(
     model: torch.nn.Module, functional: bool
 ) -> tuple[PatchReport, list[tuple[torch.nn.Module, type]]]:
@@ -126,7 +132,7 @@ def patch(
         that are not torch's, a sum that is used elsewhere too. With FASTOPS_DISABLE=1 in the environment all is left.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or a flag is no bool.
 
     Parameters, buffers, hooks, names, ``state_dict()``, copies and pickles, ``torch.compile`` and shared modules are as they
     were; isinstance too. A rewritten forward looks at each call whether the block is still what it was (no hook on the relu,
@@ -134,6 +140,7 @@ def patch(
     changed. Example: ``print(fastops.patch(torchvision.models.resnet18()))``.
     """
     _check(model, "patch")
+    _check_flags("patch", functional=functional, dry_run=dry_run)
     report, changes = _plan(model, functional)
     if not dry_run:
         for module, cls in changes:
@@ -163,6 +170,7 @@ def patched(
     """Patches a model within a ``with`` block, and leaves it as it was found: also after an exception, and with what was
     patched before still patched. Arguments and errors as :func:`patch`."""
     _check(model, "patched")
+    _check_flags("patched", functional=functional)
     return _patched(model, functional)
 
 

@@ -199,6 +199,7 @@ FUNCTIONS = [
     B("ce weight size", lambda F, w: F.cross_entropy(w.x, w.t, weight=w.w[:5]), RuntimeError, "all 6 classes.*5"),
     B("ce weight dims", lambda F, w: F.cross_entropy(w.x, w.t, weight=w.w[None]), RuntimeError, r"all 6 classes.*\[1, 6\]"),
     B("ce weight integers", lambda F, w: F.cross_entropy(w.x, w.t, weight=w.w.long()), RuntimeError, "Long"),
+    B("ce weight of another dtype", lambda F, w: F.cross_entropy(w.x, w.t, weight=w.w.double()), RuntimeError, "Float.*Double"),
     B("ce weight complex", lambda F, w: F.cross_entropy(w.x, w.t, weight=w.w + 0j), RuntimeError, "Complex"),
     B("ce weight list", lambda F, w: F.cross_entropy(w.x, w.t, weight=[1.0] * 6), TypeError, "weight|list|cross_entropy"),
     B("ce weight device", lambda F, w: F.cross_entropy(w.x, w.t, weight=w.meta[0]), RuntimeError, "device.*meta|meta.*device"),
@@ -296,6 +297,8 @@ OURS = [  # functions that torch has not, the ops below them, modules
     B("nn.MSELoss", lambda w: N.MSELoss(reduction="avg")(w.x, w.q), ValueError, "avg is not a valid value"),
     # ---------------------------------------------------------------------------------------- patch, memory
     B("patch text", lambda w: fastops.patch("model"), TypeError, "torch.nn.Module, got str"),
+    B("patch functional", lambda w: fastops.patch(nn.ReLU(), functional="yes"), TypeError, "True or False, got 'yes'"),
+    B("patched functional", lambda w: fastops.patched(nn.ReLU(), functional=1), TypeError, "True or False, got 1"),
     B("patch a class", lambda w: fastops.patch(nn.ReLU), TypeError, "torch.nn.Module, got type"),
     B("unpatch", lambda w: fastops.unpatch(None), TypeError, "torch.nn.Module, got NoneType"),
     B("pool limit", lambda w: fastops.memory.set_limit(-1), ValueError, "0 or more, got -1"),

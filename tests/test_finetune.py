@@ -965,6 +965,10 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "from random weights" in printed and "64 x 64 pixels" in printed
     assert not list(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["finetune", "--dry-run", "--out", "full"]) == 2
+    assert "not empty" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

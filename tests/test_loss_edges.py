@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import DTYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -164,3 +165,28 @@ def test_a_target_of_one_for_one_example(reduction):
     of_0d = torch.nn.functional.cross_entropy(x, target[0], reduction=reduction)
     (mine,), (torchs,) = torch.autograd.grad(loss, x), torch.autograd.grad(of_0d, x)
     torch.testing.assert_close(mine, torchs)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("weight", [*DTYPES, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_of_another_dtype(dtype, weight, kind, autocast):
+    """With class indices it is refused, with probabilities it takes part in the promotion, as in torch."""
+    x, w = randn(4, 5).to(dtype), (randn(5, seed=1).abs() * 2 + 1).to(weight)
+    target = labels(0, 4, 2, 1) if kind == "indices" else randn(4, 5, seed=2).softmax(1).to(dtype)
+    results = []
+    for f in (ours.cross_entropy, torch.nn.functional.cross_entropy):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            try:
+                results.append(f(x, target, w))
+            except RuntimeError as e:
+                results.append(type(e))
+    mine, torchs = results
+    if isinstance(torchs, type):
+        assert mine is torchs
+    else:
+        t = target.double() if target.is_floating_point() else target
+        exact = torch.nn.functional.cross_entropy(x.double(), t, w.double())
+        allowed = 2 * (torchs - exact).abs() + 4 * torch.finfo(mine.dtype).eps * exact
+        assert mine.dtype == torchs.dtype and (mine - exact).abs() <= allowed

@@ -804,3 +804,14 @@ def test_an_interrupt_among_dtensors(tmp_path, late):
             assert_same(held(a), held(b))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_repr_says_what_holds_for_every_group():
+    w = [torch.nn.Parameter(torch.ones(2))]
+    plain = repr(fastops.optim.SGD(w))
+    assert (
+        plain.startswith("SGD (\nParameter Group 0\n    dampening: 0\n")
+        and "max_grad_norm" not in plain
+    )
+    given = repr(fastops.optim.SGD(w, max_grad_norm=1.5, ema_decay=0.9))
+    assert given == plain[:-1] + "Every Group\n    max_grad_norm: 1.5\n    ema_decay: 0.9\n)"

@@ -60,8 +60,7 @@ def test_gradgradcheck(case):
 @pytest.mark.parametrize("case", FEW, ids=ids(FEW))
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(case, backend):
-    function, xs = differentiable(case)
-    xs = [x.float() for x in xs]
+    function, xs = differentiable(case.to(torch.float32))
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: function(*a) * 2, fullgraph=True, backend=backend)
     leaves = [x.clone().requires_grad_() for x in xs]
@@ -271,10 +270,8 @@ class Tagged(torch.Tensor):
 
 def test_subclasses_and_modes():
     for case in FEW:
-        tensors = [
-            t.as_subclass(Tagged) if t.is_floating_point() else t
-            for t in case.to(torch.float32).tensors
-        ]
+        case = case.to(torch.float32)
+        tensors = [t.as_subclass(Tagged) if t.is_floating_point() else t for t in case.tensors]
         y = case.op.function(*tensors, **case.kwargs)
         assert isinstance(y, Tagged), case.name
     seen = []

@@ -246,14 +246,15 @@ void check_target(const Tensor& input, const Tensor& target, int64_t ignore_inde
                 c10::IntArrayRef(expected), " for logits of size ", input.sizes(), ", got ", target.sizes());
     TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte,
                 "cross_entropy: expected class indices of dtype int64 or uint8, got ",
-                c10::toString(target.scalar_type()));
+                c10::toString(target.scalar_type()), "; use target.long()");
   }
   TORCH_CHECK(target.device() == input.device(), "cross_entropy: expected logits and target on one device, got ",
               input.device(), " and ", target.device());
 }
 
+// autocast: a weight of another dtype will do where both can be brought to float32
 Problem problem(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
-                int64_t ignore_index, double label_smoothing) {
+                int64_t ignore_index, double label_smoothing, bool autocast) {
   check_reduction("cross_entropy", reduction);
   check_dtype("cross_entropy", input);
   TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
@@ -267,8 +268,11 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
     TORCH_CHECK(weight->dim() == 1 && weight->numel() == n,
                 "cross_entropy: weight tensor should be defined either for all ", n, " classes or no classes but got weight tensor of shape: ",
                 weight->sizes());
-    TORCH_CHECK(at::isFloatingType(weight->scalar_type()), "cross_entropy: expected a floating point weight, got ",
-                c10::toString(weight->scalar_type()));
+    const auto to_float = [](at::ScalarType t) { return at::isFloatingType(t) && t != at::kDouble; };
+    TORCH_CHECK(weight->scalar_type() == input.scalar_type() ||
+                    (autocast && to_float(weight->scalar_type()) && to_float(input.scalar_type())),
+                "cross_entropy: expected a weight of the logits' dtype ", c10::toString(input.scalar_type()), ", got ",
+                c10::toString(weight->scalar_type()), "; use weight.to(input.dtype)");
     TORCH_CHECK(weight->device() == input.device(), "cross_entropy: expected logits and weight on one device, got ",
                 input.device(), " and ", weight->device());
     p.weight = weight->to(real_of(input.scalar_type())).contiguous();
@@ -306,7 +310,7 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
     at::assert_no_overlap(input, target);
   }
   const int64_t dim = input.dim() <= 1 ? 0 : 1;
-  Problem p = problem(input, target, weight, reduction, ignore_index, label_smoothing);
+  Problem p = problem(input, target, weight, reduction, ignore_index, label_smoothing, /*autocast=*/upcast);
   const Tensor& second_target = extras.second_target;
   if (second_target.defined()) {
     check_target(input, second_target, ignore_index);

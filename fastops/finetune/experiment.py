@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from .report import (
     write_report,
     write_text,
 )
-from .storage import complete_file, make_run_folder, remove_unfinished
+from .storage import check_run_folder, complete_file, make_run_folder, remove_unfinished
 from .train import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
 
 
@@ -189,6 +190,8 @@ def finetune(
     with processes.together():
         plan = make_plan(config, show and processes.rank() == 0)
     if dry_run:
+        if config.out is not None:
+            check_run_folder(Path(config.out))
         return Result(config, None, plan.collection.classes, description=plan.description)
     return carry_out(plan, show, _resumed)
 
@@ -261,11 +264,12 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
             write_text(folder / "config.json", config.to_json())
     folder = result.folder = processes.gather(folder)[0]
     assert folder is not None
+    save = partial(save_progress, folder, config, collection)
     with processes.together():
         if resumed and writes:
             remove_unfinished(folder)
     if not resumed:
-        save_progress(folder, config, collection, [], None)
+        save([], None)
     if show:
         print("\n".join(result.description), flush=True)
     jobs = [(m, b, s) for m in modes for b in backends for s in range(config.seeds)]
@@ -299,9 +303,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
                     seed,
                     on_step=advance,
                     state=state,
-                    save=lambda state: save_progress(
-                        folder, config, collection, result.runs, state
-                    ),
+                    save=partial(save, result.runs),
                     stop=stop,
                 )
                 state = None
@@ -317,7 +319,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
                         if writes:
                             classes = collection.classes
                             save_classifier(path, model, config, classes, plan.format, run)
-                save_progress(folder, config, collection, result.runs, None)
+                save(result.runs, None)
     finally:
         if journal is not None:
             journal.close()
@@ -417,6 +419,9 @@ def describe(
     most = "at most " if images < config.chosen_shots * len(collection.classes) else ""
     shots = f" ({most}{config.chosen_shots} a class)" if config.chosen_shots else ""
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    rates = f"{config.chosen_lr:.3g}"
+    if config.chosen_modes != ("scratch",):
+        rates += f" (pretrained stages {config.chosen_lr * config.backbone_rate:.3g})"
     lines = [
         f"{collection.name}: {', '.join(collection.classes[:12])}"
         + (f" and {len(collection.classes) - 12} more" if len(collection.classes) > 12 else ""),
@@ -425,8 +430,7 @@ def describe(
         f"{'ResNet-14' if config.arch == 'small' else config.arch} "
         f"({parameters:,} parameters) from {start}; "
         f"{steps:,} steps of {min(config.batch_size * count, images)} images, {each}"
-        f"{config.optimizer}, "
-        f"{' and '.join(config.backends)}",
+        f"{config.optimizer} at a rate of {rates}, {' and '.join(config.backends)}",
     ]
     if collection.skipped:
         more = f" and {len(collection.skipped) - 5} more" if len(collection.skipped) > 5 else ""

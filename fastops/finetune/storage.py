@@ -60,6 +60,18 @@ def remove_unfinished(folder: Path) -> None:
             raise OutputError(f"cannot remove {path}: {error.strerror}") from error
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raise OutputError for a folder that is neither new, in one that exists, nor empty."""
+    if not folder.parent.is_dir():
+        raise OutputError(f"cannot create {folder}: there is no folder {folder.parent}")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(
+            f"{folder} is not empty: choose a new folder, so that no earlier run is lost"
+        )
+
+
 def make_run_folder(out: str | os.PathLike | None) -> Path:
     """Create the folder of a run and prove that it can be written, before any time is spent.
 
@@ -81,14 +93,7 @@ def make_run_folder(out: str | os.PathLike | None) -> Path:
                 folder = Path("runs") / f"{name}-{repeat}"
         else:
             folder = Path(out)
-            if not folder.parent.is_dir():
-                raise OutputError(f"cannot create {folder}: there is no folder {folder.parent}")
-            if folder.exists() and not folder.is_dir():
-                raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
-            if folder.is_dir() and any(folder.iterdir()):
-                raise OutputError(
-                    f"{folder} is not empty: choose a new folder, so that no earlier run is lost"
-                )
+            check_run_folder(folder)
         folder.mkdir(exist_ok=True)
         probe = folder / ".writable"
         probe.touch()

@@ -154,6 +154,11 @@ class FusedStep(Optimizer):
             "_own_defaults": self._own_defaults,
         }
 
+    def __repr__(self):
+        own = ("max_grad_norm", "ema_decay", "state_dtype")
+        given = [f"    {n}: {v}\n" for n in own if (v := getattr(self, n)) is not None]
+        return super().__repr__()[:-1] + "Every Group\n" * bool(given) + "".join(given) + ")"
+
     def add_param_group(self, param_group):
         """Adds a group, with ``l1``, ``l1_mode`` and ``rounding`` of its own where it has them; see
         :class:`torch.optim.Optimizer`."""
