@@ -25,6 +25,13 @@ at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 // An uninitialised tensor with the shape, strides, device and dtype of x (which is dense); large ones on CPU come from
 // the pool.
 at::Tensor output_like(const at::Tensor& x);
+// Another one beside x, contiguous.
+at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype);
+
+// t.to(dtype), which costs a call where there is nothing to do.
+inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
 
 // t broadcast to x (which is dense), along x's memory order and no further than it repeats itself there: element i of x is
 // beside values[i % period]. Raises what torch raises where t does not broadcast to x.

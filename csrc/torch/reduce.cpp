@@ -71,10 +71,10 @@ std::pair<Tensor, Tensor> aligned(const char* op, const Tensor& input, const Ten
               " and ", target.device());
   TORCH_CHECK(input.sizes() == target.sizes(), op, ": expected input and target of one shape, got ", input.sizes(),
               " and ", target.sizes(), "; torch.broadcast_tensors them first");
-  const auto dtype = at::result_type(input, target);
-  const Tensor x = dense(input.to(dtype));
+  const auto dtype = input.scalar_type() == target.scalar_type() ? input.scalar_type() : at::result_type(input, target);
+  const Tensor x = dense(as_dtype(input, dtype));
   check_dtype(op, x);
-  return {x, matching(target.to(dtype), x)};
+  return {x, matching(as_dtype(target, dtype), x)};
 }
 
 // The parameters of a call on x as its kernels take them.
@@ -111,7 +111,7 @@ ReduceArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const 
 
 Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scale, const Tensor& divisor,
              const Parameters& params) {
-  const Tensor out = at::empty({}, x.options().dtype(real_of(x.scalar_type())));
+  const Tensor out = output_beside(x, {}, real_of(x.scalar_type()));
   const int64_t bytes = reduce_workspace(x.numel());
   constexpr int64_t kStack = 256;
   double stack[kStack];
@@ -149,13 +149,13 @@ struct Forward {
       Tensor out = output_like(x);
       if (x.numel() > 0) check(r.name, r.values(arguments(x, t, out, params)));
       check_domain(r, out, x);
-      return out.to(dtype);
+      return as_dtype(out, dtype);
     }
     // The mean of nothing is nan, as torch has it: 0 / 0.
     const double scale = reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(x.numel()) : 1.0;
     const Tensor out = total(r, x, t, scale, Tensor(), params);
     check_domain(r, out, x);
-    return out.to(dtype);
+    return as_dtype(out, dtype);
   }
 };
 
@@ -173,7 +173,7 @@ struct BackwardOp {
                 "_backward: grad of shape ", grad.sizes(), " does not fit reduction ", reduction);
     const c10::DeviceGuard guard(x.device());
     const ReduceRow& r = rows(x.device().type()).data[row];
-    const Tensor g = grad.scalar_type() == x.scalar_type() ? grad : grad.to(x.scalar_type());
+    const Tensor g = as_dtype(grad, x.scalar_type());
     const Tensor dy = each ? matching(g, x) : g;
     Tensor out = output_like(x);
     if (x.numel() > 0) {
@@ -184,7 +184,7 @@ struct BackwardOp {
       if (reduction == at::Reduction::Mean) a.scale = 1.0 / static_cast<double>(x.numel());
       check(r.name, (wrt == 0 ? r.d0 : r.d1)(a));
     }
-    return out.to((wrt == 0 ? input : target).scalar_type());
+    return as_dtype(out, (wrt == 0 ? input : target).scalar_type());
   }
 };
 

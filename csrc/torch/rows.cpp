@@ -335,19 +335,19 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   }
 
   // Losses and targets stand row by row in the logits' memory order: that of a dense tensor with one dimension cut out.
-  const Tensor like = p.x.select(dim, 0);
-  auto strides = like.strides().vec();
+  auto strides = p.x.strides().vec();
+  strides.erase(strides.begin() + dim);
   for (auto& s : strides)
     if (s >= p.rows.n * p.rows.inner) s /= p.rows.n;
   const bool distribution = is_distribution(target);
   const auto classes = [&](const Tensor& t) {
-    const Tensor index = t.to(at::kLong);
+    const Tensor index = as_dtype(t, at::kLong);
     if (index.strides() == c10::IntArrayRef(strides)) return index;
-    return at::empty_strided(like.sizes(), strides, index.options()).copy_(index);
+    return at::empty_strided(p.result_sizes, strides, index.options()).copy_(index);
   };
   const Tensor index = distribution ? matching(target, p.x) : classes(target);
   const Tensor second = second_target.defined() ? classes(second_target) : Tensor();
-  const Tensor losses = at::empty({p.rows.outer * p.rows.inner}, options);
+  const Tensor losses = output_beside(p.x, {p.rows.outer * p.rows.inner}, options.dtype().toScalarType());
   const Tensor lse = extras.lse ? at::empty_like(losses) : Tensor();
 
   CrossEntropyArgs a{};
@@ -376,7 +376,7 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   const auto divisor_of_rows = [&](const Tensor& classes) {
     CrossEntropyArgs b = a;
     b.target = classes.const_data_ptr<int64_t>();
-    const Tensor divisor = at::empty({}, options);
+    const Tensor divisor = output_beside(p.x, {}, options.dtype().toScalarType());
     int64_t bad_row = -1;
     check("cross_entropy", row.divisor(b, divisor.mutable_data_ptr(), &bad_row));
     if (bad_row >= 0) {
@@ -409,9 +409,9 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   }
   check("cross_entropy", (distribution ? row.forward_probability : row.forward)(a));
   if (reduction == at::Reduction::None) {
-    result.loss = losses.as_strided(p.result_sizes, strides).contiguous().to(dtype);
+    result.loss = as_dtype(losses.as_strided(p.result_sizes, strides).contiguous(), dtype);
   } else {
-    result.loss = sum_of(losses, scale, mean && !second.defined() ? divisor : Tensor()).to(dtype);
+    result.loss = as_dtype(sum_of(losses, scale, mean && !second.defined() ? divisor : Tensor()), dtype);
   }
   if (extras.lse) result.lse = lse.as_strided(p.result_sizes, strides).contiguous();
   return result;
