@@ -89,6 +89,14 @@ struct Lanes {
     store(p, size, v);
 #endif
   }
+  // One element, by the same conversion: c10's of float16 may become a function, which instruction sets would share.
+  static FASTOPS_FN real one(const scalar_t* p) {
+    V v[count];
+    load(p, 1, v);
+    real lane[V::size()];
+    v[0].store(lane);
+    return lane[0];
+  }
   // The first n lanes of the group as they are, the others filled: for sums and maxima over a masked tail.
   static FASTOPS_FN void keep(int64_t n, real filler, V (&v)[count]) {
     for (int k = 0; k < count; ++k) {

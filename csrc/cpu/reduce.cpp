@@ -107,7 +107,7 @@ Error each(const ReduceArgs& a, double slope, F f) {
     auto* grad = static_cast<const scalar_t*>(a.grad);
     const bool each_grad = grad != nullptr && !a.grad_is_scalar, scaled = grad != nullptr || slope != 1;
     const real scale = static_cast<real>(grad ? a.scale * slope : slope);
-    const real factor = grad && !each_grad ? static_cast<real>(*grad) * scale : scale;
+    const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
     cpu::parallel(a.n, kGrain, [=](int64_t begin, int64_t end) {
       each_group<L::size, inputs>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
