@@ -25,10 +25,10 @@ at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 // An uninitialised tensor with the shape, strides, device and dtype of x (which is dense); large ones on CPU come from
 // the pool.
 at::Tensor output_like(const at::Tensor& x);
-// Another one beside x, contiguous.
+// An uninitialised contiguous tensor where x is: a small one, which the pool has no part in.
 at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype);
 
-// t.to(dtype), which costs a call where there is nothing to do.
+// t.to(dtype), without the call where there is nothing to do.
 inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }

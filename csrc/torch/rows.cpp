@@ -317,8 +317,8 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
     TORCH_CHECK(!is_distribution(target) && !is_distribution(second_target),
                 "cross_entropy: two targets have to be class indices");
   }
-  const auto options = p.x.options().dtype(real_of(p.x.scalar_type()));
-  const auto dtype = upcast ? options.dtype().toScalarType() : p.x.scalar_type();
+  const auto real = real_of(p.x.scalar_type()), dtype = upcast ? real : p.x.scalar_type();
+  const auto options = p.x.options().dtype(real);
   const c10::DeviceGuard guard(p.x.device());
   const auto& row = tables(p.x.device().type()).cross_entropy.data[0];
 
@@ -347,8 +347,8 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   };
   const Tensor index = distribution ? matching(target, p.x) : classes(target);
   const Tensor second = second_target.defined() ? classes(second_target) : Tensor();
-  const Tensor losses = output_beside(p.x, {p.rows.outer * p.rows.inner}, options.dtype().toScalarType());
-  const Tensor lse = extras.lse ? at::empty_like(losses) : Tensor();
+  const Tensor losses = output_beside(p.x, {p.rows.outer * p.rows.inner}, real);
+  const Tensor lse = extras.lse ? output_like(losses) : Tensor();
 
   CrossEntropyArgs a{};
   a.dtype = p.x.scalar_type();
@@ -376,7 +376,7 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   const auto divisor_of_rows = [&](const Tensor& classes) {
     CrossEntropyArgs b = a;
     b.target = classes.const_data_ptr<int64_t>();
-    const Tensor divisor = output_beside(p.x, {}, options.dtype().toScalarType());
+    const Tensor divisor = output_beside(p.x, {}, real);
     int64_t bad_row = -1;
     check("cross_entropy", row.divisor(b, divisor.mutable_data_ptr(), &bad_row));
     if (bad_row >= 0) {

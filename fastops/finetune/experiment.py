@@ -421,7 +421,8 @@ def describe(
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
     rates = f"{config.chosen_lr:.3g}"
     if config.chosen_modes != ("scratch",):
-        rates += f" (pretrained stages {config.chosen_lr * config.backbone_rate:.3g})"
+        which = "pretrained stages" if config.layer_decay == 1 else "last pretrained stage"
+        rates += f" ({which} {config.chosen_lr * config.backbone_rate:.3g})"
     lines = [
         f"{collection.name}: {', '.join(collection.classes[:12])}"
         + (f" and {len(collection.classes) - 12} more" if len(collection.classes) > 12 else ""),

@@ -96,6 +96,7 @@ class FusedStep(Optimizer):
     max_grad_norm: float | None = None
     ema_decay: float | None = None
     state_dtype: torch.dtype | None = None
+    _of_all_groups = ("max_grad_norm", "ema_decay", "state_dtype")
     _put_aside: list | None = None  # (parameter, its own value), while the averages stand in
     grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is given
 
@@ -147,16 +148,14 @@ class FusedStep(Optimizer):
         state = super().__getstate__()
         return {
             **state,
-            "max_grad_norm": self.max_grad_norm,
-            "ema_decay": self.ema_decay,
-            "state_dtype": self.state_dtype,
+            **{name: getattr(self, name) for name in self._of_all_groups},
             "_put_aside": self._put_aside,
             "_own_defaults": self._own_defaults,
         }
 
     def __repr__(self):
-        own = ("max_grad_norm", "ema_decay", "state_dtype")
-        given = [f"    {n}: {v}\n" for n in own if (v := getattr(self, n)) is not None]
+        values = {name: getattr(self, name) for name in self._of_all_groups}
+        given = [f"    {name}: {value}\n" for name, value in values.items() if value is not None]
         return super().__repr__()[:-1] + "Every Group\n" * bool(given) + "".join(given) + ")"
 
     def add_param_group(self, param_group):
