@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import ceil
@@ -49,9 +50,9 @@ LIMITS = {
     "100": Limits(2048, 32, 228 << 10),
     "120": Limits(1536, 24, 100 << 10),
 }
-# As torch.utils.cpp_extension compiles, with warnings as errors.
+# As torch.utils.cpp_extension and setup.py compile, with warnings as errors.
 FLAGS = [
-    "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-std=c++20", "-arch=compute_80", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
     "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__", "-Werror", "all-warnings",
 ]  # fmt: skip
 DTYPES = {
@@ -226,28 +227,33 @@ def written(widths: Counter[int]) -> str:
     return " ".join(f"{width}:{widths[width]}" for width in sorted(widths, reverse=True))
 
 
-def compile_one(source: Path, arch: str, home: Path) -> list[Line]:
-    """A line per kernel of the file."""
+def to_ptx(source: Path, folder: Path, home: Path) -> Path:
+    """The one PTX that setup.py has the machine code of every architecture made from."""
     import torch
 
+    ptx = folder / f"{source.stem}.ptx"
     include = f"-I{Path(torch.__file__).parent / 'include'}"
-    disassembler = nvdisasm(home)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernels.cubin"), Path(folder, f"{source.stem}.ptx")
-        keep = ["--keep", f"--keep-dir={folder}"]
-        options = [*FLAGS, include, *keep, "-cubin", "-Xptxas=-v", f"-arch=sm_{arch}"]
-        log = run(home / "bin" / "nvcc", *options, source, "-o", cubin).stderr
-        text = ptx.read_text()
+    run(home / "bin" / "nvcc", *FLAGS, include, "-ptx", source, "-o", ptx)
+    return ptx
+
+
+def assembled(ptx: Path, arch: str, home: Path) -> list[Line]:
+    """A line per kernel of a file."""
+    cubin = ptx.with_suffix(f".{arch}")
+    command = [home / "bin" / "ptxas", "-v", f"-arch=sm_{arch}", ptx, "-o", cubin]
+    used = resources(run(*command).stderr)
+    text = ptx.read_text()
+    bodies = functions(text)
+    if disassembler := nvdisasm(home):
+        widths = widths_of_sass(run(disassembler, "-c", cubin).stdout)
+    else:
         widths = widths_of_ptx(text)
-        if disassembler:
-            widths = widths_of_sass(run(disassembler, "-c", cubin).stdout)
-    bodies, used = functions(text), resources(log)
     found = []
     for symbol, (kernel, dtype) in demangled(list(used)).items():
         threads = int(first(r"\.maxntid (\d+)", bodies[symbol]))
         registers, spills, shared = used[symbol].values()
         loads, stores = widths[symbol]
-        line: dict[str, object] = {"source": source.stem, "kernel": kernel, "dtype": dtype}
+        line: dict[str, object] = {"source": ptx.stem, "kernel": kernel, "dtype": dtype}
         line |= {"threads": threads, "float64": len(re.findall(r"\.f64\b", bodies[symbol]))}
         line |= {f"shared {arch}": shared, f"registers {arch}": registers, f"spills {arch}": spills}
         line[f"occupancy {arch}"] = occupancy(LIMITS[arch], threads, registers, shared)
@@ -257,12 +263,15 @@ def compile_one(source: Path, arch: str, home: Path) -> list[Line]:
 
 
 def make(architectures: list[str], home: Path, stale: set[str]) -> list[Line]:
-    """The lines of the files that are named, sorted; one compiler at a time."""
+    """The lines of the files that are named, sorted."""
     lines: dict[tuple, Line] = {}
-    for source in sources():
-        for arch in architectures if source.stem in stale else []:
-            print(f"{source.name} for sm_{arch}", file=sys.stderr, flush=True)
-            for line in compile_one(source, arch, home):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        named = [source for source in sources() if source.stem in stale]
+        print(*[source.name for source in named], file=sys.stderr, flush=True)
+        every = pool.map(lambda source: to_ptx(source, Path(folder), home), named)
+        jobs = [pool.submit(assembled, ptx, arch, home) for ptx in every for arch in architectures]
+        for job in jobs:
+            for line in job.result():
                 lines[key_of(line)] = lines.get(key_of(line), {}) | line
     return [lines[key] for key in sorted(lines)]
 

@@ -1,4 +1,6 @@
 // The elementwise loop: out[i] = f(in0[i], in1[i], ...), for every activation, forward, backward and second derivative.
+#include <cstring>
+
 #include "../formulas/activations.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -19,37 +21,48 @@ Error map(const MapArgs& a, F f) {
     const scalar_t* in[inputs];
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     const int64_t total = a.n;
-    const auto range = [=](int64_t begin, int64_t end, auto write) {
-      groups<L::size>(begin, end, [&](int64_t i, auto n) {
-        V x[inputs][L::count], y[L::count];
-        for (int k = 0; k < inputs; ++k) L::load(in[k] + i, n, x[k]);
-        for (int k = 0; k < L::count; ++k) {
-          if constexpr (inputs == 1) y[k] = with_params<params, V>(f, p.value, x[0][k]);
-          if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
-          if constexpr (inputs == 3)
-            y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
-        }
-        write(out + i, n, y);
-      });
-    };
-    if (streams<L>(out, total, in[0])) {
-      // Threads are given whole groups, so that every group is aligned.
-      cpu::parallel((total + L::size - 1) / L::size, kGrain, [=](int64_t begin, int64_t end) {
-        const int64_t last = end * L::size < total ? end * L::size : total;
-        range(begin * L::size, last, [](scalar_t* to, auto n, auto& y) {
-          if (n == L::size) {
-            L::stream(to, y);
-          } else {
-            L::store(to, n, y);
+    const bool stream = streams<L>(out, total, in[0]);
+    // Threads are given whole groups, so that every group is aligned.
+    cpu::parallel((total + L::size - 1) / L::size, kGrain / L::size, [=](int64_t first, int64_t last) {
+      constexpr std::integral_constant<int64_t, L::size> full;
+      const auto run = [&](const scalar_t* const(&from)[inputs], scalar_t* to, int64_t count) {
+        for (int64_t i = 0; i < count; i += L::size) {
+          V x[inputs][L::count], y[L::count];
+          for (int k = 0; k < inputs; ++k) L::load(from[k] + i, full, x[k]);
+          for (int k = 0; k < L::count; ++k) {
+            if constexpr (inputs == 1) y[k] = with_params<params, V>(f, p.value, x[0][k]);
+            if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
+            if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           }
-        });
-        fence();
-      });
-    } else {
-      cpu::parallel(total, kGrain, [=](int64_t begin, int64_t end) {
-        range(begin, end, [](scalar_t* to, auto n, auto& y) { L::store(to, n, y); });
-      });
-    }
+          if (stream) {
+            L::stream(to + i, y);
+          } else {
+            L::store(to + i, full, y);
+          }
+        }
+      };
+      const int64_t begin = first * L::size, end = last * L::size < total ? last * L::size : total;
+      const scalar_t* from[inputs];
+      for (int k = 0; k < inputs; ++k) from[k] = in[k] + begin;
+      scalar_t* to = out + begin;
+      int64_t whole = (end - begin) / L::size * L::size;
+      const int64_t rest = end - begin - whole;
+      alignas(64) scalar_t padded[inputs + 1][L::size];
+      // The full groups, then what is left as one more, in a buffer: so the formula is compiled once, not once for each.
+      for (bool last = false;; last = true) {
+        run(from, to, whole);
+        if (last || rest == 0) break;
+        for (int k = 0; k < inputs; ++k) {
+          memset(padded[k], 0, sizeof padded[k]);
+          memcpy(padded[k], from[k] + whole, static_cast<size_t>(rest) * sizeof(scalar_t));
+          from[k] = padded[k];
+        }
+        to = padded[inputs];
+        whole = L::size;
+      }
+      if (rest) memcpy(out + (end - rest), padded[inputs], static_cast<size_t>(rest) * sizeof(scalar_t));
+      if (stream) fence();
+    });
     return nullptr;
   });
 }

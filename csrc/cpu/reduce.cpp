@@ -19,23 +19,14 @@ struct Sum {
   }
 };
 
-template <class V>
-FASTOPS_FN double horizontal_sum(V v) {
-  typename V::value_type lane[V::size()];
-  v.store(lane);
-  double sum = 0;
-  for (int k = 0; k < V::size(); ++k) sum += static_cast<double>(lane[k]);
-  return sum;
-}
-
 // Calls body(i, j, n) for every group of [begin, end): where there is a third input, a row of `period` that is repeated,
 // j = i % period.
-template <int64_t group, int inputs, class Body>
+template <int64_t group, int inputs, bool hot, class Body>
 FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body) {
   if constexpr (inputs == 3) {
-    groups_beside<group>(begin, end, period, body);
+    groups_beside<group, hot>(begin, end, period, body);
   } else {
-    groups<group>(begin, end, [&](int64_t i, auto n) { body(i, i, n); });
+    groups<group, hot>(begin, end, [&](int64_t i, auto n) { body(i, i, n); });
   }
 }
 
@@ -48,7 +39,7 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
   for (int64_t block = begin; block < end; block += kBlock) {
     V total(typename L::real(0));
     const int64_t behind = block + kBlock < end ? block + kBlock : end;
-    each_group<L::size, inputs>(block, behind, period, [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
+    each_group<L::size, inputs, true>(block, behind, period, [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
       V x[inputs][L::count], v[L::count];
       for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
       for (int k = 0; k < L::count; ++k) {
@@ -59,7 +50,7 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
       if (n < L::size) L::keep(n, 0, v);
       for (int k = 0; k < L::count; ++k) total = total + v[k];
     });
-    sum += horizontal_sum(total);
+    sum += sum_of_lanes(total);
   }
   return sum;
 }
@@ -92,7 +83,7 @@ Error total(const ReduceArgs& a, F f) {
 }
 
 // out[i] = f(x, t, ...) times slope, and times scale * grad[i] where there is a grad
-template <int params, int inputs, class F>
+template <int params, int inputs, bool hot, class F>
 Error each(const ReduceArgs& a, double slope, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -109,7 +100,7 @@ Error each(const ReduceArgs& a, double slope, F f) {
     const real scale = static_cast<real>(grad ? a.scale * slope : slope);
     const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
     cpu::parallel(a.n, kGrain, [=](int64_t begin, int64_t end) {
-      each_group<L::size, inputs>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
+      each_group<L::size, inputs, hot>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
         if (each_grad) L::load(grad + i, n, g);
@@ -131,31 +122,31 @@ struct MakeReduce {
   static constexpr double slope = slope_of<Op>();
 
   static Error values(const ReduceArgs& a) {
-    return each<params, inputs>(a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return each<params, inputs, true>(a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error sum(const ReduceArgs& a) {
     return total<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error d0(const ReduceArgs& a) {
-    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
+    return each<params, inputs, true>(a, slope, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
   }
   static Error d1(const ReduceArgs& a) {
-    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
+    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
   static Error d00(const ReduceArgs& a) {
-    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) {
+    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d0(D(x, c<decltype(x)>(1)), D(t, c<decltype(x)>(0)), D(p, c<decltype(x)>(0))...).d;
     });
   }
   static Error d01(const ReduceArgs& a) {
-    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) {
+    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d0(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
     });
   }
   static Error d11(const ReduceArgs& a) {
-    return each<params, inputs>(a, slope, [](auto x, auto t, auto... p) {
+    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) {
       using D = Dual<decltype(x)>;
       return Op::d1(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
     });

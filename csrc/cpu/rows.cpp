@@ -38,36 +38,24 @@ FASTOPS_FN int64_t block_of(int64_t n) {
 }
 FASTOPS_FN int64_t rows_per_thread(int64_t n) { return n >= kGrain ? 1 : kGrain / (n < 1 ? 1 : n); }
 
-template <class V>
-FASTOPS_FN double add_lanes(V v) {
-  typename V::value_type lane[V::size()];
-  v.store(lane);
-  double sum = 0;
-  for (int k = 0; k < V::size(); ++k) sum += static_cast<double>(lane[k]);
-  return sum;
-}
 // A sum in double, lane by lane.
 template <class V>
 struct WideSum {
-  double lane[V::size()] = {};
-  FASTOPS_FN void add(V v) {
-    typename V::value_type term[V::size()];
-    v.store(term);
-    for (int k = 0; k < V::size(); ++k) lane[k] += static_cast<double>(term[k]);
+  static constexpr int count = sizeof(double) / sizeof(typename V::value_type);
+  Vec<double> lanes[count];
+  FASTOPS_FN WideSum() {
+    for (auto& l : lanes) l = Vec<double>(0);
   }
-  FASTOPS_FN double total() const {
-    double sum = 0;
-    for (double each : lane) sum += each;
-    return sum;
+  FASTOPS_FN void add(const V& v) {
+    Vec<double> wide[count];
+    widen(v, wide);
+    for (int k = 0; k < count; ++k) lanes[k] = lanes[k] + wide[k];
   }
+  FASTOPS_FN double total() const { return sum_of_lanes(lanes); }
 };
 template <class V>
-FASTOPS_FN typename V::value_type max_lanes(V v) {
-  typename V::value_type lane[V::size()];
-  v.store(lane);
-  auto peak = lane[0];
-  for (int k = 1; k < V::size(); ++k) peak = larger(lane[k], peak);
-  return peak;
+FASTOPS_FN typename V::value_type max_lanes(const V& v) {
+  return joined(v, [](auto a, auto b) { return larger(a, b); });
 }
 
 // Calls body(i, n, x) with x loaded from `row` for every group of [begin, end).
@@ -153,7 +141,7 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Vis
       add(i + L::size, full, std::integral_constant<int, 1>{});
     }
     groups<L::size>(i, end, [&](int64_t at, auto count) { add(at, count, std::integral_constant<int, 0>{}); });
-    v.sum += add_lanes(sum[0] + sum[1]);
+    v.sum += sum_of_lanes(sum[0] + sum[1]);
     also.done();
   }
 }
@@ -230,7 +218,7 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, scal
         }
       }
     });
-    total += add_lanes(sum);
+    total += sum_of_lanes(sum);
   }
   if constexpr (Op::cancels) total = wide.total();
   const V all(static_cast<real>(total));
@@ -472,7 +460,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
         if (count < L::size) L::keep(count, 0, u);
         for (int k = 0; k < L::count; ++k) sum = sum + u[k];
       });
-      depth += add_lanes(sum);
+      depth += sum_of_lanes(sum);
     }
     smooth_depth = static_cast<real>(depth);
   }
@@ -684,8 +672,8 @@ struct Expect {
   }
   FASTOPS_FN void done() {
     flush();
-    row.mass += add_lanes(mass);
-    row.depth += add_lanes(depth);
+    row.mass += sum_of_lanes(mass);
+    row.depth += sum_of_lanes(depth);
   }
 };
 

@@ -150,7 +150,7 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, Real
     static_assert(kSpan % size == 0);
     const int64_t aligned = (begin + size - 1) / size * size, head = aligned < end ? aligned : end;
     if (begin < head) group(begin, head - begin, words);
-    groups<size>(head, end, [&](int64_t i, auto n) { group(i, n, words); });
+    groups<size, false>(head, end, [&](int64_t i, auto n) { group(i, n, words); });
   } else {
     int none = 0;
     groups<size>(begin, end, [&](int64_t i, auto n) { group(i, n, none); });
@@ -209,9 +209,7 @@ double squares(const scalar_t* g, int64_t n) {
       if (count < L::size) L::keep(count, 0, v);
       for (int k = 0; k < L::count; ++k, next ^= 1) sum[next] = sum[next] + v[k] * v[k];
     });
-    typename L::real lane[V::size()];
-    (sum[0] + sum[1]).store(lane);
-    for (int k = 0; k < V::size(); ++k) total += static_cast<double>(lane[k]);
+    total += sum_of_lanes(sum[0] + sum[1]);
   }
   return total;
 }

@@ -1,22 +1,9 @@
 // Activations: y = forward(x), and dx = backward(s, dy) with s the input, or the output where `from_output`.
 // Parameters follow as values of T, in the order that `params` declares. No loop, no dtype, no second derivative.
 #pragma once
-#include "../math.h"
+#include "relu.h"
 
 namespace fastops {
-
-struct ReLU {
-  static constexpr const char *name = "relu", *params = "";
-  static constexpr bool from_output = true;
-  template <class T>
-  static FASTOPS_FN T forward(T x) {
-    return select(x <= c<T>(0), c<T>(0), x);  // so, and not by max: a NaN passes
-  }
-  template <class T>
-  static FASTOPS_FN T backward(T y, T dy) {
-    return select(y <= c<T>(0), c<T>(0), dy);
-  }
-};
 
 struct ReLU6 {
   static constexpr const char *name = "relu6", *params = "";
@@ -144,7 +131,8 @@ struct Softplus {
   static constexpr bool from_output = false;
   template <class T>
   static FASTOPS_FN T forward(T x, T beta, T threshold) {
-    return select(x * beta > threshold, x, log1p(exp(x * beta)) / beta);
+    const T u = x * beta;
+    return select(u > threshold, x, (max(u, c<T>(0)) + log1p_unit(exp(-abs(u)))) / beta);
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy, T beta, T threshold) {

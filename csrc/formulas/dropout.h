@@ -1,8 +1,8 @@
 // Dropout. Its random numbers are Philox 4x32-10 keyed by (seed, logical element index), so that the mask is the same on
 // every back end, thread count, instruction set and memory layout.
 #pragma once
-#include "activations.h"
 #include "philox.h"
+#include "relu.h"
 
 namespace fastops {
 
