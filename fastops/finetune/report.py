@@ -225,10 +225,12 @@ def find_fonts(text: str) -> tuple[list[str], set[str]]:
     missing = set(text) - letters(font_manager.findfont(font_manager.FontProperties()))
     fonts = {}
     if missing:
+        names = {entry.name for entry in font_manager.fontManager.ttflist}
+        regular = {name: font_manager.FontProperties(family=[name]) for name in sorted(names)}
         fonts = {
-            entry.name: missing & letters(entry.fname)
-            for entry in font_manager.fontManager.ttflist
-            if not entry.name.startswith("Last Resort")  # which has a box for each
+            name: missing & letters(font_manager.findfont(properties))
+            for name, properties in regular.items()
+            if not name.startswith("Last Resort")  # which has a box for each
         }
     while missing and fonts:
         best = max(fonts, key=lambda name: len(fonts[name] & missing))
