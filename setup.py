@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from glob import glob
 from pathlib import Path
 
@@ -89,9 +89,16 @@ GPUS = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else [ALL_GPUS]
 
 
 def small():
-    """A fifth of the size, from the nvcc that can (12.8): there is less to write, to link and to install."""
-    help = subprocess.run([f"{cuda_home}/bin/nvcc", "--help"], capture_output=True, text=True)
-    return ["--compress-mode=size"] if "--compress-mode" in help.stdout else []
+    """A fifth of the size: there is less to write, to link and to install. Drivers can read it since CUDA 12.4; only those
+    of CUDA 13 and later are sure to be that new."""
+    return ["--compress-mode=size"] if int(torch.version.cuda.partition(".")[0]) >= 13 else []
+
+
+def processors():
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Build(BuildExtension):
@@ -101,34 +108,35 @@ class Build(BuildExtension):
 
     def build_extension(self, ext):
         compiled = self.compiler.compile  # by ninja, which skips what is up to date
-        headers = sorted(glob("csrc/**/*.h*", recursive=True))
 
         def compile_all(sources, output_dir, **options):
             jobs = [(source, output_dir, options) for source in sources]
             for isa, flags in ISA.items():
                 own = options | {
                     "macros": [("CPU_CAPABILITY", isa), (f"CPU_CAPABILITY_{isa}", None)],
-                    # The loops that any processor runs are not unrolled, which takes as long again to compile.
+                    # The loops that any processor runs are not unrolled: that alone takes half their time to compile.
                     "extra_postargs": [*CXX, "-O3" if flags else "-O2", *flags],
                 }
                 jobs += [(source, f"{output_dir}/{isa}", own) for source in glob("csrc/cpu/*.cpp")]
             # what takes longest first: CUDA, the loops, torch's headers
             jobs.sort(key=lambda job: (not job[0].endswith(".cu"), "csrc/torch" in job[0], job[0]))
-            workers = int(os.environ.get("MAX_JOBS") or os.cpu_count()) if self.use_ninja else 1
-            with ThreadPoolExecutor(workers) as pool:
-                # each in a folder of its own, where ninja keeps its notes
+            with ThreadPoolExecutor(processors() if self.use_ninja else 1) as pool:
+                # each in a folder of its own, where ninja keeps its notes: csrc/cuda and csrc/torch have a map each
                 runs = [
-                    pool.submit(compiled, [source], f"{folder}/{Path(source).stem}", **options)
+                    pool.submit(
+                        compiled, [source], f"{folder}/{source.replace('/', '-')}", **options
+                    )
                     for source, folder, options in jobs
                 ]
                 try:
-                    return [each for run in runs for each in run.result()]
-                except BaseException:
+                    wait(runs, return_when=FIRST_EXCEPTION)
+                finally:
                     pool.shutdown(cancel_futures=True)
-                    raise
+                failed = [run for run in runs if not run.cancelled() and run.exception()]
+                return [each for run in failed or runs for each in run.result()]
 
         self.compiler.compile = compile_all
-        ext.depends = headers
+        ext.depends = [path for path in glob("csrc/**/*", recursive=True) if os.path.isfile(path)]
         super().build_extension(ext)
         self.compiler.compile = compiled
 

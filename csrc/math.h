@@ -219,6 +219,17 @@ FASTOPS_FN Dual<T> abs(Dual<T> x) {
   return {abs(x.v), select(x.v > T(Real<T>(0)), x.d, select(x.v < T(Real<T>(0)), -x.d, T(Real<T>(0))))};
 }
 
+// |x| for formulas that are computed from it but are smooth at 0: a Dual has the slope on the right there, and is then that
+// of a formula which takes its other choices (x < 0, min(x, 0)) on the right as well.
+template <class T>
+FASTOPS_FN T smooth_abs(T x) {
+  return abs(x);
+}
+template <class T>
+FASTOPS_FN Dual<T> smooth_abs(Dual<T> x) {
+  return {abs(x.v), select(x.v < T(Real<T>(0)), -x.d, x.d)};
+}
+
 // A constant of a formula, rounded once to T's scalar: `c<T>(0.5)`.
 template <class T>
 FASTOPS_FN T c(double value) {
@@ -238,12 +249,23 @@ FASTOPS_FN Normal<Dual<T>> normal(Dual<T> x) {
 // log(1 / (1 + exp(-x))), and its derivative 1 / (1 + exp(x)), without an infinity on the way: Duals of them are finite.
 template <class T>
 FASTOPS_FN T log_sigmoid(T x) {
-  return min(x, c<T>(0)) - log1p_unit(exp(-abs(x)));
+  return min(x, c<T>(0)) - log1p_unit(exp(-smooth_abs(x)));
 }
 template <class T>
 FASTOPS_FN T log_sigmoid_slope(T x) {
-  const T e = exp(-abs(x));
+  const T e = exp(-smooth_abs(x));
   return select(x < c<T>(0), c<T>(1), e) / (c<T>(1) + e);
+}
+
+// 1 / (1 + exp(-x)). A Dual of that would be infinite on the way.
+template <class T>
+FASTOPS_FN T sigmoid(T x) {
+  return c<T>(1) / (c<T>(1) + exp(-x));
+}
+template <class T>
+FASTOPS_FN Dual<T> sigmoid(Dual<T> x) {
+  const T y = sigmoid(x.v);
+  return {y, y * (c<T>(1) - y) * x.d};
 }
 
 // ------------------------------------------------------------------------------------------------ tables of formulas

@@ -132,7 +132,7 @@ def same_values(a, b):
 def assert_as_accurate(ours, theirs, exact, each, terms=None):
     """Where float64's result is a number in this dtype, the error is at most twice torch's, plus 4 eps, in units of
     that number (each) or of the largest (not each); elsewhere what float64 gives, or what torch gives. For float64 the
-    reference is torch's float64, whose own error counts as none. But a sum errs by as much as its terms, and by the
+    reference is torch's float64, whose own error counts as none, but where `exact` is of a longer dtype. But a sum errs by as much as its terms, and by the
     order in which they are added: there the 4 eps are of `terms`, the sum of their absolute values."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (
         ours.shape,

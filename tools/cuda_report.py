@@ -270,9 +270,12 @@ def make(architectures: list[str], home: Path, stale: set[str]) -> list[Line]:
         print(*[source.name for source in named], file=sys.stderr, flush=True)
         every = pool.map(lambda source: to_ptx(source, Path(folder), home), named)
         jobs = [pool.submit(assembled, ptx, arch, home) for ptx in every for arch in architectures]
-        for job in jobs:
-            for line in job.result():
-                lines[key_of(line)] = lines.get(key_of(line), {}) | line
+        try:
+            for job in jobs:
+                for line in job.result():
+                    lines[key_of(line)] = lines.get(key_of(line), {}) | line
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [lines[key] for key in sorted(lines)]
 
 

@@ -92,7 +92,7 @@ struct Sigmoid {
   static constexpr bool from_output = true;
   template <class T>
   static FASTOPS_FN T forward(T x) {
-    return c<T>(1) / (c<T>(1) + exp(-x));
+    return sigmoid(x);
   }
   template <class T>
   static FASTOPS_FN T backward(T y, T dy) {
@@ -136,7 +136,7 @@ struct Softplus {
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy, T beta, T threshold) {
-    return select(x * beta > threshold, dy, dy * Sigmoid::forward(x * beta));
+    return select(x * beta > threshold, dy, dy * sigmoid(x * beta));
   }
 };
 
@@ -164,7 +164,7 @@ struct SiLU {
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
-    const T s = Sigmoid::forward(x);
+    const T s = sigmoid(x);
     return dy * s * (c<T>(1) + x * (c<T>(1) - s));
   }
 };
@@ -185,7 +185,7 @@ struct Mish {
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
     const T t = gate(x);
-    return dy * (t + x * (c<T>(1) - t * t) * Sigmoid::forward(x));
+    return dy * (t + x * (c<T>(1) - t * t) * sigmoid(x));
   }
 };
 
@@ -243,13 +243,13 @@ struct GELUTanh {
   template <class T>
   static FASTOPS_FN T forward(T x) {
     const T z = twice_u(x), e = exp(-abs(z));
-    return x * select(z > c<T>(0), c<T>(1), e) / (c<T>(1) + e);
+    return x * select(z < c<T>(0), e, c<T>(1)) / (c<T>(1) + e);
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
-    const T z = twice_u(x), e = exp(-abs(z)), d = c<T>(1) / (c<T>(1) + e);
+    const T z = twice_u(x), e = exp(-smooth_abs(z)), d = c<T>(1) / (c<T>(1) + e);
     const T slope = c<T>(1.5957691216057308) * (c<T>(1) + c<T>(3 * 0.044715) * x * x);
-    return dy * d * (select(z > c<T>(0), c<T>(1), e) + x * slope * e * d);
+    return dy * d * (select(z < c<T>(0), e, c<T>(1)) + x * slope * e * d);
   }
 };
 

@@ -27,10 +27,12 @@ class Missing(RuntimeError):
 
 def built() -> list[Path]:
     """The objects of fastops._C without its kernels for GPUs, as `make build` left them."""
-    torchs = sorted(ROOT.glob("build/temp*/csrc/torch/*.o"))
-    loops = sorted(ROOT.glob("build/temp*/*/csrc/cpu/*.o"))
-    if {o.stem for o in torchs} != {s.stem for s in ROOT.glob("csrc/torch/*.cpp")} or not loops:
-        raise Missing("build/ does not hold the objects of one build of fastops: run `make build`")
+    if not [*ROOT.glob("build/temp*")]:
+        raise Missing("fastops was not built in this folder: run `make build`")
+    torchs = sorted(ROOT.glob("build/temp*/csrc-torch-*.cpp/csrc/torch/*.o"))
+    loops = sorted(ROOT.glob("build/temp*/*/csrc-cpu-*.cpp/csrc/cpu/*.o"))
+    assert sorted(o.stem for o in torchs) == sorted(s.stem for s in ROOT.glob("csrc/torch/*.cpp"))
+    assert loops and len(loops) % len([*ROOT.glob("csrc/cpu/*.cpp")]) == 0
     (backend,) = (o for o in torchs if o.stem == "backend")
     if b"getCurrentCUDAStream" not in backend.read_bytes():
         raise Missing("fastops was built without CUDA, and so without these paths")
