@@ -52,8 +52,8 @@ LIMITS = {
 }
 # As torch.utils.cpp_extension and setup.py compile, with warnings as errors.
 FLAGS = [
-    "-std=c++20", "-arch=compute_80", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__", "-Werror", "all-warnings",
+    "-std=c++20", "-arch=compute_80", "--expt-relaxed-constexpr", "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__", "-Werror", "all-warnings",
 ]  # fmt: skip
 DTYPES = {
     "float": "float32",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .build import ROOT, kernels, link, objects
+from .build import ROOT, kernels, link, made_by_setup, objects
 
 
 class Missing(RuntimeError):
@@ -29,10 +29,7 @@ def built() -> list[Path]:
     """The objects of fastops._C without its kernels for GPUs, as `make build` left them."""
     if not [*ROOT.glob("build/temp*")]:
         raise Missing("fastops was not built in this folder: run `make build`")
-    torchs = sorted(ROOT.glob("build/temp*/csrc-torch-*.cpp/csrc/torch/*.o"))
-    loops = sorted(ROOT.glob("build/temp*/*/csrc-cpu-*.cpp/csrc/cpu/*.o"))
-    assert sorted(o.stem for o in torchs) == sorted(s.stem for s in ROOT.glob("csrc/torch/*.cpp"))
-    assert loops and len(loops) % len([*ROOT.glob("csrc/cpu/*.cpp")]) == 0
+    torchs, loops = made_by_setup("torch"), made_by_setup("cpu")
     (backend,) = (o for o in torchs if o.stem == "backend")
     if b"getCurrentCUDAStream" not in backend.read_bytes():
         raise Missing("fastops was built without CUDA, and so without these paths")
