@@ -23,6 +23,8 @@ FASTOPS_FN void in_runs(int64_t n, Body body) {
   for (int64_t begin = 0; begin < n; begin += kFew) body(begin, begin + kFew < n ? begin + kFew : n);
 }
 
+constexpr int kTogether = 4;  // vectors of a contiguous row whose exponentials are taken at once
+
 // Adds v to sum and keeps what was rounded away (Kahan, 1965), unless the sum is not finite.
 template <class V>
 FASTOPS_FN void add_compensated(V& sum, V& lost, V v) {
@@ -59,9 +61,9 @@ FASTOPS_FN typename V::value_type max_lanes(const V& v) {
 }
 
 // Calls body(i, n, x) with x loaded from `row` for every group of [begin, end).
-template <class L, class scalar_t, class Body>
+template <class L, bool hot = true, class scalar_t, class Body>
 FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body body) {
-  groups<L::size>(begin, end, [&](int64_t i, auto n) {
+  groups<L::size, hot>(begin, end, [&](int64_t i, auto n) {
     typename L::V x[L::count];
     L::load(row + i, n, x);
     body(i, n, x);
@@ -108,65 +110,80 @@ struct Unseen {
   FASTOPS_FN void done() {}
 };
 
-// Where `exponential` is given, exp(x - known[block]) is left there.
+// The maximum of the first block of a row. Rows that follow each other are best seen one ahead: a processor has the
+// next row's maximum to look for while the sums of the row before it are joined.
+template <class L, class scalar_t>
+FASTOPS_FN typename L::real first_peak(const scalar_t* row, int64_t n) {
+  const int64_t block = block_of(n);
+  return peak_of<L>(row, 0, n < block ? n : block);
+}
+
+// Where `exponential` is given, exp(x - known[block]) is left there. `first` is the row's first_peak().
 template <class L, class scalar_t, class real, class Also = Unseen>
-FASTOPS_FN void visit(const scalar_t* row, int64_t n, scalar_t* exponential, Visit<real>& v, Also&& also = {}) {
+FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, scalar_t* exponential, Visit<real>& v,
+                      Also&& also = {}) {
   using V = typename L::V;
+  constexpr int many = kTogether / L::count;  // groups whose exponentials are taken at once
   v.block = block_of(n);
   v.peak = -std::numeric_limits<real>::infinity();
   v.sum = 0;
   for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
     const int64_t end = begin + v.block < n ? begin + v.block : n;
-    const real peak = max(v.peak, peak_of<L>(row, begin, end)), base = LogSumExp<real>::origin(peak);
+    const real peak = begin == 0 ? first : max(v.peak, peak_of<L>(row, begin, end)), base = LogSumExp<real>::origin(peak);
     if (begin > 0) v.sum *= static_cast<double>(exp(v.peak - base));
     v.peak = v.known[b] = peak;
     const V shift(base);
-    V sum[2] = {V(real(0)), V(real(0))};
+    V sum[kTogether] = {V(real(0)), V(real(0)), V(real(0)), V(real(0))};
     also.block(base);
-    const auto add = [&](int64_t i, auto count, auto slot) {
-      V x[L::count];
-      L::load(row + i, count, x);
-      also.group(i, count, x);
-      for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - shift);
-      if constexpr (!L::reduced) {
-        if (exponential) L::store(exponential + i, count, x);
+    // Adds the exponentials of `several` groups of `count` elements each.
+    const auto add = [&](int64_t i, auto several, auto count) {
+      V x[several][L::count];
+      for (int g = 0; g < several; ++g) {
+        L::load(row + i + g * L::size, count, x[g]);
+        also.group(i + g * L::size, count, x[g]);
+        for (auto& u : x[g]) u = u - shift;
       }
-      if (count < L::size) L::keep(count, 0, x);
-      for (int k = 0; k < L::count; ++k) sum[(slot + k) % 2] = sum[(slot + k) % 2] + x[k];
+      exp(x);
+      for (int g = 0; g < several; ++g) {
+        if constexpr (!L::reduced) {
+          if (exponential) L::store(exponential + i + g * L::size, count, x[g]);
+        }
+        if (count < L::size) L::keep(count, 0, x[g]);
+        for (int k = 0; k < L::count; ++k) sum[g * L::count + k] = sum[g * L::count + k] + x[g][k];
+      }
     };
-    constexpr std::integral_constant<int64_t, L::size> full;
+    constexpr std::integral_constant<int, 1> one;
     int64_t i = begin;
-    for (; i + 2 * L::size <= end; i += 2 * L::size) {
-      add(i, full, std::integral_constant<int, 0>{});
-      add(i + L::size, full, std::integral_constant<int, 1>{});
-    }
-    groups<L::size>(i, end, [&](int64_t at, auto count) { add(at, count, std::integral_constant<int, 0>{}); });
-    v.sum += sum_of_lanes(sum[0] + sum[1]);
+    for (; i + many * L::size <= end; i += many * L::size)
+      add(i, std::integral_constant<int, many>{}, std::integral_constant<int64_t, L::size>{});
+    groups<L::size>(i, end, [&](int64_t at, auto count) { add(at, one, count); });
+    v.sum += sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
     also.done();
   }
 }
 
 // Calls body(i, count, e) with e = exp(x - v.peak) times `factor` for every group of the row: from the exponentials
 // that visit() left, or from x where it left none.
-template <class L, class scalar_t, class real, class Body>
+template <class L, bool hot = true, class scalar_t, class real, class Body>
 FASTOPS_FN void each_exponential(const scalar_t* row, const scalar_t* exponential, int64_t n, const Visit<real>& v,
                                  Body body) {
   using V = typename L::V;
   const real base = LogSumExp<real>::origin(v.peak);
   for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
     const int64_t end = begin + v.block < n ? begin + v.block : n;
-    const V shift(base), lag(exp(v.known[b] - base));
+    const V shift(base);
     if (exponential) {
       if (v.known[b] == v.peak) {
-        each_group<L>(exponential, begin, end, [&](int64_t i, auto count, auto& e) { body(i, count, e); });
+        each_group<L, hot>(exponential, begin, end, [&](int64_t i, auto count, auto& e) { body(i, count, e); });
       } else {
-        each_group<L>(exponential, begin, end, [&](int64_t i, auto count, auto& e) {
+        const V lag(exp(v.known[b] - base));
+        each_group<L, hot>(exponential, begin, end, [&](int64_t i, auto count, auto& e) {
           for (int k = 0; k < L::count; ++k) e[k] = e[k] * lag;
           body(i, count, e);
         });
       }
     } else {
-      each_group<L>(row, begin, end, [&](int64_t i, auto count, auto& x) {
+      each_group<L, hot>(row, begin, end, [&](int64_t i, auto count, auto& x) {
         for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - shift);
         body(i, count, x);
       });
@@ -176,13 +193,14 @@ FASTOPS_FN void each_exponential(const scalar_t* row, const scalar_t* exponentia
 
 // ------------------------------------------------------------------------------------------------ softmax
 
-template <class Op, class L, class scalar_t>
-FASTOPS_FN void softmax_row(const scalar_t* x, scalar_t* y, int64_t n) {
-  using real = typename L::real;
+// `first` is the row's first_peak(), and becomes that of the `next` row, where there is one.
+template <class Op, class L, class scalar_t, class real>
+FASTOPS_FN void softmax_row(const scalar_t* x, scalar_t* y, int64_t n, real& first, const scalar_t* next) {
   using V = typename L::V;
   Visit<real> v;
   constexpr bool leaves = Op::from_exponential && !L::reduced;
-  visit<L>(x, n, leaves ? y : nullptr, v);
+  visit<L>(x, n, first, leaves ? y : nullptr, v);
+  if (next) first = first_peak<L>(next, n);
   const V k(Op::constant(static_cast<real>(v.sum))), peak(v.peak);
   if constexpr (Op::from_exponential) {
     each_exponential<L>(x, leaves ? y : nullptr, n, v, [&](int64_t i, auto count, auto& e) {
@@ -322,7 +340,9 @@ struct MakeSoftmax {
       over_rows<L>(
           a.outer, n, inner,
           [=](int64_t begin, int64_t end) {
-            for (int64_t r = begin; r < end; ++r) softmax_row<Op, L>(x + r * n, y + r * n, n);
+            auto first = first_peak<L>(x + begin * n, n);
+            for (int64_t r = begin; r < end; ++r)
+              softmax_row<Op, L>(x + r * n, y + r * n, n, first, r + 1 < end ? x + (r + 1) * n : nullptr);
           },
           [=](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i;
@@ -421,9 +441,10 @@ struct Classes {
   }
 };
 
+// `first` as of softmax_row().
 template <int targets, class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* buffer, real* loss, int64_t n, int64_t r,
-                                  const Target<real>& q) {
+                                  const Target<real>& q, real& first, const scalar_t* next) {
   using V = typename L::V;
   const Classes<targets, real> of(q, r);
   if (!of.live) {
@@ -434,6 +455,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
       for (auto& v : none) v = V(real(0));
       groups<L::size>(0, n, [&](int64_t i, auto count) { L::store(grad + i, count, none); });
     }
+    if (next) first = first_peak<L>(next, n);
     return;
   }
   real x_target[targets] = {};  // before grad, which may be x, is written
@@ -465,7 +487,8 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
     smooth_depth = static_cast<real>(depth);
   }
   scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
-  visit<L>(x, n, exponential, v);
+  visit<L>(x, n, first, exponential, v);
+  if (next) first = first_peak<L>(next, n);
   const real log_sum = static_cast<real>(log(v.sum));
   const real share = targets == 1 ? real(1) : of.share, soft_part = share * q.soft;
   real hard = of.hard[0];
@@ -481,35 +504,45 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
 
   const V inverse(static_cast<real>(1 / v.sum)), total((hard + soft_part * q.mass + slope) * q.scale), none(real(0));
   const V soft(soft_part * q.scale);
-  int64_t block_begin[targets];
-  for (int m = 0; m < targets; ++m) block_begin[m] = of.t[m] < 0 ? -1 : of.t[m] / L::size * L::size;
-  each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
-    for (int k = 0; k < L::count; ++k) {
-      V soft_weight = none;
-      if (q.soft != real(0)) {
-        soft_weight = soft;
+  // The gradient where a target is, whose share is subtracted before the value is rounded to the dtype.
+  V at_target[targets][L::count];
+  for (int m = 0; m < targets; ++m) {
+    if (of.t[m] < 0) continue;
+    real own = 0;
+    for (int k = 0; k < targets; ++k) own += of.t[k] == of.t[m] ? of.hard[k] : real(0);
+    const V p = exp(V(x_target[m]) - V(LogSumExp<real>::origin(v.peak))) * inverse;
+    const V soft_weight = q.soft == real(0) ? none : q.weight ? soft * V(q.weight[of.t[m]]) : soft;
+    for (auto& g : at_target[m]) g = CrossEntropy::gradient(p, total, soft_weight) - V(own * q.scale);
+  }
+  const auto leave = [&](int64_t i, auto count, auto& g) {
+    if (buffer && count == L::size) {
+      L::stream(grad + i, g);
+    } else {
+      L::store(grad + i, count, g);
+    }
+  };
+  if (q.soft == real(0)) {
+    each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
+      for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * inverse, total, none);
+      leave(i, count, e);
+    });
+  } else {
+    each_exponential<L, false>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
+      for (int k = 0; k < L::count; ++k) {
+        V soft_weight = soft;
         const int64_t from = k * V::size(), left = count - from;
         if (q.weight && left > 0) {
           typename Lanes<real>::V w[1];
           Lanes<real>::load(q.weight + i + from, left < V::size() ? left : V::size(), w);
           soft_weight = soft * w[0];
         }
+        e[k] = CrossEntropy::gradient(e[k] * inverse, total, soft_weight);
       }
-      e[k] = CrossEntropy::gradient(e[k] * inverse, total, soft_weight);
-    }
-    for (int m = 0; m < targets; ++m) {
-      if (i != block_begin[m]) continue;  // the target's share is subtracted before the value is rounded to the dtype
-      real lane[L::count * V::size()];
-      for (int k = 0; k < L::count; ++k) e[k].store(lane + k * V::size());
-      lane[of.t[m] - i] -= of.hard[m] * q.scale;
-      for (int k = 0; k < L::count; ++k) e[k] = V::loadu(lane + k * V::size());
-    }
-    if (buffer && count == L::size) {
-      L::stream(grad + i, e);
-    } else {
-      L::store(grad + i, count, e);
-    }
-  });
+      leave(i, count, e);
+    });
+  }
+  for (int m = 0; m < targets; ++m)
+    if (of.t[m] >= 0) L::store(grad + of.t[m], 1, at_target[m]);
 }
 
 template <int targets, class L, class scalar_t, class real, class N>
@@ -680,12 +713,13 @@ struct Expect {
 template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, scalar_t* grad, scalar_t* buffer, real* loss,
                                   int64_t n, int64_t r, const Target<real>& target,
-                                  const Distribution<L, scalar_t>& distribution) {
+                                  const Distribution<L, scalar_t>& distribution, real& first, const scalar_t* next) {
   using V = typename L::V;
   scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
   Visit<real> v;
   Expect<L, scalar_t> expect{distribution, q};
-  visit<L>(x, n, exponential, v, expect);
+  visit<L>(x, n, first, exponential, v, expect);
+  if (next) first = first_peak<L>(next, n);
   const real log_sum = static_cast<real>(log(v.sum));
   *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass),
                                     real(1));
@@ -801,12 +835,15 @@ struct MakeCrossEntropy {
             // The exponentials of a large problem are left in a buffer that stays in the caches, not in the gradient.
             scalar_t* const buffer =
                 stream ? static_cast<scalar_t*>(std::aligned_alloc(64, (n * sizeof(scalar_t) + 63) / 64 * 64)) : nullptr;
+            real first = first_peak<L>(x + begin * n, n);
             for (int64_t r = begin; r < end; ++r) {
               scalar_t* const g = grad ? grad + r * n : nullptr;
+              const scalar_t* const next = r + 1 < end ? x + (r + 1) * n : nullptr;
               if constexpr (targets == 0) {
-                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, buffer, loss + r, n, r, target, distribution);
+                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, buffer, loss + r, n, r, target, distribution,
+                                     first, next);
               } else {
-                cross_entropy_row<targets, L>(x + r * n, g, buffer, loss + r, n, r, target);
+                cross_entropy_row<targets, L>(x + r * n, g, buffer, loss + r, n, r, target, first, next);
               }
             }
             if (buffer) fence();

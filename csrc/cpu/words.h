@@ -93,18 +93,35 @@ FASTOPS_FN F exp_tail(F r) {
 FASTOPS_FN F exp_reduced(F r) { return fma(fma(exp_tail(r), r, 1.f), r, 1.f); }
 FASTOPS_FN F expm1_reduced(F r) { return fma(exp_tail(r), r * r, r); }
 
-// exp: all floats; denormal results are rounded once, not flushed
-// at most 0.92, 0.92, 1.19 ulp
-// exp(-inf) = 0, exp(inf) = exp(> 88.72284) = inf, exp(+-0) = 1, exp(nan) = nan
-FASTOPS_FN F exp(F x) {
-  const auto [shifted, r] = reduce(max(min(x, 89.f), -104.f));
+// y 2^n, where shifted = n + kRound
+FASTOPS_FN F scaled(F y, F shifted) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_maskz_scalef_ps(-1, exp_reduced(r), shifted - kRound);
+  return _mm512_maskz_scalef_ps(-1, y, shifted - kRound);
 #else
   // 2^n itself may be out of range at both ends.
   const I half = (I)shifted >> 1;
-  return exp_reduced(r) * power(half, 1.f) * power((I)shifted - half, 1.f);
+  return y * power(half, 1.f) * power((I)shifted - half, 1.f);
 #endif
+}
+
+// exp: all floats; denormal results are rounded once, not flushed. Of several vectors part by part: a part's steps wait
+// for each other, and a processor that looks ahead for others finds those of the next vector at hand.
+// at most 0.92, 0.92, 1.19 ulp
+// exp(-inf) = 0, exp(inf) = exp(> 88.72284) = inf, exp(+-0) = 1, exp(nan) = nan
+template <int m>
+FASTOPS_FN void exp(F (&x)[m]) {
+  Reduced of[m];
+#pragma GCC unroll 8
+  for (int k = 0; k < m; ++k) of[k] = reduce(max(min(x[k], 89.f), -104.f));
+#pragma GCC unroll 8
+  for (int k = 0; k < m; ++k) x[k] = exp_reduced(of[k].r);
+#pragma GCC unroll 8
+  for (int k = 0; k < m; ++k) x[k] = scaled(x[k], of[k].shifted);
+}
+FASTOPS_FN F exp(F x) {
+  F one[] = {x};
+  exp(one);
+  return one[0];
 }
 
 // expm1: all floats
@@ -335,6 +352,23 @@ FASTOPS_WORD(expm1, expm1)
 FASTOPS_WORD(log1p, log1p)
 FASTOPS_WORD(log1p_unit, log1p)
 #undef FASTOPS_WORD
+
+// The exponentials of several vectors at once.
+template <int m, int n>
+FASTOPS_FN void exp(Vec<float> (&x)[m][n]) {
+  constexpr int count = sizeof(Vec<float>) / sizeof(words::F);
+  words::F f[m * n * count];
+#pragma GCC unroll 8
+  for (int k = 0; k < m * n; ++k) x[k / n][k % n].store(f + k * count);
+  words::exp(f);
+#pragma GCC unroll 8
+  for (int k = 0; k < m * n; ++k) x[k / n][k % n] = Vec<float>::loadu(f + k * count);
+}
+template <int m, int n>
+FASTOPS_FN void exp(Vec<double> (&x)[m][n]) {
+  for (auto& row : x)
+    for (auto& v : row) v = exp(v);
+}
 
 #if !defined(CPU_CAPABILITY_AVX512)
 FASTOPS_FN Normal<Vec<float>> normal(const Vec<float>& x) {
