@@ -61,14 +61,87 @@ FASTOPS_FN typename V::value_type max_lanes(const V& v) {
 }
 
 // Calls body(i, n, x) with x loaded from `row` for every group of [begin, end).
-template <class L, bool hot = true, class scalar_t, class Body>
+template <class L, class scalar_t, class Body>
 FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body body) {
-  groups<L::size, hot>(begin, end, [&](int64_t i, auto n) {
+  groups<L::size>(begin, end, [&](int64_t i, auto n) {
     typename L::V x[L::count];
     L::load(row + i, n, x);
     body(i, n, x);
   });
 }
+
+// A group's vectors of what is in real whatever the dtype, to and from p: those that `count` elements reach into.
+template <class L, class N>
+FASTOPS_FN void load_real(const typename L::real* p, N count, typename L::V (&v)[L::count]) {
+  using R = Lanes<typename L::real>;
+  for (int k = 0; k < L::count; ++k) {
+    typename R::V one[1] = {typename R::V(typename L::real(0))};
+    const int64_t left = count - k * R::size;
+    if (left > 0) R::load(p + k * R::size, left < R::size ? left : R::size, one);
+    v[k] = one[0];
+  }
+}
+template <class L, class N>
+FASTOPS_FN void store_real(typename L::real* p, N count, const typename L::V (&v)[L::count]) {
+  using R = Lanes<typename L::real>;
+  for (int k = 0; k < L::count; ++k) {
+    const typename R::V one[1] = {v[k]};
+    const int64_t left = count - k * R::size;
+    if (left > 0) R::store(p + k * R::size, left < R::size ? left : R::size, one);
+  }
+}
+
+// Where the results of a row go, past the caches or not. A row that is streamed is walked so that its groups are aligned:
+// the first of each block ends after `head` elements.
+template <class L, class scalar_t>
+struct Out {
+  scalar_t* row;
+  bool streamed;
+  int64_t head;
+
+  // Row r of n elements, all of them at `rows`; null where there are none.
+  FASTOPS_FN Out(scalar_t* rows, int64_t r, int64_t n, bool streamed)
+      : row(rows ? rows + r * n : nullptr), streamed(streamed), head(streamed ? (L::size - r * n % L::size) % L::size : 0) {}
+  template <class N>
+  FASTOPS_FN void leave(int64_t i, N count, const typename L::V (&v)[L::count]) const {
+    if (streamed && count == L::size) {
+      L::stream(row + i, v);
+    } else {
+      L::store(row + i, count, v);
+    }
+  }
+  template <bool hot = true, class Body>
+  FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) const {
+    int64_t to = head > 0 && head < end - begin ? begin + head : end;
+    for (; begin < end; begin = to, to = end) CPU_CAPABILITY::groups<L::size, hot>(begin, to, body);
+  }
+};
+// Whether rows of n elements should be streamed: not where most of their groups would not be whole.
+template <class L, class scalar_t>
+FASTOPS_FN bool streams_rows(const scalar_t* out, int64_t rows, int64_t n, const void* in) {
+  return out && n >= 16 * L::size && streams<L>(out, rows * n, in);
+}
+
+// The exponentials of a row, where a thread keeps them: in memory of its own where they cannot be left in the result,
+// which is too narrow for them or is not to come near the caches.
+template <class L>
+struct Kept {
+  using real = typename L::real;
+  real* own = nullptr;
+
+  FASTOPS_FN Kept(int64_t n, bool streamed) {
+    if (L::reduced || streamed)
+      own = static_cast<real*>(std::aligned_alloc(64, (n * sizeof(real) + 63) / 64 * 64));
+  }
+  // Null where there is no memory for them.
+  template <class scalar_t>
+  FASTOPS_FN real* beside(scalar_t* row) const {
+    if constexpr (!L::reduced)
+      if (!own) return row;
+    return own;
+  }
+  FASTOPS_FN void free() const { std::free(own); }
+};
 
 template <class L, class scalar_t>
 FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t end) {
@@ -118,9 +191,9 @@ FASTOPS_FN typename L::real first_peak(const scalar_t* row, int64_t n) {
   return peak_of<L>(row, 0, n < block ? n : block);
 }
 
-// Where `exponential` is given, exp(x - known[block]) is left there. `first` is the row's first_peak().
+// Where `exponential` is given, exp(x - known[block]) is left there, in real. `first` is the row's first_peak().
 template <class L, class scalar_t, class real, class Also = Unseen>
-FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, scalar_t* exponential, Visit<real>& v,
+FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, real* exponential, Visit<real>& v,
                       Also&& also = {}) {
   using V = typename L::V;
   constexpr int many = kTogether / L::count;  // groups whose exponentials are taken at once
@@ -140,14 +213,13 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, scalar_t* expo
       V x[several][L::count];
       for (int g = 0; g < several; ++g) {
         L::load(row + i + g * L::size, count, x[g]);
+        __builtin_prefetch(row + i + g * L::size + v.block);  // which is looked through for its maximum next
         also.group(i + g * L::size, count, x[g]);
         for (auto& u : x[g]) u = u - shift;
       }
       exp(x);
       for (int g = 0; g < several; ++g) {
-        if constexpr (!L::reduced) {
-          if (exponential) L::store(exponential + i + g * L::size, count, x[g]);
-        }
+        if (exponential) store_real<L>(exponential + i + g * L::size, count, x[g]);
         if (count < L::size) L::keep(count, 0, x[g]);
         for (int k = 0; k < L::count; ++k) sum[g * L::count + k] = sum[g * L::count + k] + x[g][k];
       }
@@ -162,30 +234,28 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, scalar_t* expo
   }
 }
 
-// Calls body(i, count, e) with e = exp(x - v.peak) times `factor` for every group of the row: from the exponentials
-// that visit() left, or from x where it left none.
+// Calls body(i, count, e, lag) with e lag = exp(x - v.peak) for every group of the row, as `out` wants them: from the
+// exponentials that visit() left, or from x where it left none.
 template <class L, bool hot = true, class scalar_t, class real, class Body>
-FASTOPS_FN void each_exponential(const scalar_t* row, const scalar_t* exponential, int64_t n, const Visit<real>& v,
-                                 Body body) {
+FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential, const Out<L, scalar_t>& out, int64_t n,
+                                 const Visit<real>& v, Body body) {
   using V = typename L::V;
   const real base = LogSumExp<real>::origin(v.peak);
   for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
     const int64_t end = begin + v.block < n ? begin + v.block : n;
-    const V shift(base);
-    if (exponential) {
-      if (v.known[b] == v.peak) {
-        each_group<L, hot>(exponential, begin, end, [&](int64_t i, auto count, auto& e) { body(i, count, e); });
-      } else {
-        const V lag(exp(v.known[b] - base));
-        each_group<L, hot>(exponential, begin, end, [&](int64_t i, auto count, auto& e) {
-          for (int k = 0; k < L::count; ++k) e[k] = e[k] * lag;
-          body(i, count, e);
-        });
-      }
-    } else {
-      each_group<L, hot>(row, begin, end, [&](int64_t i, auto count, auto& x) {
-        for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - shift);
-        body(i, count, x);
+    if (!L::reduced || exponential) {
+      const V lag(v.known[b] == v.peak ? real(1) : exp(v.known[b] - base));
+      out.template groups<hot>(begin, end, [&](int64_t i, auto count) {
+        V e[L::count];
+        load_real<L>(exponential + i, count, e);
+        body(i, count, e, lag);
+      });
+    } else if constexpr (L::reduced) {
+      out.template groups<false>(begin, end, [&](int64_t i, auto count) {
+        V x[L::count];
+        L::load(row + i, count, x);
+        for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - V(base));
+        body(i, count, x, V(real(1)));
       });
     }
   }
@@ -195,28 +265,31 @@ FASTOPS_FN void each_exponential(const scalar_t* row, const scalar_t* exponentia
 
 // `first` is the row's first_peak(), and becomes that of the `next` row, where there is one.
 template <class Op, class L, class scalar_t, class real>
-FASTOPS_FN void softmax_row(const scalar_t* x, scalar_t* y, int64_t n, real& first, const scalar_t* next) {
+FASTOPS_FN void softmax_row(const scalar_t* x, const Out<L, scalar_t>& y, const Kept<L>& kept, int64_t n, real& first,
+                            const scalar_t* next) {
   using V = typename L::V;
   Visit<real> v;
-  constexpr bool leaves = Op::from_exponential && !L::reduced;
-  visit<L>(x, n, first, leaves ? y : nullptr, v);
+  real* const exponential = Op::from_exponential ? kept.beside(y.row) : nullptr;
+  visit<L>(x, n, first, exponential, v);
   if (next) first = first_peak<L>(next, n);
   const V k(Op::constant(static_cast<real>(v.sum))), peak(v.peak);
   if constexpr (Op::from_exponential) {
-    each_exponential<L>(x, leaves ? y : nullptr, n, v, [&](int64_t i, auto count, auto& e) {
-      for (int j = 0; j < L::count; ++j) e[j] = Op::forward(e[j], peak, k);
-      L::store(y + i, count, e);
+    each_exponential<L>(x, exponential, y, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+      for (int j = 0; j < L::count; ++j) e[j] = Op::forward(e[j] * lag, peak, k);
+      y.leave(i, count, e);
     });
   } else {
-    each_group<L>(x, 0, n, [&](int64_t i, auto count, auto& u) {
+    y.groups(0, n, [&](int64_t i, auto count) {
+      V u[L::count];
+      L::load(x + i, count, u);
       for (int j = 0; j < L::count; ++j) u[j] = Op::forward(u[j], peak, k);
-      L::store(y + i, count, u);
+      y.leave(i, count, u);
     });
   }
 }
 
 template <class Op, class L, class scalar_t>
-FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, scalar_t* dx, int64_t n) {
+FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, const Out<L, scalar_t>& dx, int64_t n) {
   using real = typename L::real;
   using V = typename L::V;
   double total = 0;
@@ -240,11 +313,12 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, scal
   }
   if constexpr (Op::cancels) total = wide.total();
   const V all(static_cast<real>(total));
-  each_group<L>(y, 0, n, [&](int64_t i, auto count, auto& vy) {
-    V g[L::count];
+  dx.groups(0, n, [&](int64_t i, auto count) {
+    V vy[L::count], g[L::count];
+    L::load(y + i, count, vy);
     L::load(dy + i, count, g);
     for (int j = 0; j < L::count; ++j) g[j] = Op::backward(vy[j], g[j], all);
-    L::store(dx + i, count, g);
+    dx.leave(i, count, g);
   });
 }
 
@@ -337,12 +411,17 @@ struct MakeSoftmax {
       auto* x = static_cast<const scalar_t*>(a.in[0]);
       auto* y = static_cast<scalar_t*>(a.out);
       const int64_t n = a.n, inner = a.inner;
+      const bool streamed = streams_rows<L>(y, a.outer, n, x);
       over_rows<L>(
           a.outer, n, inner,
           [=](int64_t begin, int64_t end) {
+            const Kept<L> kept(Op::from_exponential ? n : 0, Op::from_exponential && streamed);
             auto first = first_peak<L>(x + begin * n, n);
             for (int64_t r = begin; r < end; ++r)
-              softmax_row<Op, L>(x + r * n, y + r * n, n, first, r + 1 < end ? x + (r + 1) * n : nullptr);
+              softmax_row<Op, L>(x + r * n, Out<L, scalar_t>(y, r, n, streamed), kept, n, first,
+                                 r + 1 < end ? x + (r + 1) * n : nullptr);
+            if (streamed) fence();
+            kept.free();
           },
           [=](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i;
@@ -359,10 +438,13 @@ struct MakeSoftmax {
       auto* dy = static_cast<const scalar_t*>(a.in[1]);
       auto* dx = static_cast<scalar_t*>(a.out);
       const int64_t n = a.n, inner = a.inner;
+      const bool streamed = dx != y && streams_rows<L>(dx, a.outer, n, dy);
       over_rows<L>(
           a.outer, n, inner,
           [=](int64_t begin, int64_t end) {
-            for (int64_t r = begin; r < end; ++r) softmax_row_backward<Op, L>(y + r * n, dy + r * n, dx + r * n, n);
+            for (int64_t r = begin; r < end; ++r)
+              softmax_row_backward<Op, L>(y + r * n, dy + r * n, Out<L, scalar_t>(dx, r, n, streamed), n);
+            if (streamed) fence();
           },
           [=](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i;
@@ -443,17 +525,17 @@ struct Classes {
 
 // `first` as of softmax_row().
 template <int targets, class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* buffer, real* loss, int64_t n, int64_t r,
-                                  const Target<real>& q, real& first, const scalar_t* next) {
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& grad, const Kept<L>& kept, real* loss,
+                                  int64_t n, int64_t r, const Target<real>& q, real& first, const scalar_t* next) {
   using V = typename L::V;
   const Classes<targets, real> of(q, r);
   if (!of.live) {
     *loss = of.nothing;
     if (q.lse) q.lse[r] = 0;
-    if (grad) {
+    if (grad.row) {
       V none[L::count];
       for (auto& v : none) v = V(real(0));
-      groups<L::size>(0, n, [&](int64_t i, auto count) { L::store(grad + i, count, none); });
+      grad.template groups<false>(0, n, [&](int64_t i, auto count) { grad.leave(i, count, none); });
     }
     if (next) first = first_peak<L>(next, n);
     return;
@@ -471,13 +553,9 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
       each_group<L>(x, begin, begin + kMinBlock < n ? begin + kMinBlock : n, [&](int64_t i, auto count, auto& u) {
         for (int k = 0; k < L::count; ++k) u[k] = V(peak) - u[k];
         if (q.weight) {
-          typename Lanes<real>::V w[1];
-          for (int k = 0; k < L::count; ++k) {
-            const int64_t from = k * V::size(), left = count - from;
-            if (left <= 0) continue;
-            Lanes<real>::load(q.weight + i + from, left < V::size() ? left : V::size(), w);
-            u[k] = u[k] * w[0];
-          }
+          V w[L::count];
+          load_real<L>(q.weight + i, count, w);
+          for (int k = 0; k < L::count; ++k) u[k] = u[k] * w[k];
         }
         if (count < L::size) L::keep(count, 0, u);
         for (int k = 0; k < L::count; ++k) sum = sum + u[k];
@@ -486,7 +564,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
     }
     smooth_depth = static_cast<real>(depth);
   }
-  scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
+  real* const exponential = grad.row ? kept.beside(grad.row) : nullptr;
   visit<L>(x, n, first, exponential, v);
   if (next) first = first_peak<L>(next, n);
   const real log_sum = static_cast<real>(log(v.sum));
@@ -500,7 +578,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
   }
   if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, soft_part);
   const real slope = q.finish(r, v.peak, log_sum, *loss);
-  if (!grad) return;
+  if (!grad.row) return;
 
   const V inverse(static_cast<real>(1 / v.sum)), total((hard + soft_part * q.mass + slope) * q.scale), none(real(0));
   const V soft(soft_part * q.scale);
@@ -514,35 +592,22 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, scalar_t* grad, scalar_t* b
     const V soft_weight = q.soft == real(0) ? none : q.weight ? soft * V(q.weight[of.t[m]]) : soft;
     for (auto& g : at_target[m]) g = CrossEntropy::gradient(p, total, soft_weight) - V(own * q.scale);
   }
-  const auto leave = [&](int64_t i, auto count, auto& g) {
-    if (buffer && count == L::size) {
-      L::stream(grad + i, g);
-    } else {
-      L::store(grad + i, count, g);
-    }
-  };
   if (q.soft == real(0)) {
-    each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
-      for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * inverse, total, none);
-      leave(i, count, e);
+    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+      for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, none);
+      grad.leave(i, count, e);
     });
   } else {
-    each_exponential<L, false>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
-      for (int k = 0; k < L::count; ++k) {
-        V soft_weight = soft;
-        const int64_t from = k * V::size(), left = count - from;
-        if (q.weight && left > 0) {
-          typename Lanes<real>::V w[1];
-          Lanes<real>::load(q.weight + i + from, left < V::size() ? left : V::size(), w);
-          soft_weight = soft * w[0];
-        }
-        e[k] = CrossEntropy::gradient(e[k] * inverse, total, soft_weight);
-      }
-      leave(i, count, e);
+    each_exponential<L, targets == 1>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+      V w[L::count];
+      if (q.weight) load_real<L>(q.weight + i, count, w);
+      for (int k = 0; k < L::count; ++k)
+        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, q.weight ? soft * w[k] : soft);
+      grad.leave(i, count, e);
     });
   }
   for (int m = 0; m < targets; ++m)
-    if (of.t[m] >= 0) L::store(grad + of.t[m], 1, at_target[m]);
+    if (of.t[m] >= 0) L::store(grad.row + of.t[m], 1, at_target[m]);
 }
 
 template <int targets, class L, class scalar_t, class real, class N>
@@ -660,14 +725,11 @@ struct Distribution {
   template <class N>
   FASTOPS_FN void load(const scalar_t* row, int64_t i, N count, V (&v)[L::count]) const {
     L::load(row + i, count, v);
-    for (int k = 0; k < L::count; ++k) {
-      v[k] = v[k] * V(keep) + V(soft);
-      const int64_t from = k * V::size(), left = count - from;
-      if (weight && left > 0) {
-        typename Lanes<real>::V w[1];
-        Lanes<real>::load(weight + i + from, left < V::size() ? left : V::size(), w);
-        v[k] = v[k] * w[0];
-      }
+    for (int k = 0; k < L::count; ++k) v[k] = v[k] * V(keep) + V(soft);
+    if (weight) {
+      V w[L::count];
+      load_real<L>(weight + i, count, w);
+      for (int k = 0; k < L::count; ++k) v[k] = v[k] * w[k];
     }
     if (count < L::size) L::keep(count, 0, v);
   }
@@ -711,11 +773,11 @@ struct Expect {
 };
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, scalar_t* grad, scalar_t* buffer, real* loss,
-                                  int64_t n, int64_t r, const Target<real>& target,
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, const Out<L, scalar_t>& grad,
+                                  const Kept<L>& kept, real* loss, int64_t n, int64_t r, const Target<real>& target,
                                   const Distribution<L, scalar_t>& distribution, real& first, const scalar_t* next) {
   using V = typename L::V;
-  scalar_t* const exponential = L::reduced ? nullptr : buffer ? buffer : grad;
+  real* const exponential = grad.row ? kept.beside(grad.row) : nullptr;
   Visit<real> v;
   Expect<L, scalar_t> expect{distribution, q};
   visit<L>(x, n, first, exponential, v, expect);
@@ -724,17 +786,13 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, scalar_t
   *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass),
                                     real(1));
   const real slope = target.finish(r, v.peak, log_sum, *loss), scale = target.scale;
-  if (!grad) return;
+  if (!grad.row) return;
   const V inverse(static_cast<real>(1 / v.sum)), total((static_cast<real>(expect.row.mass) + slope) * scale), by(scale);
-  each_exponential<L>(x, exponential, n, v, [&](int64_t i, auto count, auto& e) {
+  each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
     V w[L::count];
     distribution.load(q, i, count, w);
-    for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * inverse, total, w[k] * by);
-    if (buffer && count == L::size) {
-      L::stream(grad + i, e);
-    } else {
-      L::store(grad + i, count, e);
-    }
+    for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, w[k] * by);
+    grad.leave(i, count, e);
   });
 }
 
@@ -828,26 +886,24 @@ struct MakeCrossEntropy {
       auto* grad = static_cast<scalar_t*>(a.grad);
       auto* loss = static_cast<real*>(a.loss);
       const int64_t n = a.n, inner = a.inner;
-      const bool stream = !L::reduced && grad && inner == 1 && n % L::size == 0 && streams<L>(grad, a.outer * n, x);
+      const bool streamed = streams_rows<L>(grad, a.outer, n, x);
       over_rows<L>(
           a.outer, n, inner,
           [=, &target, &distribution](int64_t begin, int64_t end) {
-            // The exponentials of a large problem are left in a buffer that stays in the caches, not in the gradient.
-            scalar_t* const buffer =
-                stream ? static_cast<scalar_t*>(std::aligned_alloc(64, (n * sizeof(scalar_t) + 63) / 64 * 64)) : nullptr;
+            const Kept<L> kept(grad ? n : 0, streamed);
             real first = first_peak<L>(x + begin * n, n);
             for (int64_t r = begin; r < end; ++r) {
-              scalar_t* const g = grad ? grad + r * n : nullptr;
+              const Out<L, scalar_t> g(grad, r, n, streamed);
               const scalar_t* const next = r + 1 < end ? x + (r + 1) * n : nullptr;
               if constexpr (targets == 0) {
-                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, buffer, loss + r, n, r, target, distribution,
+                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, kept, loss + r, n, r, target, distribution,
                                      first, next);
               } else {
-                cross_entropy_row<targets, L>(x + r * n, g, buffer, loss + r, n, r, target, first, next);
+                cross_entropy_row<targets, L>(x + r * n, g, kept, loss + r, n, r, target, first, next);
               }
             }
-            if (buffer) fence();
-            std::free(buffer);
+            if (streamed) fence();
+            kept.free();
           },
           [=, &target, &distribution](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i, r = o * inner + i;
