@@ -99,8 +99,11 @@ Error each(const ReduceArgs& a, double slope, F f) {
     const bool each_grad = grad != nullptr && !a.grad_is_scalar, scaled = grad != nullptr || slope != 1;
     const real scale = static_cast<real>(grad ? a.scale * slope : slope);
     const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
-    cpu::parallel(a.n, kGrain, [=](int64_t begin, int64_t end) {
-      each_group<L::size, inputs, hot>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
+    const bool stream = (inputs == 2 || period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
+    // Threads are given whole groups, so that every group of a long run is aligned.
+    cpu::parallel((a.n + L::size - 1) / L::size, kGrain / L::size, [=, n = a.n](int64_t first, int64_t last) {
+      const int64_t end = last * L::size < n ? last * L::size : n;
+      each_group<L::size, inputs, hot>(first * L::size, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
         if (each_grad) L::load(grad + i, n, g);
@@ -109,8 +112,13 @@ Error each(const ReduceArgs& a, double slope, F f) {
           if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           if (scaled) y[k] = y[k] * (each_grad ? g[k] * V(factor) : V(factor));
         }
-        L::store(out + i, n, y);
+        if (stream && n == L::size) {
+          L::stream(out + i, y);
+        } else {
+          L::store(out + i, n, y);
+        }
       });
+      if (stream) fence();
     });
     return nullptr;
   });
@@ -133,25 +141,12 @@ struct MakeReduce {
   static Error d1(const ReduceArgs& a) {
     return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
-  static Error d00(const ReduceArgs& a) {
-    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) {
-      using D = Dual<decltype(x)>;
-      return Op::d0(D(x, c<decltype(x)>(1)), D(t, c<decltype(x)>(0)), D(p, c<decltype(x)>(0))...).d;
+  static Error second(const ReduceArgs& a) {
+    return each<params, inputs, false>(a, slope, [to_target = a.to_target](auto x, auto t, auto... p) {
+      return second_derivative<Op>(to_target, x, t, p...);
     });
   }
-  static Error d01(const ReduceArgs& a) {
-    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) {
-      using D = Dual<decltype(x)>;
-      return Op::d0(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
-    });
-  }
-  static Error d11(const ReduceArgs& a) {
-    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) {
-      using D = Dual<decltype(x)>;
-      return Op::d1(D(x, c<decltype(x)>(0)), D(t, c<decltype(x)>(1)), D(p, c<decltype(x)>(0))...).d;
-    });
-  }
-  static constexpr ReduceRow row{Op::name, Op::params, &values, &sum, &d0, &d1, &d00, &d01, &d11,
+  static constexpr ReduceRow row{Op::name, Op::params, &values, &sum, &d0, &d1, &second,
                                  domain_of<Op>().low, domain_of<Op>().high};
 };
 template <>
@@ -160,7 +155,7 @@ struct MakeReduce<Sum> {
     return total<0, 1>(a, [](auto x) { return Sum::value(x); });
   }
   static constexpr ReduceRow row{Sum::name, Sum::params, nullptr, &sum,
-                                 nullptr,   nullptr,     nullptr, nullptr, nullptr, 0, 0};
+                                 nullptr,   nullptr,     nullptr, 0, 0};
 };
 
 template <class... Ops>

@@ -459,10 +459,12 @@ struct MakeSoftmax {
 // ------------------------------------------------------------------------------------------------ cross-entropy
 
 // The constants of a call, in real.
+constexpr int kMaxTargets = 2;
 template <class real>
 struct Target {
-  const int64_t* index[2];
-  real share[2];  // of the targets in the loss, where there are two
+  int targets;  // classes that a row is compared with
+  const int64_t* index[kMaxTargets];
+  real share[kMaxTargets];  // of the targets in the loss, where there are two
   const real* weight;
   int64_t ignore_index;
   real smoothing, soft, scale, mass;  // soft = smoothing / n; scale of the gradient; mass = sum of the weights
@@ -470,7 +472,8 @@ struct Target {
   real* lse;
 
   FASTOPS_FN Target(const CrossEntropyArgs& a)
-      : index{a.target, a.second_target},
+      : targets(a.second_target ? 2 : 1),
+        index{a.target, a.second_target},
         share{part(a.lam, a.divisor), part(1 - a.lam, a.second_divisor)},
         weight(static_cast<const real*>(a.weight)),
         ignore_index(a.ignore_index),
@@ -500,37 +503,53 @@ struct Target {
   }
 };
 
-// What `targets` classes of row r ask of its kernel; a class that is ignored is -1.
-template <int targets, class real>
+// What the classes of `lanes` neighbouring rows ask of their kernel; a class that is ignored is -1.
+template <class real, int64_t lanes>
 struct Classes {
-  int64_t t[targets];
-  real hard[targets] = {}, share = 0, nothing = 0;  // share: the sum of those of the classes not ignored; nothing: 0, or NaN
-  bool live = false;
+  int64_t t[kMaxTargets][lanes];
+  real hard[kMaxTargets][lanes] = {}, x[kMaxTargets][lanes] = {};  // x: the logits of the classes
+  real share[lanes] = {}, nothing[lanes] = {}, live[lanes] = {};  // share: what the classes not ignored are of the loss
 
-  FASTOPS_FN Classes(const Target<real>& q, int64_t r) {
-    for (int m = 0; m < targets; ++m) {
-      const real part = targets == 1 ? real(1) : q.share[m];
-      t[m] = q.index[m][r];
-      if (t[m] == q.ignore_index) {
-        t[m] = -1;
-        if (targets > 1) nothing += real(0) * part;  // the mean of none is NaN
-        continue;
-      }
-      live = true;
-      hard[m] = targets == 1 ? q.hard(t[m]) : part * q.hard(t[m]);
-      share += part;
+  // Of `count` rows from row r on, whose logits are at `logits`, those of class j behind each other at j stride.
+  template <class scalar_t, class N>
+  FASTOPS_FN Classes(const Target<real>& q, int64_t r, N count, const scalar_t* logits, int64_t stride) {
+    if (q.targets == 1) {
+      for (int64_t i = 0; i < count; ++i) add(q, 0, real(1), r, i, logits, stride);
+      return;
     }
+    for (int64_t i = 0; i < count; ++i)
+      for (int m = 0; m < kMaxTargets; ++m) {
+        add(q, m, q.share[m], r, i, logits, stride);
+        if (t[m][i] < 0) nothing[i] += real(0) * q.share[m];  // the mean of none is NaN
+      }
+  }
+  template <class scalar_t>
+  FASTOPS_FN void add(const Target<real>& q, int m, real part, int64_t r, int64_t i, const scalar_t* logits,
+                      int64_t stride) {
+    const int64_t index = q.index[m][r + i];
+    t[m][i] = -1;
+    if (index == q.ignore_index) return;
+    t[m][i] = index;
+    hard[m][i] = part * q.hard(index);
+    x[m][i] = static_cast<real>(logits[index * stride + i]);
+    share[i] += part;
+    live[i] = 1;
+  }
+  // What is subtracted from the gradient where lane i's target m is, which both may be.
+  FASTOPS_FN real own(const Target<real>& q, int m, int64_t i) const {
+    return q.targets == 2 && t[0][i] == t[1][i] ? hard[0][i] + hard[1][i] : hard[m][i];
   }
 };
 
 // `first` as of softmax_row().
-template <int targets, class L, class scalar_t, class real>
+template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& grad, const Kept<L>& kept, real* loss,
                                   int64_t n, int64_t r, const Target<real>& q, real& first, const scalar_t* next) {
   using V = typename L::V;
-  const Classes<targets, real> of(q, r);
-  if (!of.live) {
-    *loss = of.nothing;
+  constexpr std::integral_constant<int64_t, 1> one;
+  const Classes<real, 1> of(q, r, one, x, 1);  // before grad, which may be x, is written
+  if (of.live[0] == real(0)) {
+    *loss = of.nothing[0];
     if (q.lse) q.lse[r] = 0;
     if (grad.row) {
       V none[L::count];
@@ -540,9 +559,6 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     if (next) first = first_peak<L>(next, n);
     return;
   }
-  real x_target[targets] = {};  // before grad, which may be x, is written
-  for (int m = 0; m < targets; ++m)
-    if (of.t[m] >= 0) x_target[m] = static_cast<real>(x[of.t[m]]);
   real smooth_depth = 0;
   Visit<real> v;
   if (q.soft != real(0)) {
@@ -568,13 +584,13 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
   visit<L>(x, n, first, exponential, v);
   if (next) first = first_peak<L>(next, n);
   const real log_sum = static_cast<real>(log(v.sum));
-  const real share = targets == 1 ? real(1) : of.share, soft_part = share * q.soft;
-  real hard = of.hard[0];
-  *loss = targets == 1 || of.t[0] >= 0 ? CrossEntropy::loss(log_sum, v.peak, x_target[0], of.hard[0]) : real(0);
-  if constexpr (targets == 2) {
-    hard += of.hard[1];
-    if (of.t[1] >= 0) *loss += CrossEntropy::loss(log_sum, v.peak, x_target[1], of.hard[1]);
-    *loss += of.nothing;
+  const real soft_part = of.share[0] * q.soft;
+  real hard = 0;
+  *loss = of.nothing[0];
+  for (int m = 0; m < q.targets; ++m) {
+    if (of.t[m][0] < 0) continue;
+    hard += of.hard[m][0];
+    *loss += CrossEntropy::loss(log_sum, v.peak, of.x[m][0], of.hard[m][0]);
   }
   if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, soft_part);
   const real slope = q.finish(r, v.peak, log_sum, *loss);
@@ -583,14 +599,12 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
   const V inverse(static_cast<real>(1 / v.sum)), total((hard + soft_part * q.mass + slope) * q.scale), none(real(0));
   const V soft(soft_part * q.scale);
   // The gradient where a target is, whose share is subtracted before the value is rounded to the dtype.
-  V at_target[targets][L::count];
-  for (int m = 0; m < targets; ++m) {
-    if (of.t[m] < 0) continue;
-    real own = 0;
-    for (int k = 0; k < targets; ++k) own += of.t[k] == of.t[m] ? of.hard[k] : real(0);
-    const V p = exp(V(x_target[m]) - V(LogSumExp<real>::origin(v.peak))) * inverse;
-    const V soft_weight = q.soft == real(0) ? none : q.weight ? soft * V(q.weight[of.t[m]]) : soft;
-    for (auto& g : at_target[m]) g = CrossEntropy::gradient(p, total, soft_weight) - V(own * q.scale);
+  V at_target[kMaxTargets][L::count];
+  for (int m = 0; m < q.targets; ++m) {
+    if (of.t[m][0] < 0) continue;
+    const V p = exp(V(of.x[m][0]) - V(LogSumExp<real>::origin(v.peak))) * inverse;
+    const V soft_weight = q.soft == real(0) ? none : q.weight ? soft * V(q.weight[of.t[m][0]]) : soft;
+    for (auto& g : at_target[m]) g = CrossEntropy::gradient(p, total, soft_weight) - V(of.own(q, m, 0) * q.scale);
   }
   if (q.soft == real(0)) {
     each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
@@ -598,7 +612,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
       grad.leave(i, count, e);
     });
   } else {
-    each_exponential<L, targets == 1>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
       V w[L::count];
       if (q.weight) load_real<L>(q.weight + i, count, w);
       for (int k = 0; k < L::count; ++k)
@@ -606,28 +620,16 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
       grad.leave(i, count, e);
     });
   }
-  for (int m = 0; m < targets; ++m)
-    if (of.t[m] >= 0) L::store(grad.row + of.t[m], 1, at_target[m]);
+  for (int m = 0; m < q.targets; ++m)
+    if (of.t[m][0] >= 0) L::store(grad.row + of.t[m][0], one, at_target[m]);
 }
 
-template <int targets, class L, class scalar_t, class real, class N>
+template <class L, class scalar_t, class real, class N>
 FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* loss, int64_t r, int64_t n, int64_t inner,
                                       N count, const Target<real>& q) {
   using V = typename L::V;
   constexpr int64_t size = L::size;
-  int64_t target[targets][size];
-  real hard[targets][size] = {}, x_target[targets][size] = {}, live[size] = {}, share[size] = {}, nothing[size] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const Classes<targets, real> of(q, r + i);
-    live[i] = of.live;
-    share[i] = of.share;
-    nothing[i] = of.nothing;
-    for (int m = 0; m < targets; ++m) {
-      target[m][i] = of.t[m];
-      hard[m][i] = of.hard[m];
-      if (of.t[m] >= 0) x_target[m][i] = static_cast<real>(x[of.t[m] * inner + i]);
-    }
-  }
+  const Classes<real, size> of(q, r, count, x, inner);
   LogSumExp<V> row[L::count];
   V depth[L::count];
   for (auto& d : depth) d = V(real(0));
@@ -654,18 +656,18 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     }
   });
   V inverse[L::count], total[L::count];
-  real lane[size], out[size], lse[size];
+  real out[size], lse[size];
   const auto shared = [&](V v, int k) {  // what is the classes' part in it, where there are two
-    if constexpr (targets == 2) v = v * V::loadu(share + k * V::size());
+    if (q.targets == 2) v = v * V::loadu(of.share + k * V::size());
     return v;
   };
   for (int k = 0; k < L::count; ++k) {
     const V log_sum = log(row[k].sum);
-    V h = V::loadu(hard[0] + k * V::size());
-    V value = CrossEntropy::loss(log_sum, row[k].peak, V::loadu(x_target[0] + k * V::size()), h);
-    if constexpr (targets == 2) {
-      const V second = V::loadu(hard[1] + k * V::size());
-      value = value + CrossEntropy::loss(log_sum, row[k].peak, V::loadu(x_target[1] + k * V::size()), second);
+    V h = V::loadu(of.hard[0] + k * V::size());
+    V value = CrossEntropy::loss(log_sum, row[k].peak, V::loadu(of.x[0] + k * V::size()), h);
+    if (q.targets == 2) {
+      const V second = V::loadu(of.hard[1] + k * V::size());
+      value = value + CrossEntropy::loss(log_sum, row[k].peak, V::loadu(of.x[1] + k * V::size()), second);
       h = h + second;
     }
     if (q.soft != real(0))
@@ -681,12 +683,12 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     inverse[k] = V(real(1)) / row[k].sum;
     total[k] = (h + shared(V(q.soft * q.mass), k) + slope) * V(q.scale);
   }
-  for (int64_t i = 0; i < count; ++i) loss[i] = live[i] != real(0) ? out[i] : real(0);
-  if constexpr (targets == 2)
-    for (int64_t i = 0; i < count; ++i) loss[i] += nothing[i];
+  for (int64_t i = 0; i < count; ++i) loss[i] = (of.live[i] != real(0) ? out[i] : real(0)) + of.nothing[i];
   if (q.lse)
-    for (int64_t i = 0; i < count; ++i) q.lse[r + i] = live[i] != real(0) ? lse[i] : real(0);
+    for (int64_t i = 0; i < count; ++i) q.lse[r + i] = of.live[i] != real(0) ? lse[i] : real(0);
   if (!grad) return;
+  bool all_live = true;
+  for (int64_t i = 0; i < count; ++i) all_live &= of.live[i] != real(0);
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
     L::load(x + j * inner, count, u);
@@ -694,15 +696,29 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     for (int k = 0; k < L::count; ++k) {
       const V p = exp(u[k] - row[k].peak) * inverse[k];
       u[k] = CrossEntropy::gradient(p, total[k], shared(soft_weight, k));
-      u[k].store(lane + k * V::size());
+      if (!all_live) u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));
     }
-    for (int64_t i = 0; i < count; ++i) {
-      for (int m = 0; m < targets; ++m)
-        if (target[m][i] == j) lane[i] -= hard[m][i] * q.scale;
-      if (live[i] == real(0)) lane[i] = 0;
-    }
-    for (int k = 0; k < L::count; ++k) u[k] = V::loadu(lane + k * V::size());
     L::store(grad + j * inner, count, u);
+  }
+  // As in cross_entropy_row(): where a target is, its share is subtracted before the value is rounded.
+  for (int m = 0; m < q.targets; ++m) {
+    real soft_weight[size] = {}, both[size] = {};
+    if (q.targets == 2)
+      for (int64_t i = 0; i < count; ++i) both[i] = of.own(q, m, i);
+    const real* const own = q.targets == 2 ? both : of.hard[m];
+    if (q.soft != real(0))
+      for (int64_t i = 0; i < count; ++i)
+        if (of.t[m][i] >= 0) soft_weight[i] = q.soft * q.scale * (q.weight ? q.weight[of.t[m][i]] : real(1));
+    V u[L::count];
+    for (int k = 0; k < L::count; ++k) {
+      const V p = exp(V::loadu(of.x[m] + k * V::size()) - row[k].peak) * inverse[k];
+      u[k] = CrossEntropy::gradient(p, total[k], shared(V::loadu(soft_weight + k * V::size()), k)) -
+             V::loadu(own + k * V::size()) * V(q.scale);
+    }
+    scalar_t at_target[size];
+    L::store(at_target, size, u);
+    for (int64_t i = 0; i < count; ++i)
+      if (of.t[m][i] >= 0) grad[of.t[m][i] * inner + i] = at_target[i];
   }
 }
 
@@ -869,12 +885,11 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
 template <class Op>
 struct MakeCrossEntropy {
   static Error forward(const CrossEntropyArgs& a) {
-    return a.second_target ? over<2>(a) : over<1>(a);
+    return over<false>(a);
   }
-  static Error forward_probability(const CrossEntropyArgs& a) { return over<0>(a); }
+  static Error forward_probability(const CrossEntropyArgs& a) { return over<true>(a); }
 
-  // targets: classes for each row; 0 for a distribution
-  template <int targets>
+  template <bool distributions>
   static Error over(const CrossEntropyArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
@@ -895,11 +910,11 @@ struct MakeCrossEntropy {
             for (int64_t r = begin; r < end; ++r) {
               const Out<L, scalar_t> g(grad, r, n, streamed);
               const scalar_t* const next = r + 1 < end ? x + (r + 1) * n : nullptr;
-              if constexpr (targets == 0) {
+              if constexpr (distributions) {
                 cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, kept, loss + r, n, r, target, distribution,
                                      first, next);
               } else {
-                cross_entropy_row<targets, L>(x + r * n, g, kept, loss + r, n, r, target, first, next);
+                cross_entropy_row<L>(x + r * n, g, kept, loss + r, n, r, target, first, next);
               }
             }
             if (streamed) fence();
@@ -908,11 +923,11 @@ struct MakeCrossEntropy {
           [=, &target, &distribution](int64_t o, int64_t i, auto count) {
             const int64_t at = o * n * inner + i, r = o * inner + i;
             scalar_t* const g = grad ? grad + at : nullptr;
-            if constexpr (targets == 0) {
+            if constexpr (distributions) {
               cross_entropy_columns<L>(x + at, distribution.q + at, g, loss + r, n, inner, count, r, target,
                                        distribution);
             } else {
-              cross_entropy_columns<targets, L>(x + at, g, loss + r, r, n, inner, count, target);
+              cross_entropy_columns<L>(x + at, g, loss + r, r, n, inner, count, target);
             }
           });
       return nullptr;

@@ -21,15 +21,21 @@ struct EachArgs {
   int64_t period;                    // of w, where there are three inputs
   bool wide_w, each_grad;
   real_of<scalar_t> scale;
+  int to_target;
 };
 
-// F of two or three inputs.
+// F of one to three inputs; where it is one of several derivatives, of `to_target` as well.
 template <class F, int inputs, class real, int params>
 __device__ __forceinline__ real value_of(const Params<params, real>& p, real x, [[maybe_unused]] real t,
-                                         [[maybe_unused]] real w) {
-  if constexpr (inputs == 1) return apply<F>(p, x);
-  if constexpr (inputs == 2) return apply<F>(p, x, t);
-  if constexpr (inputs == 3) return apply<F>(p, x, t, w);
+                                         [[maybe_unused]] real w, [[maybe_unused]] int to_target = 0) {
+  if constexpr (requires { typename F::of_several; }) {
+    if constexpr (inputs == 2) return apply<F>(p, to_target, x, t);
+    if constexpr (inputs == 3) return apply<F>(p, to_target, x, t, w);
+  } else {
+    if constexpr (inputs == 1) return apply<F>(p, x);
+    if constexpr (inputs == 2) return apply<F>(p, x, t);
+    if constexpr (inputs == 3) return apply<F>(p, x, t, w);
+  }
 }
 
 // out[i] = F(x, t, ...) times its slope, and times scale and the gradient where there is one
@@ -50,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         if (a.each_grad) load_wide(a.grad + i, g);
 #pragma unroll
         for (int k = 0; k < size; ++k)
-          x[k] = value_of<F, inputs>(p, x[k], t[k], w[k]) * (a.each_grad ? g[k] * factor : factor);
+          x[k] = value_of<F, inputs>(p, x[k], t[k], w[k], a.to_target) * (a.each_grad ? g[k] * factor : factor);
         store_wide(a.out + i, x);
       },
       [&](int64_t i) {
@@ -58,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         const real x = static_cast<real>(load(a.x + i)), t = static_cast<real>(load(a.t + i));
         real w = 0;
         if constexpr (inputs == 3) w = static_cast<real>(load(a.w + i % a.period));
-        store(a.out + i, static_cast<scalar_t>(value_of<F, inputs>(p, x, t, w) * g));
+        store(a.out + i, static_cast<scalar_t>(value_of<F, inputs>(p, x, t, w, a.to_target) * g));
       });
 }
 
@@ -137,6 +143,7 @@ Error each(const ReduceArgs& a) {
     e.t = static_cast<const scalar_t*>(a.in[1]);
     e.grad = static_cast<const scalar_t*>(a.grad);
     e.scale = static_cast<real>(a.scale);
+    e.to_target = a.to_target;
     e.w = inputs == 3 ? static_cast<const scalar_t*>(a.in[2]) : nullptr;
     e.period = a.period;
     e.each_grad = a.grad && !a.grad_is_scalar;
@@ -194,14 +201,13 @@ struct D1 {
     return Op::d1(x, t, p...);
   }
 };
-// The derivative of F to its first (0) or second (1) argument.
-template <class F, int to>
-struct Derivative {
-  static constexpr double slope = F::slope;
+template <class Op>
+struct Second {
+  static constexpr double slope = slope_of<Op>();
+  using of_several = void;
   template <class T, class... P>
-  static FASTOPS_FN T apply(T x, T t, P... p) {
-    using D = Dual<T>;
-    return F::apply(D(x, c<T>(to == 0)), D(t, c<T>(to == 1)), D(p, c<T>(0))...).d;
+  static FASTOPS_FN T apply(int to_target, T x, T t, P... p) {
+    return second_derivative<Op>(to_target, x, t, p...);
   }
 };
 struct Identity {
@@ -222,16 +228,14 @@ struct MakeReduce {
                                  &total<Value<Op>, inputs, params>,
                                  &each<D0<Op>, inputs, params>,
                                  &each<D1<Op>, inputs, params>,
-                                 &each<Derivative<D0<Op>, 0>, inputs, params>,
-                                 &each<Derivative<D0<Op>, 1>, inputs, params>,
-                                 &each<Derivative<D1<Op>, 1>, inputs, params>,
+                                 &each<Second<Op>, inputs, params>,
                                  domain_of<Op>().low,
                                  domain_of<Op>().high};
 };
 template <>
 struct MakeReduce<Identity> {
   static constexpr ReduceRow row{"sum",   "",      nullptr, &total<Identity, 1, 0>, nullptr, nullptr,
-                                 nullptr, nullptr, nullptr, 0, 0};
+                                 nullptr, 0, 0};
 };
 
 template <class... Ops>

@@ -341,13 +341,13 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
 template <class scalar_t>
 struct Targets {
   using real = real_of<scalar_t>;
-  const int64_t* index[2];
+  const int64_t* index[2];  // the second of a pair, or null
   const real* weight;
   int64_t ignore_index, classes;
   real smoothing, soft;  // soft = smoothing / classes
   real scale;            // of the gradient
   const real* divisor[2];
-  real lam[2];  // the targets' parts, where there are two: then the divisors are theirs, and divide the loss as well
+  real lam[2];  // the targets' parts, where they are a pair: then the divisors are theirs, and divide the loss as well
   real* loss;
   real* lse;
   real z;
@@ -358,10 +358,8 @@ struct Targets {
   __device__ __forceinline__ real divided(real whole, int m) const {
     return divisor[m] ? whole / load(divisor[m]) : whole;
   }
-  template <int targets = 1>
-  __device__ __forceinline__ real gradient_scale() const {
-    return targets == 1 ? divided(scale, 0) : scale;
-  }
+  __device__ __forceinline__ bool pair() const { return index[1] != nullptr; }
+  __device__ __forceinline__ real gradient_scale() const { return pair() ? scale : divided(scale, 0); }
   // What the distribution with q at class j has there.
   __device__ __forceinline__ real mix(real q, int64_t j) const {
     return (q * (real(1) - smoothing) + soft) * weight_of(j);
@@ -390,12 +388,12 @@ struct Targets {
   }
 };
 
-// What `targets` classes of row r ask of its kernel; a class that is ignored is -1.
-template <int targets, class scalar_t>
+// What the classes of row r, one or two, ask of its kernel; a class that is ignored, or that there is not, is -1.
+template <class scalar_t>
 struct Classes {
   using real = real_of<scalar_t>;
-  int64_t t[targets];
-  real hard[targets] = {}, x[targets] = {};
+  int64_t t[2] = {-1, -1};
+  real hard[2] = {}, x[2] = {};
   real share = 0, nothing = 0;  // share: the sum of those of the classes not ignored; nothing: 0, or NaN
   bool live = false;
 
@@ -403,25 +401,25 @@ struct Classes {
   __device__ __forceinline__ Classes(const Targets<scalar_t>& q, int64_t r, const scalar_t* row, int64_t stride,
                                      bool exists = true) {
 #pragma unroll
-    for (int m = 0; m < targets; ++m) {
-      t[m] = exists ? q.at(r, m) : q.ignore_index;
-      const real part = targets == 1 ? real(1) : q.divided(q.lam[m], m);
-      if (t[m] == q.ignore_index) {
-        t[m] = -1;
-        if (targets > 1) nothing += real(0) * part;  // the mean of none is NaN
+    for (int m = 0; m < 2; ++m) {
+      if (m == 1 && !q.pair()) break;
+      const int64_t at = exists ? q.at(r, m) : q.ignore_index;
+      const real part = q.pair() ? q.divided(q.lam[m], m) : real(1);
+      if (at == q.ignore_index) {
+        if (q.pair()) nothing += real(0) * part;  // the mean of none is NaN
       } else {
+        t[m] = at;
         live = true;
         share += part;
-        hard[m] = part * q.hard(t[m]);
-        x[m] = static_cast<real>(load(row + t[m] * stride));
+        hard[m] = part * q.hard(at);
+        x[m] = static_cast<real>(load(row + at * stride));
       }
     }
   }
-  __device__ __forceinline__ real all_hard() const { return targets == 1 ? hard[0] : hard[0] + hard[targets - 1]; }
   // Takes from the gradient of class j what is less at the targets.
   __device__ __forceinline__ void subtract(real& dx, int64_t j, real scale) const {
 #pragma unroll
-    for (int m = 0; m < targets; ++m)
+    for (int m = 0; m < 2; ++m)
       if (j == t[m]) dx -= hard[m] * scale;
   }
 };
@@ -433,18 +431,18 @@ __device__ __forceinline__ void join(Expectation<real>& of, const Everyone& ever
   of.depth = everyone.sum(of.depth);
 }
 
-template <class Op, class real, int targets, class scalar_t>
-__device__ __forceinline__ real loss_of(LogSumExp<real> total, real log_sum, const Classes<targets, scalar_t>& of, real soft,
+template <class Op, class real, class scalar_t>
+__device__ __forceinline__ real loss_of(LogSumExp<real> total, real log_sum, const Classes<scalar_t>& of, real soft,
                                         const Expectation<real>& smooth) {
-  real loss = targets == 1 || of.t[0] >= 0 ? Op::loss(log_sum, total.peak, of.x[0], of.hard[0]) : real(0);
-  if (targets > 1) loss += of.nothing;
-  if (targets > 1 && of.t[targets - 1] >= 0)
-    loss += Op::loss(log_sum, total.peak, of.x[targets - 1], of.hard[targets - 1]);
+  real loss = of.nothing;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+    if (of.t[m] >= 0) loss += Op::loss(log_sum, total.peak, of.x[m], of.hard[m]);
   return soft == real(0) ? loss : loss + Op::smooth_loss(log_sum, smooth.depth, smooth.mass, soft);
 }
 
 // grad may be x.
-template <class Op, class scalar_t, int threads, bool held, int count>
+template <class Op, class scalar_t, int threads, bool held>
 __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
     cross_entropy_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide,
                          Targets<scalar_t> targets) {
@@ -453,7 +451,7 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   const Team<threads> team;
   const bool smoothing = targets.soft != real(0);
   each_row<threads>(rows, [&](int64_t r) {
-    const Classes<count, scalar_t> of(targets, r, x + r * n, 1);
+    const Classes<scalar_t> of(targets, r, x + r * n, 1);
     if (!of.live) {  // the whole team agrees
       if (team.rank == 0) targets.ignore(r, of.nothing);
       if (!grad) return;
@@ -475,15 +473,15 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
     });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, team, base);
-    const real log_sum = log(total.sum), soft_part = (count == 1 ? real(1) : of.share) * targets.soft;
+    const real log_sum = log(total.sum), soft_part = of.share * targets.soft;
     if (team.rank == 0)
       targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth), total.peak + log_sum);
     if (!grad) return;
 
     team.sync();  // x[t] has been read by all before grad, which may be x, is written
-    const real scale = targets.template gradient_scale<count>(), inverse = real(1) / total.sum;
+    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
     const real slope = targets.template slope<Op>(total.peak + log_sum);
-    const real all = (of.all_hard() + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
+    const real all = (of.hard[0] + of.hard[1] + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
     walk.each([&](auto i, auto& v) {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
@@ -498,13 +496,13 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   });
 }
 
-template <class Op, class scalar_t, int count>
+template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kColumnBlock, kResident)
     cross_entropy_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad, Targets<scalar_t> targets) {
   using real = real_of<scalar_t>;
   const bool smoothing = targets.soft != real(0);
   tiles.each([&](int64_t r, int64_t offset, bool exists) {
-    const Classes<count, scalar_t> of(targets, r, x + offset, tiles.inner, exists);
+    const Classes<scalar_t> of(targets, r, x + offset, tiles.inner, exists);
     const bool live = of.live;
     Expectation<real> smooth;
     const LogSumExp<real> total = visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
@@ -514,7 +512,7 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, tiles, base);
-    const real log_sum = log(total.sum), soft_part = (count == 1 ? real(1) : of.share) * targets.soft;
+    const real log_sum = log(total.sum), soft_part = of.share * targets.soft;
     if (exists && tiles.first() == 0) {
       if (live) {
         targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth), total.peak + log_sum);
@@ -523,9 +521,9 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
       }
     }
     if (!grad) return;
-    const real scale = targets.template gradient_scale<count>(), inverse = real(1) / total.sum;
+    const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
     const real slope = targets.template slope<Op>(total.peak + log_sum);
-    const real all = (of.all_hard() + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
+    const real all = (of.hard[0] + of.hard[1] + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
     for (int64_t j = tiles.first(); exists && j < tiles.n; j += tiles.slices()) {
       const int64_t at = offset + j * tiles.inner;
       real dx = 0;
@@ -719,9 +717,8 @@ Targets<scalar_t> targets_of(const CrossEntropyArgs& a) {
   return t;
 }
 
-// `count` classes for each row.
-template <class Op, int count>
-Error cross_entropy_of(const CrossEntropyArgs& a) {
+template <class Op>
+Error cross_entropy(const CrossEntropyArgs& a) {
   if (a.outer * a.inner == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -729,18 +726,13 @@ Error cross_entropy_of(const CrossEntropyArgs& a) {
     auto* grad = static_cast<scalar_t*>(a.grad);
     const Targets<scalar_t> targets = targets_of<scalar_t>(a);
     if (a.inner > 1)
-      return launch_columns(cross_entropy_columns_kernel<Op, scalar_t, count>, a.stream, a.outer, a.n, a.inner, x, grad,
+      return launch_columns(cross_entropy_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
                             targets);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
-      return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held, count>, a.stream, a.outer, a.n, x, grad,
+      return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
                                   together<scalar_t>(x, grad), targets);
     });
   });
-}
-
-template <class Op>
-Error cross_entropy(const CrossEntropyArgs& a) {
-  return a.second_target ? cross_entropy_of<Op, 2>(a) : cross_entropy_of<Op, 1>(a);
 }
 
 template <class Op>

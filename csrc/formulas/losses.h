@@ -150,6 +150,14 @@ constexpr double slope_of() {
   return 1;
 }
 
+// The derivative of the value to two of its arguments, of which the number that are t is `to_target`.
+template <class Op, class T, class... P>
+FASTOPS_FN T second_derivative(int to_target, T x, T t, P... p) {
+  using D = Dual<T>;
+  const D by_x(x, to_target == 0 ? c<T>(1) : c<T>(0)), by_t(t, to_target == 0 ? c<T>(0) : c<T>(1));
+  return to_target == 2 ? Op::d1(by_x, by_t, D(p, c<T>(0))...).d : Op::d0(by_x, by_t, D(p, c<T>(0))...).d;
+}
+
 using Losses = List<MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits, BCEWithLogitsPosWeight>;
 
 }  // namespace fastops

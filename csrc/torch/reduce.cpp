@@ -199,7 +199,9 @@ struct Second {
     Tensor out = output_like(x);
     if (x.numel() == 0) return out;
     const Parameters params(r.name, x, p...);
-    check(r.name, (first + then == 0 ? r.d00 : first + then == 1 ? r.d01 : r.d11)(arguments(x, t, out, params)));
+    ReduceArgs a = arguments(x, t, out, params);
+    a.to_target = static_cast<int>(first + then);
+    check(r.name, r.second(a));
     return out;
   }
 };

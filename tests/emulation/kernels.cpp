@@ -127,10 +127,13 @@ const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, vo
   const struct {
     const char* name;
     ReduceKernel kernel;
-  } kernels[] = {{"values", row.values}, {"total", row.total}, {"d0", row.d0},  {"d1", row.d1},
-                 {"d00", row.d00},       {"d01", row.d01},     {"d11", row.d11}};
-  for (const auto& [name, kernel] : kernels)
+    int to_target = 0;
+  } kernels[] = {{"values", row.values}, {"total", row.total},  {"d0", row.d0},         {"d1", row.d1},
+                 {"d00", row.second, 0}, {"d01", row.second, 1}, {"d11", row.second, 2}};
+  for (const auto& [name, kernel, to_target] : kernels) {
+    a.to_target = to_target;
     if (!std::strcmp(name, which)) return kernel(a);
+  }
   return "no such kernel";
 }
 int64_t workspace_bytes(int64_t n) { return reduce_workspace(n); }
