@@ -68,10 +68,10 @@ struct ReduceArgs {
   void* out;          // n of dtype; for `total` one real
   const void* in[3];  // x, t, w; `total` of the row "sum" takes one input of reals
   int64_t period;     // of w: element i is beside w[i % period]
-  const void* grad;   // d0, d1: of dtype, n values, or one where grad_is_scalar
+  const void* grad;   // d0, d1, second: of dtype, n values, or one where grad_is_scalar; or null for 1
   bool grad_is_scalar;
-  double scale;        // total: multiplies the sum; d0, d1: multiplies the gradient
-  int to_target;       // second: how many of its derivatives, 0 to 2, are those to t
+  double scale;        // total: multiplies the sum; d0, d1, second: multiplies the gradient
+  int to_target;       // second: 0 for the derivative to x twice, 1 for that to x and t, 2 to t twice
   const void* divisor; // one real in device memory that divides the sum in `total`, or null
   const double* params;
   void* workspace;     // total: reduce_workspace(n) bytes
@@ -84,7 +84,7 @@ struct ReduceRow {
   ReduceKernel values;     // out[i] = value(x, t)
   ReduceKernel total;      // out = scale sum(value(x, t)) / divisor; the order of summation is fixed by n and period alone
   ReduceKernel d0, d1;     // out[i] = scale grad d value / dx, and to t
-  ReduceKernel second;     // out[i] = d2 value / dx dx, dx dt or dt dt, by `to_target`
+  ReduceKernel second;     // out[i] = scale grad d2 value / dx dx, dx dt or dt dt, by `to_target`
   double low, high;            // an input outside of these gives a NaN
 };
 // Sums are taken in chunks of so many elements, chunk by chunk in order, whatever runs them.

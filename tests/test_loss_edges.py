@@ -56,6 +56,26 @@ def test_as_torch(name, reduction):
         assert loss.isnan() if reduction == "mean" else not loss.any()
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_lse_of_a_row_of_nothing_but_minus_infinity(columns):
+    x, t = torch.full((2, 3), -inf), labels(0, 2)
+    if columns:
+        x, t = x[..., None].expand(2, 3, 5).contiguous(), t[:, None].expand(2, 5)
+    loss, lse = ours.cross_entropy(x, t, return_lse=True, reduction="none")
+    assert loss.isnan().all() and torch.equal(lse, torch.logsumexp(x, 1))
+
+
+@pytest.mark.parametrize("name", ["binary_cross_entropy", "binary_cross_entropy_with_logits"])
+def test_second_derivative_to_the_target_is_zero_where_a_logarithm_is_not_finite(name):
+    x = torch.tensor([0.0, 1, 0.5] if name == "binary_cross_entropy" else [-inf, inf, 0.5])
+    t = torch.tensor([0.5, 0.5, 0.25], requires_grad=True)
+    for extra in ({}, {"pos_weight": torch.tensor(2.0)})[: 1 + name.endswith("logits")]:
+        (by_t,) = torch.autograd.grad(
+            getattr(ours, name)(x, t, reduction="sum", **extra), t, create_graph=True
+        )
+        assert torch.equal(torch.autograd.grad(by_t.sum(), t)[0], torch.zeros(3))
+
+
 def test_lse_and_z_loss_of_rows_that_are_odd():
     loss, lse = ours.cross_entropy(ODD, labels(0, 1, 0, 1, 2), return_lse=True, reduction="none")
     expected = ODD.logsumexp(1)

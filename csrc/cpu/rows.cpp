@@ -213,7 +213,7 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, real* exponent
       V x[several][L::count];
       for (int g = 0; g < several; ++g) {
         L::load(row + i + g * L::size, count, x[g]);
-        __builtin_prefetch(row + i + g * L::size + v.block);  // which is looked through for its maximum next
+        __builtin_prefetch(row + i + g * L::size + v.block);  // the next block, or of shorter rows one that follows
         also.group(i + g * L::size, count, x[g]);
         for (auto& u : x[g]) u = u - shift;
       }
@@ -562,20 +562,26 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
   real smooth_depth = 0;
   Visit<real> v;
   if (q.soft != real(0)) {
-    const real peak = peak_of<L>(x, 0, n);
+    const real peak = n <= block_of(n) ? first : peak_of<L>(x, 0, n);
     double depth = 0;
+    constexpr int64_t run = kFew * L::size;
     for (int64_t begin = 0; begin < n; begin += kMinBlock) {
+      const int64_t end = begin + kMinBlock < n ? begin + kMinBlock : n;
       V sum(real(0));
-      each_group<L>(x, begin, begin + kMinBlock < n ? begin + kMinBlock : n, [&](int64_t i, auto count, auto& u) {
-        for (int k = 0; k < L::count; ++k) u[k] = V(peak) - u[k];
-        if (q.weight) {
-          V w[L::count];
-          load_real<L>(q.weight + i, count, w);
-          for (int k = 0; k < L::count; ++k) u[k] = u[k] * w[k];
-        }
-        if (count < L::size) L::keep(count, 0, u);
-        for (int k = 0; k < L::count; ++k) sum = sum + u[k];
-      });
+      for (int64_t from = begin; from < end; from += run) {
+        V few(real(0));
+        each_group<L>(x, from, from + run < end ? from + run : end, [&](int64_t i, auto count, auto& u) {
+          for (int k = 0; k < L::count; ++k) u[k] = V(peak) - u[k];
+          if (q.weight) {
+            V w[L::count];
+            load_real<L>(q.weight + i, count, w);
+            for (int k = 0; k < L::count; ++k) u[k] = u[k] * w[k];
+          }
+          if (count < L::size) L::keep(count, 0, u);
+          for (int k = 0; k < L::count; ++k) few = few + u[k];
+        });
+        sum = sum + few;
+      }
       depth += sum_of_lanes(sum);
     }
     smooth_depth = static_cast<real>(depth);
@@ -631,13 +637,14 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
   constexpr int64_t size = L::size;
   const Classes<real, size> of(q, r, count, x, inner);
   LogSumExp<V> row[L::count];
-  V depth[L::count];
+  V depth[L::count], base[L::count];
   for (auto& d : depth) d = V(real(0));
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
     L::load(x + j * inner, count, u);
     for (int k = 0; k < L::count; ++k) row[k].peak = max(row[k].peak, u[k]);
   }
+  for (int k = 0; k < L::count; ++k) base[k] = LogSumExp<V>::origin(row[k].peak);
   in_runs(n, [&](int64_t begin, int64_t end) {
     V sum[L::count], deep[L::count];
     for (int k = 0; k < L::count; ++k) sum[k] = deep[k] = V(real(0));
@@ -646,8 +653,8 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
       L::load(x + j * inner, count, u);
       const V w(q.weight ? q.weight[j] : real(1));
       for (int k = 0; k < L::count; ++k) {
-        sum[k] = sum[k] + exp(u[k] - row[k].peak);
-        if (q.soft != real(0)) deep[k] = deep[k] + w * (row[k].peak - u[k]);
+        sum[k] = sum[k] + exp(u[k] - base[k]);
+        if (q.soft != real(0)) deep[k] = deep[k] + w * (base[k] - u[k]);
       }
     }
     for (int k = 0; k < L::count; ++k) {
@@ -694,7 +701,7 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     L::load(x + j * inner, count, u);
     const V soft_weight(q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
     for (int k = 0; k < L::count; ++k) {
-      const V p = exp(u[k] - row[k].peak) * inverse[k];
+      const V p = exp(u[k] - base[k]) * inverse[k];
       u[k] = CrossEntropy::gradient(p, total[k], shared(soft_weight, k));
       if (!all_live) u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));
     }
@@ -711,7 +718,7 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
         if (of.t[m][i] >= 0) soft_weight[i] = q.soft * q.scale * (q.weight ? q.weight[of.t[m][i]] : real(1));
     V u[L::count];
     for (int k = 0; k < L::count; ++k) {
-      const V p = exp(V::loadu(of.x[m] + k * V::size()) - row[k].peak) * inverse[k];
+      const V p = exp(V::loadu(of.x[m] + k * V::size()) - base[k]) * inverse[k];
       u[k] = CrossEntropy::gradient(p, total[k], shared(V::loadu(soft_weight + k * V::size()), k)) -
              V::loadu(own + k * V::size()) * V(q.scale);
     }
@@ -938,7 +945,7 @@ struct MakeCrossEntropy {
     const int64_t rows = a.outer * a.inner;
     const bool is_double = a.dtype == c10::ScalarType::Double;
     *bad_row = -1;
-    double sum = 0;
+    double sum = 0, lost = 0;  // what is rounded away of weights in double is kept, as of V in add_compensated()
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t t = a.target[r];
       if (t == a.ignore_index) continue;
@@ -946,9 +953,15 @@ struct MakeCrossEntropy {
         *bad_row = r;
         return nullptr;
       }
-      sum += !a.weight   ? 1.0
-             : is_double ? static_cast<const double*>(a.weight)[t]
-                         : static_cast<double>(static_cast<const float*>(a.weight)[t]);
+      if (!a.weight) {
+        sum += 1;
+      } else if (is_double) {
+        const double y = static_cast<const double*>(a.weight)[t] - lost, next = sum + y, error = (next - sum) - y;
+        lost = error == error ? error : 0;
+        sum = next;
+      } else {
+        sum += static_cast<double>(static_cast<const float*>(a.weight)[t]);
+      }
     }
     if (is_double) {
       *static_cast<double*>(divisor_out) = sum;

@@ -81,6 +81,7 @@ struct Huber {
 // torch keeps them. An input outside [0, 1] gives a NaN.
 struct BCE {
   static constexpr const char *name = "binary_cross_entropy", *params = "";
+  static constexpr bool linear_in_target = true;
   static constexpr double low = 0, high = 1;
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
@@ -99,6 +100,7 @@ struct BCE {
 // The same of sigmoid(x), from its logit x.
 struct BCEWithLogits {
   static constexpr const char *name = "binary_cross_entropy_with_logits", *params = "";
+  static constexpr bool linear_in_target = true;
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
     return (c<T>(1) - t) * x - log_sigmoid(x);
@@ -116,6 +118,7 @@ struct BCEWithLogits {
 // The same with the share of the positive examples, -t log(sigmoid(x)), times w.
 struct BCEWithLogitsPosWeight {
   static constexpr const char *name = "binary_cross_entropy_with_logits_pos_weight", *params = "Tensor pos_weight";
+  static constexpr bool linear_in_target = true;
   template <class T>
   static FASTOPS_FN T value(T x, T t, T w) {
     return (c<T>(1) - t) * x - share(t, w) * log_sigmoid(x);
@@ -150,10 +153,13 @@ constexpr double slope_of() {
   return 1;
 }
 
-// The derivative of the value to two of its arguments, of which the number that are t is `to_target`.
+// The second derivative of the value, to x twice (to_target = 0), to x and t (1), or to t twice (2). The last is 0 of what
+// is `linear_in_target`, and is not computed: where a logarithm is infinite it would be 0 times that.
 template <class Op, class T, class... P>
 FASTOPS_FN T second_derivative(int to_target, T x, T t, P... p) {
   using D = Dual<T>;
+  if constexpr (requires { Op::linear_in_target; })
+    if (to_target == 2) return c<T>(0);
   const D by_x(x, to_target == 0 ? c<T>(1) : c<T>(0)), by_t(t, to_target == 0 ? c<T>(0) : c<T>(1));
   return to_target == 2 ? Op::d1(by_x, by_t, D(p, c<T>(0))...).d : Op::d0(by_x, by_t, D(p, c<T>(0))...).d;
 }

@@ -596,7 +596,7 @@ struct ToTarget {
     scale = scale_in_saved(logits, target, weight, a, options);
   }
   Tensor scaled(const Tensor& t) const { return scale.defined() ? t * scale : t; }
-  Tensor of_loss() const { return -(k * log_p); }
+  Tensor of_loss(const Tensor& t) const { return -(k * t * log_p); }  // in torch's order: the first product stays in range
   Tensor vjp_of_gradient(const Tensor& u) const { return scaled(k * ((log_p.exp() * u).sum(dim, true) - u)); }
   Tensor jvp_of_gradient(const Tensor& t) const { return scaled(log_p.exp() * (k * t).sum(dim, true) - k * t); }
 };
@@ -621,7 +621,7 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
       Tensor factor = dloss.to(to.log_p.scalar_type());
       if (a.reduction == at::Reduction::None) factor = factor.unsqueeze(to.dim);
       if (a.reduction == at::Reduction::Mean) factor = factor * per_row(target);
-      dq = to.of_loss() * factor;
+      dq = to.of_loss(factor);
     }
     if (grads.size() > 1 && grads[1].defined()) {
       const Tensor h = to.vjp_of_gradient(grads[1].to(to.log_p.scalar_type()));
@@ -698,7 +698,7 @@ Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor
   if (is_dual(target)) {
     const ToTarget to(primal(input), primal(target), w.defined() ? primal(w) : w, a);
     const Tensor t = tangent(target).to(to.log_p.scalar_type());
-    const Tensor rows = (to.of_loss() * t).sum(to.dim);
+    const Tensor rows = to.of_loss(t).sum(to.dim);
     const Tensor total = reduction == at::Reduction::None   ? rows
                          : reduction == at::Reduction::Mean ? rows.sum() * per_row(target)
                                                             : rows.sum();
