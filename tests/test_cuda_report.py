@@ -35,9 +35,8 @@ def test_every_op_is_in_the_table():
     losses = len(rows("reduce")) - 1  # without "sum"
     expected = {
         "map_kernel": 3 * 4 * len(rows("map")),  # forward, backward, second; dtypes
-        "each_kernel": 4
-        * 4
-        * losses,  # values, two first derivatives and the second ones together; dtypes
+        # values, each first derivative, and all second ones; dtypes
+        "each_kernel": 4 * 4 * losses,
         # Dtypes of parameters and states; each also extended (rounding, numbers of the device).
         "step_kernel": sum(2 * (7 if row.states else 4) for row in rows("step")),
         "derive_kernel": 2 * len(rows("step")),

@@ -332,17 +332,26 @@ def row_shapes(draw, least=1):
     return tuple(shape), dim
 
 
+def in_long_double(*tensors):
+    """Arrays of x87's 64 bits, where numpy has them: torch's float64 cannot judge float64, for its own sums err as much as
+    ours."""
+    return [t.detach().numpy().astype(np.longdouble) for t in tensors]
+
+
+def probabilities(v, dim):
+    """The softmax of an array, and its logarithm."""
+    shifted = v - v.max(dim, keepdims=True)
+    total = np.exp(shifted).sum(dim, keepdims=True)
+    return np.exp(shifted) / total, shifted - np.log(total)
+
+
 def softmax_in_long_double(x, dy, dim, log):
-    """The result and the gradient, in x87's 64 bits where numpy has them: torch's float64 cannot judge float64, for its
-    own sums err as much as ours."""
-    v, g = (t.detach().numpy().astype(np.longdouble) for t in (x, dy))
+    """The result and the gradient."""
+    v, g = in_long_double(x, dy)
     with np.errstate(all="ignore"):
-        shifted = v - v.max(dim, keepdims=True)
-        total = np.exp(shifted).sum(dim, keepdims=True)
-        y = np.exp(shifted) / total
-        dx = g - y * g.sum(dim, keepdims=True) if log else y * (g - (y * g).sum(dim, keepdims=True))
-        y = shifted - np.log(total) if log else y
-        return tuple(torch.from_numpy(np.asarray(a, np.float64)) for a in (y, dx))
+        p, log_p = probabilities(v, dim)
+        dx = g - p * g.sum(dim, keepdims=True) if log else p * (g - (p * g).sum(dim, keepdims=True))
+        return tuple(torch.from_numpy(np.asarray(a, np.float64)) for a in (log_p if log else p, dx))
 
 
 @pytest.mark.parametrize("op", [OPS["softmax"], OPS["log_softmax"]], ids=lambda op: op.name)
@@ -370,18 +379,16 @@ def test_softmax(op, data):
 def cross_entropy_in_long_double(
     x, target, dy, weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"
 ):
-    """The loss and the gradients to floats among its inputs, of finite logits; see softmax_in_long_double()."""
+    """The loss and the gradients to floats among its inputs, of finite logits."""
     dim = min(1, x.dim() - 1)
-    v = np.moveaxis(x.detach().numpy().astype(np.longdouble), dim, -1)
-    g = dy.numpy().astype(np.longdouble)
+    v, g = in_long_double(x, dy)
+    v = np.moveaxis(v, dim, -1)
     n = v.shape[-1]
-    shifted = v - v.max(-1, keepdims=True)
-    total = np.exp(shifted).sum(-1, keepdims=True)
-    p, log_p = np.exp(shifted) / total, shifted - np.log(total)
+    p, log_p = probabilities(v, -1)
     w = np.ones(n) if weight is None else weight.numpy()
     keep = 1 - np.longdouble(label_smoothing)
     if target.is_floating_point():
-        t, divisor = np.moveaxis(target.detach().numpy(), dim, -1), np.longdouble(total.size)
+        t, divisor = np.moveaxis(target.detach().numpy(), dim, -1), np.longdouble(v.size // n)
         q = (t * keep + label_smoothing / np.longdouble(n)) * w
     else:
         t = target.numpy()

@@ -20,21 +20,15 @@ Error fused(const FusedArgs& a, F f) {
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     const int64_t period = a.period;
     const bool stream = (period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
-    // Threads are given whole groups, so that every group of a long run is aligned.
-    cpu::parallel((a.n + L::size - 1) / L::size, kGrain / L::size, [=, n = a.n](int64_t first, int64_t last) {
-      const int64_t end = last * L::size < n ? last * L::size : n;
-      groups_beside<L::size>(first * L::size, end, period, [&](int64_t i, int64_t j, auto count) {
+    cpu::parallel_groups<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
+      groups_beside<L::size>(begin, end, period, [&](int64_t i, int64_t j, auto count) {
         V x[inputs][L::count], y[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 1 ? j : i), count, x[k]);
         for (int k = 0; k < L::count; ++k) {
           if constexpr (inputs == 2) y[k] = f(x[0][k], x[1][k]);
           if constexpr (inputs == 3) y[k] = f(x[0][k], x[1][k], x[2][k]);
         }
-        if (stream && count == L::size) {
-          L::stream(out + i, y);
-        } else {
-          L::store(out + i, count, y);
-        }
+        L::leave(out + i, count, y, stream);
       });
       if (stream) fence();
     });

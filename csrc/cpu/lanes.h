@@ -89,6 +89,15 @@ struct Lanes {
     store(p, size, v);
 #endif
   }
+  // Writes a group, past the caches where it is `streamed` and whole.
+  template <class N>
+  static FASTOPS_FN void leave(scalar_t* p, N n, const V (&v)[count], bool streamed) {
+    if (streamed && n == size) {
+      stream(p, v);
+    } else {
+      store(p, n, v);
+    }
+  }
   // One element, by the same conversion: c10's of float16 may become a function, which instruction sets would share.
   static FASTOPS_FN real one(const scalar_t* p) {
     V v[count];

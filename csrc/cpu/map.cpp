@@ -22,8 +22,7 @@ Error map(const MapArgs& a, F f) {
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     const int64_t total = a.n;
     const bool stream = streams<L>(out, total, in[0]);
-    // Threads are given whole groups, so that every group is aligned.
-    cpu::parallel((total + L::size - 1) / L::size, kGrain / L::size, [=](int64_t first, int64_t last) {
+    cpu::parallel_groups<L::size>(total, kGrain, [=](int64_t begin, int64_t end) {
       constexpr std::integral_constant<int64_t, L::size> full;
       const auto run = [&](const scalar_t* const(&from)[inputs], scalar_t* to, int64_t count) {
         for (int64_t i = 0; i < count; i += L::size) {
@@ -34,14 +33,9 @@ Error map(const MapArgs& a, F f) {
             if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
             if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           }
-          if (stream) {
-            L::stream(to + i, y);
-          } else {
-            L::store(to + i, full, y);
-          }
+          L::leave(to + i, full, y, stream);
         }
       };
-      const int64_t begin = first * L::size, end = last * L::size < total ? last * L::size : total;
       const scalar_t* from[inputs];
       for (int k = 0; k < inputs; ++k) from[k] = in[k] + begin;
       scalar_t* to = out + begin;

@@ -127,11 +127,7 @@ struct MakeRandom {
               if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep, scale, x[0][k]);
               if constexpr (Op::inputs == 3) x[0][k] = Op::forward(keep, scale, x[0][k], x[1][k], x[2][k]);
             }
-            if (stream && n == L::size) {
-              L::stream(out + i, x[0]);
-            } else {
-              L::store(out + i, n, x[0]);
-            }
+            L::leave(out + i, n, x[0], stream);
           });
         }
         if (stream) fence();

@@ -100,10 +100,8 @@ Error each(const ReduceArgs& a, double slope, F f) {
     const real scale = static_cast<real>(grad ? a.scale * slope : slope);
     const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
     const bool stream = (inputs == 2 || period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
-    // Threads are given whole groups, so that every group of a long run is aligned.
-    cpu::parallel((a.n + L::size - 1) / L::size, kGrain / L::size, [=, n = a.n](int64_t first, int64_t last) {
-      const int64_t end = last * L::size < n ? last * L::size : n;
-      each_group<L::size, inputs, hot>(first * L::size, end, period, [&](int64_t i, int64_t j, auto n) {
+    cpu::parallel_groups<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
+      each_group<L::size, inputs, hot>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
         if (each_grad) L::load(grad + i, n, g);
@@ -112,11 +110,7 @@ Error each(const ReduceArgs& a, double slope, F f) {
           if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           if (scaled) y[k] = y[k] * (each_grad ? g[k] * V(factor) : V(factor));
         }
-        if (stream && n == L::size) {
-          L::stream(out + i, y);
-        } else {
-          L::store(out + i, n, y);
-        }
+        L::leave(out + i, n, y, stream);
       });
       if (stream) fence();
     });

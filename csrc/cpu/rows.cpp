@@ -26,11 +26,10 @@ FASTOPS_FN void in_runs(int64_t n, Body body) {
 constexpr int kTogether = 4;  // vectors of a contiguous row whose exponentials are taken at once
 
 // Adds v to sum and keeps what was rounded away (Kahan, 1965), unless the sum is not finite.
-template <class V>
-FASTOPS_FN void add_compensated(V& sum, V& lost, V v) {
-  const V y = v - lost, t = sum + y, error = (t - sum) - y, none(typename V::value_type(0));
-  lost = select(error <= V(typename V::value_type(0)), error,
-                select(error > V(typename V::value_type(0)), error, none));
+template <class T>
+FASTOPS_FN void add_compensated(T& sum, T& lost, T v) {
+  const T y = v - lost, t = sum + y, error = (t - sum) - y, none = c<T>(0);
+  lost = select(error <= none, error, select(error > none, error, none));
   sum = t;
 }
 
@@ -104,11 +103,7 @@ struct Out {
       : row(rows ? rows + r * n : nullptr), streamed(streamed), head(streamed ? (L::size - r * n % L::size) % L::size : 0) {}
   template <class N>
   FASTOPS_FN void leave(int64_t i, N count, const typename L::V (&v)[L::count]) const {
-    if (streamed && count == L::size) {
-      L::stream(row + i, v);
-    } else {
-      L::store(row + i, count, v);
-    }
+    L::leave(row + i, count, v, streamed);
   }
   template <bool hot = true, class Body>
   FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) const {
@@ -140,6 +135,7 @@ struct Kept {
       if (!own) return row;
     return own;
   }
+  // Not a destructor: to unwind one takes a symbol that instruction sets would share.
   FASTOPS_FN void free() const { std::free(own); }
 };
 
@@ -191,10 +187,11 @@ FASTOPS_FN typename L::real first_peak(const scalar_t* row, int64_t n) {
   return peak_of<L>(row, 0, n < block ? n : block);
 }
 
-// Where `exponential` is given, exp(x - known[block]) is left there, in real. `first` is the row's first_peak().
+// Where `exponential` is given, exp(x - known[block]) is left there, in real. `first` is the row's first_peak(), and
+// becomes that of the `next` row, where there is one.
 template <class L, class scalar_t, class real, class Also = Unseen>
-FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, real* exponential, Visit<real>& v,
-                      Also&& also = {}) {
+FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_t* next, real* exponential,
+                      Visit<real>& v, Also&& also = {}) {
   using V = typename L::V;
   constexpr int many = kTogether / L::count;  // groups whose exponentials are taken at once
   v.block = block_of(n);
@@ -232,11 +229,12 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real first, real* exponent
     v.sum += sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
     also.done();
   }
+  if (next) first = first_peak<L>(next, n);
 }
 
 // Calls body(i, count, e, lag) with e lag = exp(x - v.peak) for every group of the row, as `out` wants them: from the
 // exponentials that visit() left, or from x where it left none.
-template <class L, bool hot = true, class scalar_t, class real, class Body>
+template <class L, class scalar_t, class real, class Body>
 FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential, const Out<L, scalar_t>& out, int64_t n,
                                  const Visit<real>& v, Body body) {
   using V = typename L::V;
@@ -245,7 +243,7 @@ FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential, c
     const int64_t end = begin + v.block < n ? begin + v.block : n;
     if (!L::reduced || exponential) {
       const V lag(v.known[b] == v.peak ? real(1) : exp(v.known[b] - base));
-      out.template groups<hot>(begin, end, [&](int64_t i, auto count) {
+      out.groups(begin, end, [&](int64_t i, auto count) {
         V e[L::count];
         load_real<L>(exponential + i, count, e);
         body(i, count, e, lag);
@@ -263,15 +261,14 @@ FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential, c
 
 // ------------------------------------------------------------------------------------------------ softmax
 
-// `first` is the row's first_peak(), and becomes that of the `next` row, where there is one.
+// `first` and `next` as of visit().
 template <class Op, class L, class scalar_t, class real>
 FASTOPS_FN void softmax_row(const scalar_t* x, const Out<L, scalar_t>& y, const Kept<L>& kept, int64_t n, real& first,
                             const scalar_t* next) {
   using V = typename L::V;
   Visit<real> v;
   real* const exponential = Op::from_exponential ? kept.beside(y.row) : nullptr;
-  visit<L>(x, n, first, exponential, v);
-  if (next) first = first_peak<L>(next, n);
+  visit<L>(x, n, first, next, exponential, v);
   const V k(Op::constant(static_cast<real>(v.sum))), peak(v.peak);
   if constexpr (Op::from_exponential) {
     each_exponential<L>(x, exponential, y, n, v, [&](int64_t i, auto count, auto& e, V lag) {
@@ -541,7 +538,7 @@ struct Classes {
   }
 };
 
-// `first` as of softmax_row().
+// `first` and `next` as of visit().
 template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& grad, const Kept<L>& kept, real* loss,
                                   int64_t n, int64_t r, const Target<real>& q, real& first, const scalar_t* next) {
@@ -587,8 +584,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     smooth_depth = static_cast<real>(depth);
   }
   real* const exponential = grad.row ? kept.beside(grad.row) : nullptr;
-  visit<L>(x, n, first, exponential, v);
-  if (next) first = first_peak<L>(next, n);
+  visit<L>(x, n, first, next, exponential, v);
   const real log_sum = static_cast<real>(log(v.sum));
   const real soft_part = of.share[0] * q.soft;
   real hard = 0;
@@ -803,8 +799,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, const Ou
   real* const exponential = grad.row ? kept.beside(grad.row) : nullptr;
   Visit<real> v;
   Expect<L, scalar_t> expect{distribution, q};
-  visit<L>(x, n, first, exponential, v, expect);
-  if (next) first = first_peak<L>(next, n);
+  visit<L>(x, n, first, next, exponential, v, expect);
   const real log_sum = static_cast<real>(log(v.sum));
   *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass),
                                     real(1));
@@ -945,7 +940,7 @@ struct MakeCrossEntropy {
     const int64_t rows = a.outer * a.inner;
     const bool is_double = a.dtype == c10::ScalarType::Double;
     *bad_row = -1;
-    double sum = 0, lost = 0;  // what is rounded away of weights in double is kept, as of V in add_compensated()
+    double sum = 0, lost = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t t = a.target[r];
       if (t == a.ignore_index) continue;
@@ -956,9 +951,7 @@ struct MakeCrossEntropy {
       if (!a.weight) {
         sum += 1;
       } else if (is_double) {
-        const double y = static_cast<const double*>(a.weight)[t] - lost, next = sum + y, error = (next - sum) - y;
-        lost = error == error ? error : 0;
-        sum = next;
+        add_compensated(sum, lost, static_cast<const double*>(a.weight)[t]);
       } else {
         sum += static_cast<double>(static_cast<const float*>(a.weight)[t]);
       }
