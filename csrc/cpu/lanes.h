@@ -106,6 +106,11 @@ struct Lanes {
     v[0].store(lane);
     return lane[0];
   }
+  // Makes lane `i` of the group what it is in another.
+  static FASTOPS_FN void put(int64_t i, const V (&from)[count], V (&v)[count]) {
+    const int64_t k = i / V::size(), lane = i % V::size();
+    v[k] = V::set(V::set(v[k], from[k], lane + 1), v[k], lane);
+  }
   // The first n lanes of the group as they are, the others filled: for sums and maxima over a masked tail.
   static FASTOPS_FN void keep(int64_t n, real filler, V (&v)[count]) {
     for (int k = 0; k < count; ++k) {

@@ -510,27 +510,33 @@ struct Classes {
   // Of `count` rows from row r on, whose logits are at `logits`, those of class j behind each other at j stride.
   template <class scalar_t, class N>
   FASTOPS_FN Classes(const Target<real>& q, int64_t r, N count, const scalar_t* logits, int64_t stride) {
-    if (q.targets == 1) {
-      for (int64_t i = 0; i < count; ++i) add(q, 0, real(1), r, i, logits, stride);
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i)
-      for (int m = 0; m < kMaxTargets; ++m) {
-        add(q, m, q.share[m], r, i, logits, stride);
-        if (t[m][i] < 0) nothing[i] += real(0) * q.share[m];  // the mean of none is NaN
+    for (int m = 0; m < q.targets; ++m) {
+      const real part = q.targets == 1 ? real(1) : q.share[m], keep = part * (real(1) - q.smoothing);
+      bool all = true;  // most often: then the loops over lanes have no branches
+      for (int64_t i = 0; i < count; ++i) t[m][i] = q.index[m][r + i];
+      for (int64_t i = 0; i < count; ++i) all &= t[m][i] != q.ignore_index;
+      if (all) {
+        for (int64_t i = 0; i < count; ++i) x[m][i] = static_cast<real>(logits[t[m][i] * stride + i]);
+        for (int64_t i = 0; i < count; ++i) hard[m][i] = keep;
+        for (int64_t i = 0; i < count; ++i) share[i] += part;
+        for (int64_t i = 0; i < count; ++i) live[i] = 1;
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          if (t[m][i] == q.ignore_index) {
+            t[m][i] = -1;
+            if (q.targets > 1) nothing[i] += real(0) * part;  // the mean of none is NaN
+            continue;
+          }
+          x[m][i] = static_cast<real>(logits[t[m][i] * stride + i]);
+          hard[m][i] = keep;
+          share[i] += part;
+          live[i] = 1;
+        }
       }
-  }
-  template <class scalar_t>
-  FASTOPS_FN void add(const Target<real>& q, int m, real part, int64_t r, int64_t i, const scalar_t* logits,
-                      int64_t stride) {
-    const int64_t index = q.index[m][r + i];
-    t[m][i] = -1;
-    if (index == q.ignore_index) return;
-    t[m][i] = index;
-    hard[m][i] = part * q.hard(index);
-    x[m][i] = static_cast<real>(logits[index * stride + i]);
-    share[i] += part;
-    live[i] = 1;
+      if (q.weight)
+        for (int64_t i = 0; i < count; ++i)
+          if (t[m][i] >= 0) hard[m][i] = part * q.hard(t[m][i]);
+    }
   }
   // What is subtracted from the gradient where lane i's target m is, which both may be.
   FASTOPS_FN real own(const Target<real>& q, int m, int64_t i) const {
@@ -607,6 +613,18 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     const V p = exp(V(of.x[m][0]) - V(LogSumExp<real>::origin(v.peak))) * inverse;
     const V soft_weight = q.soft == real(0) ? none : q.weight ? soft * V(q.weight[of.t[m][0]]) : soft;
     for (auto& g : at_target[m]) g = CrossEntropy::gradient(p, total, soft_weight) - V(of.own(q, m, 0) * q.scale);
+  }
+  if (grad.streamed) {  // to change a value of it later it would have to be read again
+    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+      V w[L::count];
+      if (q.weight) load_real<L>(q.weight + i, count, w);
+      for (int k = 0; k < L::count; ++k)
+        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, q.weight ? soft * w[k] : soft);
+      for (int m = 0; m < q.targets; ++m)
+        if (of.t[m][0] >= i && of.t[m][0] < i + count) L::put(of.t[m][0] - i, at_target[m], e);
+      grad.leave(i, count, e);
+    });
+    return;
   }
   if (q.soft == real(0)) {
     each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
