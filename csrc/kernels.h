@@ -49,6 +49,8 @@ struct FusedArgs {
   int64_t n, period;
   void* out;
   const void* in[3];
+  void* sums;     // summed: of n / period rows, `strip` of them at a time, what dx adds up to: period reals for each strip
+  int64_t strip;
   void* stream;
 };
 using FusedKernel = Error (*)(const FusedArgs&);
@@ -58,6 +60,7 @@ struct FusedRow {
   bool broadcast;
   FusedKernel forward;
   FusedKernel backward;  // (x, t, dy) -> dx; null where the activation's own, of the output, will do
+  FusedKernel summed;    // backward and the sums of dx; null where t is not one row
 };
 
 // ------------------------------------------------------------------------------------------------ reduce
@@ -158,14 +161,18 @@ struct RandomArgs {
   uint32_t threshold;   // an element is dropped when its word is below
   double scale;
   LogicalOrder order;
+  void* sums;  // summed: as of FusedArgs, of n / period contiguous rows; strip times period is a multiple of kStripElements
+  int64_t strip;
   void* stream;
 };
+constexpr int64_t kStripElements = 64;
 using RandomKernel = Error (*)(const RandomArgs&);
 struct RandomRow {
   const char* name;
   int inputs;
   RandomKernel forward;
   RandomKernel backward;  // (y, dy) -> dx without the mask, where the output tells it; else null
+  RandomKernel summed;    // forward and the sums of the output, of what is its own derivative; else null
 };
 
 // ------------------------------------------------------------------------------------------------ step

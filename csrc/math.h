@@ -88,6 +88,12 @@ struct Normal {
   T cdf, pdf;
 };
 
+// log(x) and log(1 - x)
+template <class T>
+struct Logs {
+  T of, of_rest;
+};
+
 // ------------------------------------------------------------------------------------------------ vectors
 #if FASTOPS_VECTORS
 inline namespace CPU_CAPABILITY {
@@ -132,7 +138,7 @@ template <class T>
 FASTOPS_FN Vec<T> abs(Vec<T> x) {
   return x.abs();
 }
-#include "cpu/words.h"  // exp, log, tanh, erf, expm1, log1p, log1p_unit, normal
+#include "cpu/words.h"  // exp, log, tanh, erf, expm1, log1p, log1p_unit, logs, normal
 }  // namespace CPU_CAPABILITY
 
 template <class T>
@@ -244,6 +250,11 @@ template <class T>
 FASTOPS_FN Normal<Dual<T>> normal(Dual<T> x) {
   const auto [cdf, pdf] = normal(x.v);
   return {{cdf, pdf * x.d}, {pdf, -x.v * pdf * x.d}};
+}
+
+template <class T>
+FASTOPS_FN Logs<T> logs(T x) {
+  return {log(x), log1p(-x)};
 }
 
 // log(1 / (1 + exp(-x))), and its derivative 1 / (1 + exp(x)), without an infinity on the way: Duals of them are finite.

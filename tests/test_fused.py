@@ -135,6 +135,68 @@ def test_bias_dropout_add_keeps_a_seed_alone():
     assert [(t.numel(), t.dtype) for t in saved] == [(1, torch.int64)]
 
 
+# ---------------------------------------------------------------------------------------------- gradient of a bias
+
+
+BIASED = {
+    "bias_gelu": (F.bias_gelu, lambda x, b: TF.gelu(x + b)),
+    "bias_gelu tanh": (
+        lambda x, b: F.bias_gelu(x, b, "tanh"),
+        lambda x, b: TF.gelu(x + b, approximate="tanh"),
+    ),
+    "bias_dropout_add": (
+        lambda x, b: bias_dropout_add(x, b, x.detach(), 0.3, SEED),
+        lambda x, b: x.detach() + dropout(x + b, 0.3, SEED),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 7), (3, 9001), (301, 257), (5000, 10), (70, 4129), (6, 7, 33), (2100, 64)], ids=str)  # fmt: skip
+def test_gradient_to_a_bias_is_the_sum_over_rows(name, dtype, shape):
+    """It is summed in the pass that writes the input's, few rows at a time: for any number of rows and columns, to the
+    bit the same for any number of threads, and with the same gradient to the input as without it."""
+    x, b, dy = (t.to(dtype) for t in (randn(*shape), randn(shape[-1], seed=1), randn(*shape, seed=2)))
+    ours, plain = BIASED[name]
+
+    def run(function, kind, of_bias=True):
+        leaves = [leaf(x, kind), leaf(b, kind)]
+        y = function(leaves[0], leaves[1] if of_bias else leaves[1].detach())
+        return torch.autograd.grad(y, leaves if of_bias else leaves[:1], dy.to(kind))
+
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(ours, dtype))
+    finally:
+        torch.set_num_threads(before)
+    dx, db = results[0]
+    assert all(torch.equal(dx, a) and torch.equal(db, c) for a, c in results)
+    assert torch.equal(dx, run(ours, dtype, of_bias=False)[0]) and db.shape == b.shape
+    if dtype is torch.float64:  # of which torch's is no oracle: the sum of our own terms is
+        theirs, exact = dx.flatten(0, -2).sum(0), dx.flatten(0, -2).numpy().astype("longdouble").sum(0)
+        mine, torchs = (abs(t.numpy() - exact).max() / max(1, abs(exact).max()) for t in (db, theirs))
+        assert mine <= 2 * torchs + 4 * torch.finfo(dtype).eps
+    else:
+        assert_as_accurate(db, run(plain, dtype)[1], run(plain, torch.float64)[1], dtype)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_gradient_to_a_bias_from_any_layout(name):
+    x, b, dy = randn(96, 40), randn(40, seed=1), randn(40, 96, seed=2).t()
+    ours, _ = BIASED[name]
+    x, b = leaf(x), leaf(b)
+    strided = torch.autograd.grad(ours(x, b), [x, b], dy)
+    dense = torch.autograd.grad(ours(x, b), [x, b], dy.contiguous())
+    assert all(torch.equal(a, c) for a, c in zip(strided, dense, strict=True))
+    row = randn(40, seed=3)
+    expanded = torch.autograd.grad(ours(x, b), [x, b], row.expand(96, 40))
+    dense = torch.autograd.grad(ours(x, b), [x, b], row.expand(96, 40).contiguous())
+    assert all(torch.equal(a, c) for a, c in zip(expanded, dense, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------- both
 
 

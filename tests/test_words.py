@@ -49,12 +49,14 @@ inline namespace CPU_CAPABILITY {
 #define PROBES(word) PROBE(word, float) PROBE(word, double)
 PROBES(exp) PROBES(log) PROBES(tanh) PROBES(erf) PROBES(expm1) PROBES(log1p) PROBES(log1p_unit)
 namespace fastops {
+template <class T> FASTOPS_FN T logs_of(T x) { return logs(x).of; }
+template <class T> FASTOPS_FN T logs_of_rest(T x) { return logs(x).of_rest; }
 template <class T> FASTOPS_FN T cdf(T x) { return normal(x).cdf; }
 template <class T> FASTOPS_FN T pdf(T x) { return normal(x).pdf; }
 template <class T> FASTOPS_FN T cdf_slope(T x) { return normal(Dual<T>(x, T(Real<T>(1)))).cdf.d; }
 template <class T> FASTOPS_FN T pdf_slope(T x) { return normal(Dual<T>(x, T(Real<T>(1)))).pdf.d; }
 }
-PROBES(cdf) PROBES(pdf) PROBES(cdf_slope) PROBES(pdf_slope)
+PROBES(logs_of) PROBES(logs_of_rest) PROBES(cdf) PROBES(pdf) PROBES(cdf_slope) PROBES(pdf_slope)
 """
 
 
@@ -189,6 +191,14 @@ def test_sign_of_zero(probe, word):
         assert got.tolist() == [0.0, 0.0] and got.signbit().tolist() == [False, True]
     else:
         assert got.tolist() == ([1.0, 1.0] if word == "exp" else [-INF, -INF])
+
+
+def test_logs_are_both_logarithms(probe):
+    x = grid()
+    assert torch.equal(probe("logs_of", x).view(torch.int32), probe("log", x).view(torch.int32))
+    rest, each = probe("logs_of_rest", x), probe("log1p", -x)
+    assert torch.equal(rest.isnan(), each.isnan())
+    assert torch.equal(rest.nan_to_num(nan=0.0), each.nan_to_num(nan=0.0))
 
 
 def test_double(probe, word):

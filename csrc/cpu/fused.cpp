@@ -6,7 +6,9 @@
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements a thread takes at least
+constexpr int64_t kGrain = 16384;   // elements a thread takes at least
+constexpr int64_t kColumns = 4096;  // whose sums stay in the first-level cache
+constexpr int64_t kAhead = 32;      // groups
 
 // out[i] = f(in[0][i], in[1][i % period], in[2][i])
 template <int inputs, class F>
@@ -36,6 +38,50 @@ Error fused(const FusedArgs& a, F f) {
   });
 }
 
+// The same of three inputs, strip by strip, and the sums of out over the rows of each.
+template <class F>
+Error summed(const FusedArgs& a, F f) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    using L = Lanes<scalar_t>;
+    using V = typename L::V;
+    using real = typename L::real;
+    auto* out = static_cast<scalar_t*>(a.out);
+    auto* x = static_cast<const scalar_t*>(a.in[0]);
+    auto* t = static_cast<const scalar_t*>(a.in[1]);
+    auto* dy = static_cast<const scalar_t*>(a.in[2]);
+    auto* sums = static_cast<real*>(a.sums);
+    const int64_t period = a.period, strip = a.strip, rows = a.n / period, strips = (rows + strip - 1) / strip;
+    const int64_t across = (period + kColumns - 1) / kColumns, each = strip * (period < kColumns ? period : kColumns);
+    const bool stream = period % L::size == 0 && streams<L>(out, a.n, x);
+    cpu::parallel(strips * across, kGrain / each + 1, [=](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t s = k / across, left = k % across * kColumns, right = left + kColumns < period ? left + kColumns : period;
+        const int64_t last = (s + 1) * strip < rows ? (s + 1) * strip : rows;
+        alignas(64) real sum[kColumns];
+        for (int64_t j = 0; j < right - left; ++j) sum[j] = 0;
+        for (int64_t r = s * strip; r < last; ++r) {
+          const int64_t row = r * period;
+          groups<L::size>(left, right, [&](int64_t j, auto count) {
+            V v[L::count], b[L::count], g[L::count];
+            __builtin_prefetch(x + row + j + kAhead * L::size);  // the sums take turns with what a processor would foresee
+            __builtin_prefetch(dy + row + j + kAhead * L::size);
+            L::load(x + row + j, count, v);
+            L::load(t + j, count, b);
+            L::load(dy + row + j, count, g);
+            for (int m = 0; m < L::count; ++m) v[m] = f(v[m], b[m], g[m]);
+            add_real<L>(sum + (j - left), count, v);
+            L::leave(out + row + j, count, v, stream);
+          });
+        }
+        for (int64_t j = left; j < right; ++j) sums[s * period + j] = sum[j - left];
+      }
+      if (stream) fence();
+    });
+    return nullptr;
+  });
+}
+
 template <class Op>
 struct MakeFused {
   static Error forward(const FusedArgs& a) {
@@ -44,11 +90,15 @@ struct MakeFused {
   static Error backward(const FusedArgs& a) {
     return fused<3>(a, [](auto x, auto t, auto dy) { return Op::backward(x, t, dy); });
   }
-  static constexpr FusedKernel backward_or_null() {
-    if constexpr (Op::broadcast) return &backward;
-    return nullptr;
+  static Error backward_summed(const FusedArgs& a) {
+    return summed(a, [](auto x, auto t, auto dy) { return Op::backward(x, t, dy); });
   }
-  static constexpr FusedRow row{Op::name, Op::activation, Op::broadcast, &forward, backward_or_null()};
+  static constexpr FusedRow row_of() {
+    FusedRow row{Op::name, Op::activation, Op::broadcast, &forward, nullptr, nullptr};
+    if constexpr (Op::broadcast) row.backward = &backward, row.summed = &backward_summed;
+    return row;
+  }
+  static constexpr FusedRow row = row_of();
 };
 using FusedTable = Table<FusedRow, MakeFused, Fused>;
 

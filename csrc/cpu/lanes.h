@@ -163,6 +163,36 @@ FASTOPS_FN double sum_of_lanes(const V& v) {
   return sum_of_lanes(wide);
 }
 
+// A group's vectors of what is in real whatever the dtype, to and from p: those that `count` elements reach into.
+template <class L, class N>
+FASTOPS_FN void load_real(const typename L::real* p, N count, typename L::V (&v)[L::count]) {
+  using R = Lanes<typename L::real>;
+  for (int k = 0; k < L::count; ++k) {
+    typename R::V one[1] = {typename R::V(typename L::real(0))};
+    const int64_t left = count - k * R::size;
+    if (left > 0) R::load(p + k * R::size, left < R::size ? left : R::size, one);
+    v[k] = one[0];
+  }
+}
+template <class L, class N>
+FASTOPS_FN void store_real(typename L::real* p, N count, const typename L::V (&v)[L::count]) {
+  using R = Lanes<typename L::real>;
+  for (int k = 0; k < L::count; ++k) {
+    const typename R::V one[1] = {v[k]};
+    const int64_t left = count - k * R::size;
+    if (left > 0) R::store(p + k * R::size, left < R::size ? left : R::size, one);
+  }
+}
+
+// Adds a group's first `count` lanes to what is at p.
+template <class L, class N>
+FASTOPS_FN void add_real(typename L::real* p, N count, const typename L::V (&v)[L::count]) {
+  typename L::V sum[L::count];
+  load_real<L>(p, count, sum);
+  for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + v[k];
+  store_real<L>(p, count, sum);
+}
+
 constexpr int64_t kStreamBytes = int64_t{24} << 20;  // of results that cannot stay in the caches
 
 // Whether a result of n elements should go past the caches: it is large, its groups are aligned, and none of its lines

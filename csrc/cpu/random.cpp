@@ -84,18 +84,36 @@ FASTOPS_FN void load_row(const scalar_t* row, int64_t period, int64_t i, N n, ty
   L::load(around, n, v);
 }
 
+// Adds a group to a row of sums from column j on, around its end, and returns the column behind.
+template <class L, class N>
+FASTOPS_FN int64_t add_to_row(typename L::real* row, int64_t period, int64_t j, N n, const typename L::V (&v)[L::count]) {
+  if (j + n <= period) {
+    add_real<L>(row + j, n, v);
+    return j + n < period ? j + n : 0;
+  }
+  typename L::real lane[L::size];
+  store_real<L>(lane, n, v);
+  for (int64_t k = 0; k < n; ++k, j = j + 1 < period ? j + 1 : 0) row[j] += lane[k];
+  return j;
+}
+
 template <class Op>
 struct MakeRandom {
   static_assert(Op::inputs == 1 || Op::inputs == 3);
 
-  static Error forward(const RandomArgs& a) {
+  static Error forward(const RandomArgs& a) { return over<false>(a); }
+  static Error forward_summed(const RandomArgs& a) { return over<true>(a); }
+
+  template <bool summed>
+  static Error over(const RandomArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
       using L = Lanes<scalar_t>;
       using V = typename L::V;
+      using real = typename L::real;
       const Key key(*a.seed);
       const uint32_t threshold = a.threshold;
-      const V scale(static_cast<typename L::real>(a.scale));
+      const V scale(static_cast<real>(a.scale));
       auto* out = static_cast<scalar_t*>(a.out);
       const scalar_t* in[Op::inputs];
       for (int k = 0; k < Op::inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
@@ -104,7 +122,9 @@ struct MakeRandom {
       const int64_t total = a.n;
       const bool stream = streams<L>(out, total, in[0]);
       const LogicalOrder& order = a.order;
-      cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan, [=, &order](int64_t begin, int64_t end) {
+      // The spans of [begin, end); what they leave is added to `sum`, which begins where they do.
+      const auto spans = [=, &order](int64_t begin, int64_t end, [[maybe_unused]] real* sum) {
+        [[maybe_unused]] int64_t column = 0;
         const U32 offsets = lane_offsets();
         Walk walk(order, begin * kSpan);
         for (int64_t span = begin; span < end; ++span) {
@@ -123,15 +143,31 @@ struct MakeRandom {
               L::load(in[2] + i, n, x[2]);
             }
             for (int k = 0; k < L::count; ++k) {
-              const auto keep = at_least<typename L::real>(word + (i - first) + k * V::size(), threshold);
+              const auto keep = at_least<real>(word + (i - first) + k * V::size(), threshold);
               if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep, scale, x[0][k]);
               if constexpr (Op::inputs == 3) x[0][k] = Op::forward(keep, scale, x[0][k], x[1][k], x[2][k]);
             }
+            if constexpr (summed) column = add_to_row<L>(sum, period, column, n, x[0]);
             L::leave(out + i, n, x[0], stream);
           });
         }
         if (stream) fence();
-      });
+      };
+      if constexpr (summed) {
+        static_assert(kStripElements % kSpan == 0);
+        auto* sums = static_cast<real*>(a.sums);
+        const int64_t strip = a.strip * period;
+        cpu::parallel((total + strip - 1) / strip, kGrain / strip + 1, [=](int64_t begin, int64_t end) {
+          for (int64_t k = begin; k < end; ++k) {
+            const int64_t last = (k + 1) * strip < total ? (k + 1) * strip : total;
+            for (int64_t j = 0; j < period; ++j) sums[k * period + j] = 0;
+            spans(k * strip / kSpan, (last + kSpan - 1) / kSpan, sums + k * period);
+          }
+        });
+      } else {
+        cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan,
+                      [=](int64_t begin, int64_t end) { spans(begin, end, nullptr); });
+      }
       return nullptr;
     });
   }
@@ -156,11 +192,13 @@ struct MakeRandom {
       return nullptr;
     });
   }
-  static constexpr RandomKernel backward_or_null() {
-    if constexpr (Op::from_output) return &backward;
-    return nullptr;
+  static constexpr RandomRow row_of() {
+    RandomRow row{Op::name, Op::inputs, &forward, nullptr, nullptr};
+    if constexpr (Op::from_output) row.backward = &backward;
+    if constexpr (Op::own_derivative) row.summed = &forward_summed;
+    return row;
   }
-  static constexpr RandomRow row{Op::name, Op::inputs, &forward, backward_or_null()};
+  static constexpr RandomRow row = row_of();
 };
 using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
 

@@ -69,27 +69,6 @@ FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body
   });
 }
 
-// A group's vectors of what is in real whatever the dtype, to and from p: those that `count` elements reach into.
-template <class L, class N>
-FASTOPS_FN void load_real(const typename L::real* p, N count, typename L::V (&v)[L::count]) {
-  using R = Lanes<typename L::real>;
-  for (int k = 0; k < L::count; ++k) {
-    typename R::V one[1] = {typename R::V(typename L::real(0))};
-    const int64_t left = count - k * R::size;
-    if (left > 0) R::load(p + k * R::size, left < R::size ? left : R::size, one);
-    v[k] = one[0];
-  }
-}
-template <class L, class N>
-FASTOPS_FN void store_real(typename L::real* p, N count, const typename L::V (&v)[L::count]) {
-  using R = Lanes<typename L::real>;
-  for (int k = 0; k < L::count; ++k) {
-    const typename R::V one[1] = {v[k]};
-    const int64_t left = count - k * R::size;
-    if (left > 0) R::store(p + k * R::size, left < R::size ? left : R::size, one);
-  }
-}
-
 // Where the results of a row go, past the caches or not. A row that is streamed is walked so that its groups are aligned:
 // the first of each block ends after `head` elements.
 template <class L, class scalar_t>

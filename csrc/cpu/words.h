@@ -1,4 +1,4 @@
-// exp, log, tanh, erf, expm1, log1p and log1p_unit of vectors of float, within 2 ulp and without branches, and
+// exp, log, tanh, erf, expm1, log1p, log1p_unit and logs of vectors of float, within 2 ulp and without branches, and
 // the normal distribution, for the instruction set that this is compiled for. math.h includes this
 // file inside its namespace CPU_CAPABILITY and provides Vec and FASTOPS_FN; vectors of double keep
 // at::vec's words (1 ulp).
@@ -135,12 +135,32 @@ FASTOPS_FN F expm1(F x) {
 }
 
 // ------------------------------------------------------------------------------------ logarithms
-// log((1 + f) 2^n) with |f| <= 1/3
-FASTOPS_FN F log_reduced(F f, F n) {
+// (1 + f) 2^n with |f| <= 1/3
+struct Split {
+  F f, n;
+};
+// log of it. Of several, step by step: see exp.
+template <int m>
+FASTOPS_FN void log_split(const Split (&s)[m], F (&y)[m]) {
   constexpr float c[] = {0x1.555506p-2f, -0x1.fffefap-3f, 0x1.99d054p-3f, -0x1.559c54p-3f,
                          0x1.1ed508p-3f, -0x1.f335d0p-4f, 0x1.1e6eb6p-3f, -0x1.07bc3cp-3f};
-  const F p = fma(polynomial(f, c), f, -.5f);
-  return fma(n, kLn2, f + fma(p, f * f, n * kLn2Rest));
+  for (F& p : y) p = splat(c[7]);
+#pragma GCC unroll 16
+  for (int j = 6; j >= 0; --j)
+#pragma GCC unroll 4
+    for (int k = 0; k < m; ++k) y[k] = fma(y[k], s[k].f, c[j]);
+#pragma GCC unroll 4
+  for (int k = 0; k < m; ++k) {
+    const auto [f, n] = s[k];
+    const F p = fma(y[k], f, -.5f);
+    y[k] = fma(n, kLn2, f + fma(p, f * f, n * kLn2Rest));
+  }
+}
+FASTOPS_FN F log_split(const Split& s) {
+  const Split one[] = {s};
+  F y[1];
+  log_split(one, y);
+  return y[0];
 }
 
 // n with u / 2^n in [2/3, 4/3)
@@ -162,27 +182,41 @@ FASTOPS_FN F or_special(F y, F u) {
 // log: all floats, denormals too
 // at most 0.89, 0.89, 0.96 ulp
 // log(+-0) = -inf, log(inf) = inf, log(1) = 0, log(< 0) = log(nan) = nan
-FASTOPS_FN F log(F x) {
+FASTOPS_FN Split split(F x) {
   const I tiny = x < 0x1p-126f;
   const F u = tiny ? x * 0x1p32f : x;
   const I n = exponent(u);
-  const F f = (F)((I)u - (n << 23)) - 1.f;
-  return or_special(log_reduced(f, __builtin_convertvector(n + (tiny & -32), F)), x);
+  return {(F)((I)u - (n << 23)) - 1.f, __builtin_convertvector(n + (tiny & -32), F)};
 }
+FASTOPS_FN F log(F x) { return or_special(log_split(split(x)), x); }
 
 // log1p: all floats
 // at most 1.60, 1.60, 1.71 ulp
 // log1p(-1) = -inf, log1p(inf) = inf, log1p(+-0) = +-0, log1p(denormal) = itself,
 // log1p(< -1) = log1p(nan) = nan
-FASTOPS_FN F log1p(F x) {
-  // 1 + x is rounded only to find n: f = x 2^-n + (2^-n - 1) rounds once, near 0 not at all. 2^-n
+FASTOPS_FN Split split_from_1(F x, F u) {
+  // u = 1 + x is rounded only to find n: f = x 2^-n + (2^-n - 1) rounds once, near 0 not at all. 2^-n
   // is held as 2^(2-n), which is a normal number for every n.
-  const F u = x + 1.f;
   const I n = exponent(u);
   const F s = (F)(0x40800000 - (n << 23));
-  const F f = fma(x * .25f, s, fma(s, .25f, -1.f));
-  const F y = or_special(log_reduced(f, __builtin_convertvector(n, F)), u);
-  return magnitude(x) < 0x1p-24f ? x : y;
+  return {fma(x * .25f, s, fma(s, .25f, -1.f)), __builtin_convertvector(n, F)};
+}
+FASTOPS_FN F or_tiny(F y, F x) { return magnitude(x) < 0x1p-24f ? x : y; }
+FASTOPS_FN F log1p(F x) {
+  const F u = x + 1.f;
+  return or_tiny(or_special(log_split(split_from_1(x, u)), u), x);
+}
+
+// log(x) and log1p(-x) at once, the same to the bit
+struct Both {
+  F of, of_rest;
+};
+FASTOPS_FN Both logs(F x) {
+  const F minus = -x, u = minus + 1.f;
+  const Split two[] = {split(x), split_from_1(minus, u)};
+  F y[2];
+  log_split(two, y);
+  return {or_special(y[0], x), or_tiny(or_special(y[1], u), minus)};
 }
 
 // log1p_unit: 0 <= x <= 1, of which nothing need be split off
@@ -352,6 +386,18 @@ FASTOPS_WORD(expm1, expm1)
 FASTOPS_WORD(log1p, log1p)
 FASTOPS_WORD(log1p_unit, log1p)
 #undef FASTOPS_WORD
+
+FASTOPS_FN Logs<Vec<float>> logs(const Vec<float>& x) {
+  constexpr int count = sizeof(x) / sizeof(words::F);
+  words::F of[count], of_rest[count];
+  x.store(of);
+  for (int k = 0; k < count; ++k) {
+    const words::Both both = words::logs(of[k]);
+    of[k] = both.of;
+    of_rest[k] = both.of_rest;
+  }
+  return {Vec<float>::loadu(of), Vec<float>::loadu(of_rest)};
+}
 
 // The exponentials of several vectors at once.
 template <int m, int n>

@@ -65,6 +65,51 @@ Error fused(const FusedArgs& a) {
   });
 }
 
+// The same of three inputs, and the sums of out over the rows of each strip: a thread goes down `width` columns of one.
+template <class F, int width, class scalar_t>
+__global__ void __launch_bounds__(kThreads, kResident)
+    summed_kernel(int64_t rows, int64_t period, int64_t strip, scalar_t* out, Inputs<scalar_t, 3> in,
+                  real_of<scalar_t>* sums) {
+  using real = real_of<scalar_t>;
+  const int64_t columns = period / width, items = (rows + strip - 1) / strip * columns;
+  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < items; k += int64_t{gridDim.x} * kThreads) {
+    const int64_t first = k / columns * strip, left = k % columns * width;
+    const int64_t last = first + strip < rows ? first + strip : rows;
+    real t[width], sum[width] = {};
+    load_columns(in.p[1] + left, t);
+    for (int64_t i = first * period + left; i < last * period; i += period) {
+      real x[width], dy[width];
+      load_columns(in.p[0] + i, x);
+      load_columns(in.p[2] + i, dy);
+#pragma unroll
+      for (int m = 0; m < width; ++m) {
+        x[m] = F::apply(x[m], t[m], dy[m]);
+        sum[m] += x[m];
+      }
+      store_columns(out + i, x);
+    }
+    store_columns(sums + k / columns * period + left, sum);
+  }
+}
+
+template <class F>
+Error summed(const FusedArgs& a) {
+  if (a.n == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    constexpr int size = pack_size<scalar_t>;
+    auto* out = static_cast<scalar_t*>(a.out);
+    auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
+    Inputs<scalar_t, 3> in;
+    for (int j = 0; j < 3; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
+    const int64_t rows = a.n / a.period, strips = (rows + a.strip - 1) / a.strip;
+    const bool wide = a.period % size == 0 && aligned(out, in.p[0], in.p[1], in.p[2]) && aligned(sums);
+    const int64_t items = strips * (wide ? a.period / size : a.period);
+    return launch(wide ? summed_kernel<F, size, scalar_t> : summed_kernel<F, 1, scalar_t>, grid_for(items, kThreads),
+                  kThreads, a.stream, rows, a.period, a.strip, out, in, sums);
+  });
+}
+
 template <class Op>
 struct Forward {
   template <class T>
@@ -82,11 +127,12 @@ struct Backward {
 
 template <class Op>
 struct MakeFused {
-  static constexpr FusedKernel backward_or_null() {
-    if constexpr (Op::broadcast) return &fused<Backward<Op>, 3>;
-    return nullptr;
+  static constexpr FusedRow row_of() {
+    FusedRow row{Op::name, Op::activation, Op::broadcast, &fused<Forward<Op>, 2>, nullptr, nullptr};
+    if constexpr (Op::broadcast) row.backward = &fused<Backward<Op>, 3>, row.summed = &summed<Backward<Op>>;
+    return row;
   }
-  static constexpr FusedRow row{Op::name, Op::activation, Op::broadcast, &fused<Forward<Op>, 2>, backward_or_null()};
+  static constexpr FusedRow row = row_of();
 };
 using FusedTable = Table<FusedRow, MakeFused, Fused>;
 

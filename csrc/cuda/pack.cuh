@@ -93,6 +93,24 @@ __device__ __forceinline__ void store_wide(scalar_t* p, const real (&v)[n]) {
   }
 }
 
+// As many columns of a row as a thread goes down: whole packs, or one.
+template <class real, class scalar_t, int n>
+__device__ __forceinline__ void load_columns(const scalar_t* p, real (&v)[n]) {
+  if constexpr (n == 1) {
+    v[0] = static_cast<real>(load(p));
+  } else {
+    load_wide(p, v);
+  }
+}
+template <class real, class scalar_t, int n>
+__device__ __forceinline__ void store_columns(scalar_t* p, const real (&v)[n]) {
+  if constexpr (n == 1) {
+    store(p, static_cast<scalar_t>(v[0]));
+  } else {
+    store_wide(p, v);
+  }
+}
+
 // The first `count` of n elements, one by one; the others become `filler`.
 template <class real, class scalar_t, int n>
 __device__ __forceinline__ void load_narrow(const scalar_t* p, int64_t count, real (&v)[n], real filler = real(0)) {

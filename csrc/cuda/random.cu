@@ -145,6 +145,39 @@ __global__ void __launch_bounds__(kThreads, kResident)
   });
 }
 
+// Of contiguous rows, and the sums of the output over the rows of each strip: a thread goes down `width` columns of one.
+template <class Op, int width, class scalar_t>
+__global__ void __launch_bounds__(kThreads, kResident)
+    summed_kernel(int64_t rows, int64_t period, int64_t strip, scalar_t* out, const scalar_t* in, Mask mask,
+                  real_of<scalar_t> scale, real_of<scalar_t>* sums) {
+  using real = real_of<scalar_t>;
+  const Key key(mask.seed);
+  const int64_t columns = period / width, items = (rows + strip - 1) / strip * columns;
+  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < items; k += int64_t{gridDim.x} * kThreads) {
+    const int64_t first = k / columns * strip, left = k % columns * width;
+    const int64_t last = first + strip < rows ? first + strip : rows;
+    real sum[width] = {};
+    for (int64_t i = first * period + left; i < last * period; i += period) {
+      real x[width];
+      load_columns(in + i, x);
+#pragma unroll
+      for (int j = 0; j < width; j += kWords) {
+        const Philox<uint32_t> philox = key.words((i + j) / kWords);
+        if constexpr (width == 1) {
+          x[0] = Op::forward(philox.word[i % kWords] >= mask.threshold, scale, x[0]);
+        } else {
+#pragma unroll
+          for (int m = 0; m < kWords; ++m) x[j + m] = Op::forward(philox.word[m] >= mask.threshold, scale, x[j + m]);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < width; ++m) sum[m] += x[m];
+      store_columns(out + i, x);
+    }
+    store_columns(sums + k / columns * period + left, sum);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ launchers
 
 template <class Op>
@@ -207,15 +240,35 @@ Error backward(const RandomArgs& a) {
   });
 }
 
+template <class Op>
+Error summed(const RandomArgs& a) {
+  if (a.n == 0) return nullptr;
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    constexpr int size = group_size<scalar_t>;
+    auto* out = static_cast<scalar_t*>(a.out);
+    auto* in = static_cast<const scalar_t*>(a.in[0]);
+    auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
+    const int64_t rows = a.n / a.period, strips = (rows + a.strip - 1) / a.strip;
+    const bool wide = a.period % size == 0 && aligned(out, in) && aligned(sums);
+    const int64_t items = strips * (wide ? a.period / size : a.period);
+    return launch(wide ? summed_kernel<Op, size, scalar_t> : summed_kernel<Op, 1, scalar_t>, grid_for(items, kThreads),
+                  kThreads, a.stream, rows, a.period, a.strip, out, in, Mask{a.seed, a.threshold},
+                  static_cast<real_of<scalar_t>>(a.scale), sums);
+  });
+}
+
 // ------------------------------------------------------------------------------------------------ table
 
 template <class Op>
 struct MakeRandom {
-  static constexpr RandomKernel backward_or_null() {
-    if constexpr (Op::from_output) return &backward<Op>;
-    return nullptr;
+  static constexpr RandomRow row_of() {
+    RandomRow row{Op::name, Op::inputs, &forward<Op>, nullptr, nullptr};
+    if constexpr (Op::from_output) row.backward = &backward<Op>;
+    if constexpr (Op::own_derivative) row.summed = &summed<Op>;
+    return row;
   }
-  static constexpr RandomRow row{Op::name, Op::inputs, &forward<Op>, backward_or_null()};
+  static constexpr RandomRow row = row_of();
 };
 using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
 

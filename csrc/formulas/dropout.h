@@ -10,7 +10,7 @@ namespace fastops {
 struct Dropout {
   static constexpr const char* name = "dropout";
   static constexpr int inputs = 1;
-  static constexpr bool from_output = false;
+  static constexpr bool from_output = false, own_derivative = true;
   template <class T, class Mask>
   static FASTOPS_FN T forward(Mask keep, T scale, T x) {
     return select(keep, x * scale, c<T>(0));
@@ -20,7 +20,7 @@ struct Dropout {
 struct ReLUDropout {
   static constexpr const char* name = "relu_dropout";
   static constexpr int inputs = 1;
-  static constexpr bool from_output = true;  // what was dropped is 0, as what was not positive
+  static constexpr bool from_output = true, own_derivative = false;  // what was dropped is 0, as what was not positive
   template <class T, class Mask>
   static FASTOPS_FN T forward(Mask keep, T scale, T x) {
     return Dropout::forward(keep, scale, ReLU::forward(x));
@@ -34,7 +34,7 @@ struct ReLUDropout {
 struct BiasDropoutAdd {
   static constexpr const char* name = "bias_dropout_add";
   static constexpr int inputs = 3;  // x, a row that is repeated, and a residual
-  static constexpr bool from_output = false;
+  static constexpr bool from_output = false, own_derivative = false;
   template <class T, class Mask>
   static FASTOPS_FN T forward(Mask keep, T scale, T x, T bias, T residual) {
     return residual + Dropout::forward(keep, scale, x + bias);

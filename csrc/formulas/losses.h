@@ -85,7 +85,8 @@ struct BCE {
   static constexpr double low = 0, high = 1;
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
-    return (t - c<T>(1)) * max(log1p(-x), c<T>(-100)) - t * max(log(x), c<T>(-100));
+    const auto [of, of_rest] = logs(x);
+    return (t - c<T>(1)) * larger(c<T>(-100), of_rest) - t * larger(c<T>(-100), of);
   }
   template <class T>
   static FASTOPS_FN T d0(T x, T t) {
@@ -93,7 +94,8 @@ struct BCE {
   }
   template <class T>
   static FASTOPS_FN T d1(T x, T) {
-    return log1p(-x) - log(x);
+    const auto [of, of_rest] = logs(x);
+    return of_rest - of;
   }
 };
 

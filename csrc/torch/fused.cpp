@@ -51,12 +51,21 @@ void check_inputs(size_t row, const Tensor& input, const Tensor& other) {
               " and ", other.sizes());
 }
 
-void run(size_t row, FusedKernel FusedRow::*kernel, const Tensor& out, std::initializer_list<const Tensor*> in) {
+void run(size_t row, FusedKernel FusedRow::*kernel, const Tensor& out, std::initializer_list<const Tensor*> in,
+         const RowSums* sums = nullptr) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const FusedRow& r = table(out.device().type()).data[row];
-  FusedArgs a{out.scalar_type(), out.numel(), r.broadcast ? out.size(-1) : out.numel(), out.mutable_data_ptr(), {},
-              stream_of(out)};
+  FusedArgs a{};
+  a.dtype = out.scalar_type();
+  a.n = out.numel();
+  a.period = r.broadcast ? out.size(-1) : out.numel();
+  a.out = out.mutable_data_ptr();
+  if (sums) {
+    a.sums = sums->strips.mutable_data_ptr();
+    a.strip = sums->strip;
+  }
+  a.stream = stream_of(out);
   size_t k = 0;
   for (const Tensor* t : in) a.in[k++] = t->const_data_ptr();
   check(r.name, (r.*kernel)(a));
@@ -88,27 +97,34 @@ struct Inplace {
   }
 };
 
-// d activation(x + t) / d (x + t) applied to dy, saved: the output, or x and t.
-Tensor derivative(size_t row, const Tensor& dy, const std::vector<Tensor>& saved) {
-  const FusedRow& r = cpu_row(row);
-  if (!r.broadcast) return ops(row).activation_backward.call(saved[0], dy);
+// d activation(x + t) / d (x + t) applied to dy, and what of it flows to t where that is wanted; saved: the output, or x
+// and t.
+std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy, const std::vector<Tensor>& saved, bool wanted) {
+  Tensor dx;
+  if (!cpu_row(row).broadcast) {
+    dx = ops(row).activation_backward.call(saved[0], dy);
+    return {dx, dx};
+  }
   const Tensor &x = saved[0], &t = saved[1];
   if (at::GradMode::is_enabled() || at::isTensorSubclassLike(dy) || at::isTensorSubclassLike(x) ||
-      at::isTensorSubclassLike(t))
-    return ops(row).activation_backward.call(at::add(x, t), dy);
-  const Tensor a = resolved(x).contiguous(), b = resolved(t).contiguous(), g = resolved(dy).contiguous();
-  const Tensor dx = output_like(a);
-  run(row, &FusedRow::backward, dx, {&a, &b, &g});
-  return dx;
+      at::isTensorSubclassLike(t)) {
+    dx = ops(row).activation_backward.call(at::add(x, t), dy);
+  } else {
+    const Tensor a = resolved(x).contiguous(), b = resolved(t).contiguous(), g = resolved(dy).contiguous();
+    dx = output_like(a);
+    if (wanted && has_rows(a)) {
+      const RowSums sums(a);
+      run(row, &FusedRow::summed, dx, {&a, &b, &g}, &sums);
+      return {dx, sums.total(t.scalar_type())};
+    }
+    run(row, &FusedRow::backward, dx, {&a, &b, &g});
+  }
+  return {dx, wanted ? sum_to_row(dx) : Tensor()};
 }
 
 variable_list vjp(const variable_list& grads, const BackwardContext& c) {
-  const auto row = static_cast<size_t>(c.attributes[0].toInt());
-  const Tensor dx = derivative(row, grads[0], c.saved);
-  variable_list result(2);
-  if (c.needed[0]) result[0] = dx;
-  if (c.needed[1]) result[1] = cpu_row(row).broadcast ? sum_to_row(dx) : dx;
-  return result;
+  const auto [dx, dt] = derivatives(static_cast<size_t>(c.attributes[0].toInt()), grads[0], c.saved, c.needed[1]);
+  return {c.needed[0] ? dx : Tensor(), c.needed[1] ? dt : Tensor()};
 }
 
 Tensor forward_tangent(size_t row, const Tensor& y, const Tensor& input, const Tensor& other) {

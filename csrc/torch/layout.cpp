@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "backend.h"
 #include "pool.h"
 
 namespace fastops {
@@ -140,6 +141,17 @@ at::Tensor sum_to_row(const at::Tensor& t) {
   for (size_t d = 0; d < leading.size(); ++d) leading[d] = static_cast<int64_t>(d);
   return t.sum(leading);
 }
+
+RowSums::RowSums(const at::Tensor& x) {
+  // Few enough rows that their sum does not drift and that all threads have strips, and so many that strips are few.
+  constexpr int64_t kFewest = 8, kMost = 64, kStrips = 32;
+  const int64_t period = x.size(-1), rows = x.numel() / period;
+  strip = x.is_cpu() && rows >= kStrips * kMost ? kMost : kFewest;
+  while (strip * period % kStripElements != 0) strip *= 2;
+  strips = output_beside(x, {(rows + strip - 1) / strip, period}, real_of(x.scalar_type()));
+}
+
+at::Tensor RowSums::total(at::ScalarType dtype) const { return as_dtype(strips.sum(0), dtype); }
 
 void check_row(const char* op, const char* what, const at::Tensor& row, const at::Tensor& input) {
   TORCH_CHECK(input.dim() >= 1 && row.dim() == 1 && row.size(0) == input.size(-1), op, ": expected a ", what,

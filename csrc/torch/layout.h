@@ -50,6 +50,17 @@ Rows3 around(const at::Tensor& x, int64_t dim);
 // The sum over all dimensions but the last: what flows back to a row that was repeated.
 at::Tensor sum_to_row(const at::Tensor& t);
 
+// What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of `strip` rows at a time: `strips`,
+// of reals, whose columns are left to be added.
+struct RowSums {
+  int64_t strip;
+  at::Tensor strips;
+  explicit RowSums(const at::Tensor& x);
+  at::Tensor total(at::ScalarType dtype) const;
+};
+// Whether x is worth that: it has elements, and rows.
+inline bool has_rows(const at::Tensor& x) { return x.dim() > 1 && x.numel() > 0; }
+
 // Throws unless `row`, which op calls `what`, is one row of the input's last dimension.
 void check_row(const char* op, const char* what, const at::Tensor& row, const at::Tensor& input);
 // Throws unless t is of the input's dtype and device.

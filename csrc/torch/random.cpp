@@ -47,7 +47,8 @@ void check_arguments(const char* name, const Tensor& input, double p, const Tens
               seed.device());
 }
 
-void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in, double p, const Tensor& seed) {
+void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in, double p, const Tensor& seed,
+         const RowSums* sums = nullptr) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const RandomRow& row = row_of(name, out.device().type());
@@ -63,7 +64,11 @@ void run(const char* name, const Tensor& out, std::initializer_list<const Tensor
   a.scale = 1 / (1 - p);
   a.order = logical_order(out);
   a.stream = stream_of(out);
-  check(row.name, row.forward(a));
+  if (sums) {
+    a.sums = sums->strips.mutable_data_ptr();
+    a.strip = sums->strip;
+  }
+  check(row.name, (sums ? row.summed : row.forward)(a));
 }
 
 Tensor dropout(const Tensor& input, double p, const Tensor& seed) {
@@ -240,8 +245,15 @@ Tensor bias_dropout_add(const Tensor& input, const Tensor& bias, const Tensor& r
 variable_list bias_dropout_add_vjp(const variable_list& grads, const BackwardContext& c) {
   variable_list result(4);
   const Tensor& dy = grads[0];
-  if (c.needed[0] || c.needed[1]) {
-    const Tensor dx = dropout_op().call(dy, c.attributes[0].toDouble(), c.saved[0]);
+  const double p = c.attributes[0].toDouble();
+  if (c.needed[1] && !at::GradMode::is_enabled() && !at::isTensorSubclassLike(dy) && has_rows(dy)) {
+    const Tensor g = resolved(dy).contiguous(), dx = output_like(g);
+    const RowSums sums(g);
+    run("dropout", dx, {&g}, p, c.saved[0], &sums);
+    if (c.needed[0]) result[0] = dx;
+    result[1] = sums.total(dy.scalar_type());
+  } else if (c.needed[0] || c.needed[1]) {
+    const Tensor dx = dropout_op().call(dy, p, c.saved[0]);
     if (c.needed[0]) result[0] = dx;
     if (c.needed[1]) result[1] = sum_to_row(dx);
   }

@@ -141,8 +141,14 @@ int64_t workspace_bytes(int64_t n) { return reduce_workspace(n); }
 const char* run_fused(size_t index, bool backward, int dtype, int64_t n, int64_t period, void* out,
                       const void* const* in) {
   const FusedRow& row = tables().fused.data[index];
-  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr};
+  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr, 0, nullptr};
   return (backward ? row.backward : row.forward)(a);
+}
+
+const char* run_fused_summed(size_t index, int dtype, int64_t n, int64_t period, void* out, const void* const* in,
+                             void* sums, int64_t strip) {
+  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, sums, strip, nullptr};
+  return tables().fused.data[index].summed(a);
 }
 
 const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n, int64_t inner, void* out,
@@ -239,6 +245,23 @@ const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, c
   a.in[1] = dy;
   a.scale = scale;
   return tables().random.data[index].backward(a);
+}
+
+const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period, void* out, const void* in,
+                              const int64_t* seed, uint32_t threshold, double scale, void* sums, int64_t strip) {
+  RandomArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.n = n;
+  a.period = period;
+  a.out = out;
+  a.in[0] = in;
+  a.seed = seed;
+  a.threshold = threshold;
+  a.scale = scale;
+  a.order = {1, {n}, {1}};
+  a.sums = sums;
+  a.strip = strip;
+  return tables().random.data[index].summed(a);
 }
 
 const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in, const void* row,
