@@ -47,6 +47,8 @@ def test_every_op_is_in_the_table():
         "probability_kernel": 3 * 4 * len(rows("cross_entropy")),
         "cross_entropy_kernel": 3 * 4 * len(rows("cross_entropy")),
         "contiguous_kernel": 4 * len(rows("random")),
+        # of packs, of single columns; dtypes
+        "summed_kernel": 2 * 4 * (1 + sum(row.broadcast for row in rows("fused"))),
     }
     assert {name: found[name] for name in expected} == expected
 

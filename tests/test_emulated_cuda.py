@@ -785,7 +785,10 @@ def test_dropout_summed(dtype, lines, period):
 
     def run(device):
         s = device.constant(torch.tensor([seed]), 0)
-        y, sums = device.empty(shape, dtype), device.empty((-(-lines // strip), period), real(dtype))
+        y, sums = (
+            device.empty(shape, dtype),
+            device.empty((-(-lines // strip), period), real(dtype)),
+        )
         call("run_random_summed", row.index, DTYPES[dtype], I64(n), I64(period), address(y), address(device.constant(x)), address(s), ctypes.c_uint32(threshold), F64(1.25), address(sums), I64(strip))  # fmt: skip
         yield from (y, sums)
 
@@ -894,15 +897,25 @@ def test_fused_summed(row, dtype, lines, period):
 
     def run(device):
         inputs = [device.copy(v) for v in (x, t, dy)]
-        dx, sums = device.empty(shape, dtype), device.empty((-(-lines // strip), period), real(dtype))
+        dx, sums = (
+            device.empty(shape, dtype),
+            device.empty((-(-lines // strip), period), real(dtype)),
+        )
         pointers = (POINTER * 3)(*map(address, inputs))
         call("run_fused_summed", row.index, DTYPES[dtype], I64(x.numel()), I64(period), address(dx), pointers, address(sums), I64(strip))  # fmt: skip
         yield from (dx, sums, run_fused(row, True, device.empty(shape, dtype), inputs, period))
 
-    judge = torch.float32  # torch's own error, where float64 is no better than the value; see check()
+    judge = (
+        torch.float32
+    )  # torch's own error, where float64 is no better than the value; see check()
     for dx, sums, alone in everywhere(run):
         assert torch.equal(bits(dx), bits(alone))
-        check(sums, strips(gradient(judge), strip), strips(gradient(torch.float64), strip), real(dtype))
+        check(
+            sums,
+            strips(gradient(judge), strip),
+            strips(gradient(torch.float64), strip),
+            real(dtype),
+        )
 
 
 # ------------------------------------------------------------------------------------------------ step
@@ -1101,7 +1114,9 @@ def test_sums_are_taken_on_the_way(row, dtype):
         run = partial(call, "run_fused_summed", row.index, DTYPES[dtype], I64(x.numel()), I64(1024), address(out), pointers, address(sums), I64(8))  # fmt: skip
         seen = traffic(run)
         packs = 1 + (dtype.itemsize == 2)  # of float, for what is beside one of the dtype
-        assert_floor(seen, 2 * nbytes + nbytes // 8, nbytes + sums.numel() * size_of(real(dtype)), packs)
+        assert_floor(
+            seen, 2 * nbytes + nbytes // 8, nbytes + sums.numel() * size_of(real(dtype)), packs
+        )
         assert_all_wide(seen)
 
 

@@ -157,7 +157,9 @@ BIASED = {
 def test_gradient_to_a_bias_is_the_sum_over_rows(name, dtype, shape):
     """It is summed in the pass that writes the input's, few rows at a time: for any number of rows and columns, to the
     bit the same for any number of threads, and with the same gradient to the input as without it."""
-    x, b, dy = (t.to(dtype) for t in (randn(*shape), randn(shape[-1], seed=1), randn(*shape, seed=2)))
+    x, b, dy = (
+        t.to(dtype) for t in (randn(*shape), randn(shape[-1], seed=1), randn(*shape, seed=2))
+    )
     ours, plain = BIASED[name]
 
     def run(function, kind, of_bias=True):
@@ -176,8 +178,13 @@ def test_gradient_to_a_bias_is_the_sum_over_rows(name, dtype, shape):
     assert all(torch.equal(dx, a) and torch.equal(db, c) for a, c in results)
     assert torch.equal(dx, run(ours, dtype, of_bias=False)[0]) and db.shape == b.shape
     if dtype is torch.float64:  # of which torch's is no oracle: the sum of our own terms is
-        theirs, exact = dx.flatten(0, -2).sum(0), dx.flatten(0, -2).numpy().astype("longdouble").sum(0)
-        mine, torchs = (abs(t.numpy() - exact).max() / max(1, abs(exact).max()) for t in (db, theirs))
+        theirs, exact = (
+            dx.flatten(0, -2).sum(0),
+            dx.flatten(0, -2).numpy().astype("longdouble").sum(0),
+        )
+        mine, torchs = (
+            abs(t.numpy() - exact).max() / max(1, abs(exact).max()) for t in (db, theirs)
+        )
         assert mine <= 2 * torchs + 4 * torch.finfo(dtype).eps
     else:
         assert_as_accurate(db, run(plain, dtype)[1], run(plain, torch.float64)[1], dtype)

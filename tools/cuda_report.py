@@ -334,6 +334,7 @@ PACKS = {
     "fused_kernel": (2, 1),
     "probability_kernel": (2, 1),
     "backward_kernel": (2, 1),
+    "summed_kernel": (1, 2),  # the sums as well
 }
 # What is computed in float64 for every dtype: the numbers of a step, and sums.
 IN_DOUBLE = {"derive_kernel", "sums_kernel", "clip_kernel"}
@@ -399,8 +400,12 @@ def complaints(lines: list[Line]) -> list[str]:
             or "map_kernel<Backward" in name
         ):
             loads = int(line["kernel"].split(", ")[-2])  # <Op, inputs, parameters>
-        if "each_kernel<Value<" in name:  # x, t and the gradient
+        if (
+            "each_kernel<Value<" in name or "summed_kernel<Backward<" in name
+        ):  # x, t and the gradient
             loads = 3
+        if "summed_kernel" in name and ", 1>" in name:  # which goes down one column
+            loads = stores = 0
         for arch in (column.split()[1] for column in line if column.startswith("spills ")):
             if int(line[f"spills {arch}"]):
                 found.append(f"{name}: spills {line[f'spills {arch}']} bytes on sm_{arch}")
