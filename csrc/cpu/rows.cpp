@@ -298,43 +298,110 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, cons
   });
 }
 
-// `count` neighbouring rows at once, element j of each at stride `inner`.
-template <class Op, class L, class scalar_t, class N>
-FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner, N count) {
+// The classes of `count` neighbouring rows, those of class j behind each other at j inner: a vector each. They are kept
+// side by side once they were read: at strides of a power of two they push each other out of the nearest cache.
+template <class L, class scalar_t>
+struct Tile {
   using V = typename L::V;
-  LogSumExp<V> row[L::count];
-  V k[L::count];
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count];
-    L::load(x + j * inner, count, u);
-    for (int g = 0; g < L::count; ++g) row[g].peak = max(row[g].peak, u[g]);
+  static constexpr int64_t kClasses = (64 << 10) / static_cast<int64_t>(L::size * sizeof(typename L::real));
+  const scalar_t* x;
+  int64_t inner, count;
+  bool fits;
+  alignas(64) typename L::real kept[kClasses * L::size];
+
+  FASTOPS_FN Tile(const scalar_t* x, int64_t n, int64_t inner, int64_t count)
+      : x(x), inner(inner), count(count), fits(n <= kClasses) {}
+  FASTOPS_FN void read(int64_t j, V (&v)[L::count]) {
+    L::load(x + j * inner, count, v);
+    if (fits) keep(j, v);
   }
-  in_runs(n, [&](int64_t begin, int64_t end) {
-    V sum[L::count];
-    for (auto& s : sum) s = V(typename L::real(0));
-    for (int64_t j = begin; j < end; ++j) {
+  FASTOPS_FN void keep(int64_t j, const V (&v)[L::count]) {
+    for (int k = 0; k < L::count; ++k) v[k].store(kept + j * L::size + k * V::size());
+  }
+  FASTOPS_FN void again(int64_t j, V (&v)[L::count]) const {
+    if (fits) return kept_of(j, v);
+    L::load(x + j * inner, count, v);
+  }
+  FASTOPS_FN void kept_of(int64_t j, V (&v)[L::count]) const {
+    for (int k = 0; k < L::count; ++k) v[k] = V::loadu(kept + j * L::size + k * V::size());
+  }
+  // The maximum of each row, or what is left of it where there is a NaN, which shows in the sums.
+  FASTOPS_FN void read_all(int64_t n, V (&peak)[L::count]) {
+    for (auto& p : peak) p = V(-std::numeric_limits<typename L::real>::infinity());
+    for (int64_t j = 0; j < n; ++j) {
       V u[L::count];
-      L::load(x + j * inner, count, u);
-      for (int g = 0; g < L::count; ++g) sum[g] = sum[g] + exp(u[g] - row[g].peak);
+      read(j, u);
+      for (int k = 0; k < L::count; ++k) peak[k] = larger(u[k], peak[k]);
     }
-    for (int g = 0; g < L::count; ++g) row[g].sum = row[g].sum + sum[g];
-  });
-  for (int g = 0; g < L::count; ++g) k[g] = Op::constant(row[g].sum);
+  }
+  // The sums of exp(x - base), which is left instead of x where all fit, and `leave`.
+  template <bool leave>
+  FASTOPS_FN void exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count]) {
+    for (auto& s : sum) s = V(typename L::real(0));
+    if (fits) {
+      add_exponentials<leave>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { kept_of(j, v); });
+    } else {
+      add_exponentials<false>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { L::load(x + j * inner, count, v); });
+    }
+  }
+  template <bool leave, class Read>
+  FASTOPS_FN void add_exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count], Read read) {
+    constexpr int several = kTogether / L::count;
+    in_runs(n, [&](int64_t begin, int64_t end) {
+      V few[L::count];
+      for (auto& f : few) f = V(typename L::real(0));
+      const auto add = [&](int64_t j, auto classes) {
+        V u[classes][L::count];
+        for (int c = 0; c < classes; ++c) {
+          read(j + c, u[c]);
+          for (int k = 0; k < L::count; ++k) u[c][k] = u[c][k] - base[k];
+        }
+        exp(u);
+        for (int c = 0; c < classes; ++c) {
+          if constexpr (leave) keep(j + c, u[c]);
+          for (int k = 0; k < L::count; ++k) few[k] = few[k] + u[c][k];
+        }
+      };
+      int64_t j = begin;
+      for (; j + several <= end; j += several) add(j, std::integral_constant<int, several>{});
+      for (; j < end; ++j) add(j, std::integral_constant<int, 1>{});
+      for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + few[k];
+    });
+  }
+  // exp(x - base) of a class, of which exponentials() has left it where all fit.
+  FASTOPS_FN void exponential(int64_t j, const V (&base)[L::count], V (&v)[L::count]) const {
+    again(j, v);
+    if (fits) return;
+    for (int k = 0; k < L::count; ++k) v[k] = exp(v[k] - base[k]);
+  }
+};
+
+// `count` neighbouring rows at once, element j of each at stride `inner`.
+template <class Op, class L, class scalar_t>
+FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner, int64_t count) {
+  using V = typename L::V;
+  Tile<L, scalar_t> tile(x, n, inner, count);
+  V peak[L::count], sum[L::count];
+  tile.read_all(n, peak);
+  tile.template exponentials<Op::from_exponential>(n, peak, sum);
+  for (auto& s : sum) s = Op::constant(s);
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
-    L::load(x + j * inner, count, u);
-    for (int g = 0; g < L::count; ++g) {
-      if constexpr (Op::from_exponential) u[g] = exp(u[g] - row[g].peak);
-      u[g] = Op::forward(u[g], row[g].peak, k[g]);
+    if constexpr (Op::from_exponential) {
+      tile.exponential(j, peak, u);
+    } else {
+      tile.again(j, u);
     }
+    for (int k = 0; k < L::count; ++k) u[k] = Op::forward(u[k], peak[k], sum[k]);
     L::store(y + j * inner, count, u);
   }
 }
 
-template <class Op, class L, class scalar_t, class N>
+template <class Op, class L, class scalar_t>
 FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, scalar_t* dx, int64_t n,
-                                         int64_t inner, N count) {
+                                         int64_t inner, int64_t count) {
   using V = typename L::V;
+  Tile<L, scalar_t> outputs(y, n, inner, count), gradients(dy, n, inner, count);
   V total[L::count];
   for (auto& t : total) t = V(typename L::real(0));
   in_runs(n, [&](int64_t begin, int64_t end) {
@@ -342,16 +409,16 @@ FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, 
     for (auto& s : sum) s = V(typename L::real(0));
     for (int64_t j = begin; j < end; ++j) {
       V u[L::count], g[L::count];
-      L::load(y + j * inner, count, u);
-      L::load(dy + j * inner, count, g);
+      outputs.read(j, u);
+      gradients.read(j, g);
       for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + Op::summand(u[k], g[k]);
     }
     for (int k = 0; k < L::count; ++k) total[k] = total[k] + sum[k];
   });
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count], g[L::count];
-    L::load(y + j * inner, count, u);
-    L::load(dy + j * inner, count, g);
+    outputs.again(j, u);
+    gradients.again(j, g);
     for (int k = 0; k < L::count; ++k) g[k] = Op::backward(u[k], g[k], total[k]);
     L::store(dx + j * inner, count, g);
   }
@@ -368,11 +435,7 @@ FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, RowsBody rows
     cpu::parallel(outer * tiles, rows_per_thread(n * L::size), [=](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t o = t / tiles, i = t % tiles * L::size;
-        if (inner - i >= L::size) {
-          columns(o, i, std::integral_constant<int64_t, L::size>{});
-        } else {
-          columns(o, i, inner - i);
-        }
+        columns(o, i, inner - i < L::size ? inner - i : L::size);
       }
     });
   }
@@ -399,7 +462,7 @@ struct MakeSoftmax {
             if (streamed) fence();
             kept.free();
           },
-          [=](int64_t o, int64_t i, auto count) {
+          [=](int64_t o, int64_t i, int64_t count) {
             const int64_t at = o * n * inner + i;
             softmax_columns<Op, L>(x + at, y + at, n, inner, count);
           });
@@ -422,7 +485,7 @@ struct MakeSoftmax {
               softmax_row_backward<Op, L>(y + r * n, dy + r * n, Out<L, scalar_t>(dx, r, n, streamed), n);
             if (streamed) fence();
           },
-          [=](int64_t o, int64_t i, auto count) {
+          [=](int64_t o, int64_t i, int64_t count) {
             const int64_t at = o * n * inner + i;
             softmax_columns_backward<Op, L>(y + at, dy + at, dx + at, n, inner, count);
           });
@@ -487,8 +550,16 @@ struct Classes {
   real share[lanes] = {}, nothing[lanes] = {}, live[lanes] = {};  // share: what the classes not ignored are of the loss
 
   // Of `count` rows from row r on, whose logits are at `logits`, those of class j behind each other at j stride.
+  template <class scalar_t>
+  FASTOPS_FN Classes(const Target<real>& q, int64_t r, int64_t count, const scalar_t* logits, int64_t stride) {
+    if (count == lanes) {
+      read(q, r, std::integral_constant<int64_t, lanes>{}, logits, stride);
+    } else {
+      read(q, r, count, logits, stride);
+    }
+  }
   template <class scalar_t, class N>
-  FASTOPS_FN Classes(const Target<real>& q, int64_t r, N count, const scalar_t* logits, int64_t stride) {
+  FASTOPS_FN void read(const Target<real>& q, int64_t r, N count, const scalar_t* logits, int64_t stride) {
     for (int m = 0; m < q.targets; ++m) {
       const real part = q.targets == 1 ? real(1) : q.share[m], keep = part * (real(1) - q.smoothing);
       bool all = true;  // most often: then the loops over lanes have no branches
@@ -528,7 +599,7 @@ template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& grad, const Kept<L>& kept, real* loss,
                                   int64_t n, int64_t r, const Target<real>& q, real& first, const scalar_t* next) {
   using V = typename L::V;
-  constexpr std::integral_constant<int64_t, 1> one;
+  constexpr int64_t one = 1;
   const Classes<real, 1> of(q, r, one, x, 1);  // before grad, which may be x, is written
   if (of.live[0] == real(0)) {
     *loss = of.nothing[0];
@@ -623,38 +694,30 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     if (of.t[m][0] >= 0) L::store(grad.row + of.t[m][0], one, at_target[m]);
 }
 
-template <class L, class scalar_t, class real, class N>
+template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* loss, int64_t r, int64_t n, int64_t inner,
-                                      N count, const Target<real>& q) {
+                                      int64_t count, const Target<real>& q) {
   using V = typename L::V;
   constexpr int64_t size = L::size;
   const Classes<real, size> of(q, r, count, x, inner);
-  LogSumExp<V> row[L::count];
-  V depth[L::count], base[L::count];
-  for (auto& d : depth) d = V(real(0));
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count];
-    L::load(x + j * inner, count, u);
-    for (int k = 0; k < L::count; ++k) row[k].peak = max(row[k].peak, u[k]);
-  }
-  for (int k = 0; k < L::count; ++k) base[k] = LogSumExp<V>::origin(row[k].peak);
-  in_runs(n, [&](int64_t begin, int64_t end) {
-    V sum[L::count], deep[L::count];
-    for (int k = 0; k < L::count; ++k) sum[k] = deep[k] = V(real(0));
-    for (int64_t j = begin; j < end; ++j) {
-      V u[L::count];
-      L::load(x + j * inner, count, u);
-      const V w(q.weight ? q.weight[j] : real(1));
-      for (int k = 0; k < L::count; ++k) {
-        sum[k] = sum[k] + exp(u[k] - base[k]);
-        if (q.soft != real(0)) deep[k] = deep[k] + w * (base[k] - u[k]);
+  Tile<L, scalar_t> tile(x, n, inner, count);
+  V peak[L::count], base[L::count], sum[L::count], depth[L::count];
+  tile.read_all(n, peak);
+  for (int k = 0; k < L::count; ++k) base[k] = LogSumExp<V>::origin(peak[k]), depth[k] = V(real(0));
+  if (q.soft != real(0)) {
+    in_runs(n, [&](int64_t begin, int64_t end) {
+      V deep[L::count];
+      for (auto& d : deep) d = V(real(0));
+      for (int64_t j = begin; j < end; ++j) {
+        V u[L::count];
+        tile.again(j, u);
+        const V w(q.weight ? q.weight[j] : real(1));
+        for (int k = 0; k < L::count; ++k) deep[k] = deep[k] + w * (base[k] - u[k]);
       }
-    }
-    for (int k = 0; k < L::count; ++k) {
-      row[k].sum = row[k].sum + sum[k];
-      depth[k] = depth[k] + deep[k];
-    }
-  });
+      for (int k = 0; k < L::count; ++k) depth[k] = depth[k] + deep[k];
+    });
+  }
+  tile.template exponentials<true>(n, base, sum);
   V inverse[L::count], total[L::count];
   real out[size], lse[size];
   const auto shared = [&](V v, int k) {  // what is the classes' part in it, where there are two
@@ -662,25 +725,25 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
     return v;
   };
   for (int k = 0; k < L::count; ++k) {
-    const V log_sum = log(row[k].sum);
+    const V log_sum = log(sum[k]);
     V h = V::loadu(of.hard[0] + k * V::size());
-    V value = CrossEntropy::loss(log_sum, row[k].peak, V::loadu(of.x[0] + k * V::size()), h);
+    V value = CrossEntropy::loss(log_sum, peak[k], V::loadu(of.x[0] + k * V::size()), h);
     if (q.targets == 2) {
       const V second = V::loadu(of.hard[1] + k * V::size());
-      value = value + CrossEntropy::loss(log_sum, row[k].peak, V::loadu(of.x[1] + k * V::size()), second);
+      value = value + CrossEntropy::loss(log_sum, peak[k], V::loadu(of.x[1] + k * V::size()), second);
       h = h + second;
     }
     if (q.soft != real(0))
       value = value + CrossEntropy::smooth_loss(log_sum, depth[k], V(q.mass), shared(V(q.soft), k));
     V slope(real(0));
-    const V log_total = row[k].peak + log_sum;
+    const V log_total = peak[k] + log_sum;
     if (q.z != real(0)) {
       value = value + CrossEntropy::z_loss(log_total, V(q.z));
       slope = CrossEntropy::z_slope(log_total, V(q.z));
     }
     value.store(out + k * V::size());
     log_total.store(lse + k * V::size());
-    inverse[k] = V(real(1)) / row[k].sum;
+    inverse[k] = V(real(1)) / sum[k];
     total[k] = (h + shared(V(q.soft * q.mass), k) + slope) * V(q.scale);
   }
   for (int64_t i = 0; i < count; ++i) loss[i] = (of.live[i] != real(0) ? out[i] : real(0)) + of.nothing[i];
@@ -691,11 +754,10 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
   for (int64_t i = 0; i < count; ++i) all_live &= of.live[i] != real(0);
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
-    L::load(x + j * inner, count, u);
+    tile.exponential(j, base, u);
     const V soft_weight(q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
     for (int k = 0; k < L::count; ++k) {
-      const V p = exp(u[k] - base[k]) * inverse[k];
-      u[k] = CrossEntropy::gradient(p, total[k], shared(soft_weight, k));
+      u[k] = CrossEntropy::gradient(u[k] * inverse[k], total[k], shared(soft_weight, k));
       if (!all_live) u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));
     }
     L::store(grad + j * inner, count, u);
@@ -811,9 +873,9 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, const Ou
   });
 }
 
-template <class L, class scalar_t, class real, class N>
+template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scalar_t* grad, real* loss, int64_t n,
-                                      int64_t inner, N count, int64_t r, const Target<real>& target,
+                                      int64_t inner, int64_t count, int64_t r, const Target<real>& target,
                                       const Distribution<L, scalar_t>& distribution) {
   using V = typename L::V;
   const V keep(distribution.keep), soft(distribution.soft), by(target.scale);
@@ -822,40 +884,30 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
     const V class_weight(distribution.weight ? distribution.weight[j] : real(1));
     for (int k = 0; k < L::count; ++k) w[k] = (w[k] * keep + soft) * class_weight;
   };
-  LogSumExp<V> row[L::count];
+  Tile<L, scalar_t> tile(x, n, inner, count);
+  V peak[L::count], base[L::count], sum[L::count];
   Expectation<V> of[L::count], lost[L::count];
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count];
-    L::load(x + j * inner, count, u);
-    for (int k = 0; k < L::count; ++k) row[k].peak = max(row[k].peak, u[k]);
-  }
-  for (int k = 0; k < L::count; ++k) of[k].base = LogSumExp<V>::origin(row[k].peak);
+  tile.read_all(n, peak);
+  for (int k = 0; k < L::count; ++k) base[k] = of[k].base = LogSumExp<V>::origin(peak[k]);
   in_runs(n, [&](int64_t begin, int64_t end) {
     Expectation<V> part[L::count];
-    V sum[L::count];
-    for (int k = 0; k < L::count; ++k) {
-      part[k] = {V(real(0)), V(real(0)), of[k].base};
-      sum[k] = V(real(0));
-    }
+    for (int k = 0; k < L::count; ++k) part[k].base = base[k];
     for (int64_t j = begin; j < end; ++j) {
       V u[L::count], w[L::count];
-      L::load(x + j * inner, count, u);
+      tile.again(j, u);
       load(j, w);
-      for (int k = 0; k < L::count; ++k) {
-        sum[k] = sum[k] + exp(u[k] - of[k].base);
-        part[k].add(w[k], u[k]);
-      }
+      for (int k = 0; k < L::count; ++k) part[k].add(w[k], u[k]);
     }
     for (int k = 0; k < L::count; ++k) {
-      row[k].sum = row[k].sum + sum[k];
       add_compensated(of[k].mass, lost[k].mass, part[k].mass);
       add_compensated(of[k].depth, lost[k].depth, part[k].depth);
     }
   });
+  tile.template exponentials<true>(n, base, sum);
   V inverse[L::count], total[L::count];
   real out[L::size], lse[L::size];
   for (int k = 0; k < L::count; ++k) {
-    const V log_sum = log(row[k].sum), log_total = row[k].peak + log_sum;
+    const V log_sum = log(sum[k]), log_total = peak[k] + log_sum;
     V value = CrossEntropy::smooth_loss(log_sum, of[k].depth, of[k].mass, V(real(1)));
     V all = of[k].mass;
     if (target.z != real(0)) {
@@ -864,7 +916,7 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
     }
     value.store(out + k * V::size());
     log_total.store(lse + k * V::size());
-    inverse[k] = V(real(1)) / row[k].sum;
+    inverse[k] = V(real(1)) / sum[k];
     total[k] = all * by;
   }
   for (int64_t i = 0; i < count; ++i) loss[i] = out[i];
@@ -873,10 +925,10 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
   if (!grad) return;
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count], w[L::count];
-    L::load(x + j * inner, count, u);
+    tile.exponential(j, base, u);
     load(j, w);
     for (int k = 0; k < L::count; ++k)
-      u[k] = CrossEntropy::gradient(exp(u[k] - of[k].base) * inverse[k], total[k], w[k] * by);
+      u[k] = CrossEntropy::gradient(u[k] * inverse[k], total[k], w[k] * by);
     L::store(grad + j * inner, count, u);
   }
 }
@@ -919,7 +971,7 @@ struct MakeCrossEntropy {
             if (streamed) fence();
             kept.free();
           },
-          [=, &target, &distribution](int64_t o, int64_t i, auto count) {
+          [=, &target, &distribution](int64_t o, int64_t i, int64_t count) {
             const int64_t at = o * n * inner + i, r = o * inner + i;
             scalar_t* const g = grad ? grad + at : nullptr;
             if constexpr (distributions) {

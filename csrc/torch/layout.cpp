@@ -43,17 +43,25 @@ void resolve_negations_in_place() {
   }
 }
 
+namespace {
+// What torch.empty_strided would make, without its way through the dispatcher, which is a tenth of a small op; large ones
+// come from the pool.
+at::Tensor on_cpu(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype, size_t nbytes) {
+  c10::Allocator* allocator = pool_serves(nbytes) ? pool_allocator() : c10::GetCPUAllocator();
+  return at::Tensor(at::detail::empty_strided_generic(sizes, strides, allocator,
+                                                      c10::DispatchKeySet(c10::DispatchKey::CPU), dtype));
+}
+}  // namespace
+
 at::Tensor dense(const at::Tensor& x) {
   if (x.is_non_overlapping_and_dense()) return x;
-  return at::empty_like(x).copy_(x);
+  if (!x.is_cpu()) return at::empty_like(x).copy_(x);
+  return on_cpu(x.sizes(), at::infer_dense_strides(x.sizes(), x.strides()), x.scalar_type(), x.nbytes()).copy_(x);
 }
 
 at::Tensor output_like(const at::Tensor& x) {
   if (!x.is_cpu()) return at::empty_like(x);
-  // What empty_like would make, without its way through the dispatcher: of a small op that is a tenth.
-  c10::Allocator* allocator = pool_serves(x.nbytes()) ? pool_allocator() : c10::GetCPUAllocator();
-  return at::Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator,
-                                                      c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
+  return on_cpu(x.sizes(), x.strides(), x.scalar_type(), x.nbytes());
 }
 
 at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
@@ -73,7 +81,8 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
 
 at::Tensor matching(const at::Tensor& t, const at::Tensor& like) {
   if (t.numel() == 0 || same_order(t, like)) return t;
-  return at::empty_strided(like.sizes(), like.strides(), t.options()).copy_(t);
+  if (!t.is_cpu()) return at::empty_strided(like.sizes(), like.strides(), t.options()).copy_(t);
+  return on_cpu(like.sizes(), like.strides(), t.scalar_type(), t.nbytes()).copy_(t);
 }
 
 Repeated repeated(const at::Tensor& t, const at::Tensor& x) {
