@@ -49,8 +49,7 @@ struct FusedArgs {
   int64_t n, period;
   void* out;
   const void* in[3];
-  void* sums;     // summed: of n / period rows, `strip` of them at a time, what dx adds up to: period reals for each strip
-  int64_t strip;
+  void* sums;  // summed: of n / period rows, kStrip of them at a time, what dx adds up to: period reals for each strip
   void* stream;
 };
 using FusedKernel = Error (*)(const FusedArgs&);
@@ -62,6 +61,10 @@ struct FusedRow {
   FusedKernel backward;  // (x, t, dy) -> dx; null where the activation's own, of the output, will do
   FusedKernel summed;    // backward and the sums of dx; null where t is not one row
 };
+
+// Rows whose sum is taken term by term: that of more would drift where they are alike.
+constexpr int64_t kStrip = 16;
+constexpr int64_t strips_of(int64_t rows) { return (rows + kStrip - 1) / kStrip; }
 
 // ------------------------------------------------------------------------------------------------ reduce
 // An elementwise loss of (x, t), or of (x, t, w) where `params` declares a tensor w, and its reduction.
@@ -161,11 +164,9 @@ struct RandomArgs {
   uint32_t threshold;   // an element is dropped when its word is below
   double scale;
   LogicalOrder order;
-  void* sums;  // summed: as of FusedArgs, of n / period contiguous rows; strip times period is a multiple of kStripElements
-  int64_t strip;
+  void* sums;  // summed: as of FusedArgs, of n / period contiguous rows
   void* stream;
 };
-constexpr int64_t kStripElements = 64;
 using RandomKernel = Error (*)(const RandomArgs&);
 struct RandomRow {
   const char* name;

@@ -769,6 +769,9 @@ def test_random(row, dtype, n, p):
         check(y, expected, wide.double(), dtype)
 
 
+STRIP = 16  # kStrip in csrc/kernels.h
+
+
 def strips(x, strip):
     """The sums of `strip` rows at a time."""
     return torch.stack([rows.sum(0) for rows in x.split(strip)])
@@ -778,7 +781,7 @@ def strips(x, strip):
 @pytest.mark.parametrize("lines, period", [(1, 64), (17, 7), (40, 16), (9, 1032)])
 def test_dropout_summed(dtype, lines, period):
     (row,) = (r for r in rows("random") if r.name == "dropout")
-    n, strip, threshold, shape = lines * period, 8, 2**30, (lines, period)
+    n, strip, threshold, shape = lines * period, STRIP, 2**30, (lines, period)
     x, seed = random(shape, dtype, 1), 12345
     keep = kept(seed, n, threshold).view(shape)
     wide = torch.where(keep, x.to(real(dtype)) * 1.25, 0)
@@ -789,7 +792,7 @@ def test_dropout_summed(dtype, lines, period):
             device.empty(shape, dtype),
             device.empty((-(-lines // strip), period), real(dtype)),
         )
-        call("run_random_summed", row.index, DTYPES[dtype], I64(n), I64(period), address(y), address(device.constant(x)), address(s), ctypes.c_uint32(threshold), F64(1.25), address(sums), I64(strip))  # fmt: skip
+        call("run_random_summed", row.index, DTYPES[dtype], I64(n), I64(period), address(y), address(device.constant(x)), address(s), ctypes.c_uint32(threshold), F64(1.25), address(sums))  # fmt: skip
         yield from (y, sums)
 
     for y, sums in everywhere(run):
@@ -887,7 +890,7 @@ def test_fused(row, dtype, lines, period):
 @pytest.mark.parametrize("lines, period", [(1, 16), (3, 7), (40, 1), (17, 24), (9, 1032)])
 def test_fused_summed(row, dtype, lines, period):
     """The gradient is that of the kernel without sums; these are of what is written, before it is rounded."""
-    shape, strip = (lines, period), 8
+    shape, strip = (lines, period), STRIP
     x, t, dy = random(shape, dtype, 1), random(period, dtype, 2), random(shape, dtype, 3)
     options = {"approximate": "tanh"} if row.name.endswith("_tanh") else {}
 
@@ -902,7 +905,7 @@ def test_fused_summed(row, dtype, lines, period):
             device.empty((-(-lines // strip), period), real(dtype)),
         )
         pointers = (POINTER * 3)(*map(address, inputs))
-        call("run_fused_summed", row.index, DTYPES[dtype], I64(x.numel()), I64(period), address(dx), pointers, address(sums), I64(strip))  # fmt: skip
+        call("run_fused_summed", row.index, DTYPES[dtype], I64(x.numel()), I64(period), address(dx), pointers, address(sums))  # fmt: skip
         yield from (dx, sums, run_fused(row, True, device.empty(shape, dtype), inputs, period))
 
     judge = (
@@ -1105,17 +1108,17 @@ def test_fused_touches_memory_once_in_packs(row, dtype, backward):
 @every_dtype
 @pytest.mark.parametrize("row", [r for r in rows("fused") if r.broadcast], ids=lambda r: r.name)
 def test_sums_are_taken_on_the_way(row, dtype):
-    """Nothing is read again for them: 64 rows of 1024, of which 8 make a strip."""
+    """Nothing is read again for them: 64 rows of 1024, of which 16 make a strip."""
     nbytes = 64 * 1024 * size_of(dtype)
     with Device() as device:
         x, dy, out = (device.copy(random((64, 1024), dtype, seed)) for seed in range(3))
-        t, sums = device.copy(random(1024, dtype, 4)), device.empty((8, 1024), real(dtype))
+        t, sums = device.copy(random(1024, dtype, 4)), device.empty((4, 1024), real(dtype))
         pointers = (POINTER * 3)(address(x), address(t), address(dy))
-        run = partial(call, "run_fused_summed", row.index, DTYPES[dtype], I64(x.numel()), I64(1024), address(out), pointers, address(sums), I64(8))  # fmt: skip
+        run = partial(call, "run_fused_summed", row.index, DTYPES[dtype], I64(x.numel()), I64(1024), address(out), pointers, address(sums))  # fmt: skip
         seen = traffic(run)
         packs = 1 + (dtype.itemsize == 2)  # of float, for what is beside one of the dtype
         assert_floor(
-            seen, 2 * nbytes + nbytes // 8, nbytes + sums.numel() * size_of(real(dtype)), packs
+            seen, 2 * nbytes + nbytes // 16, nbytes + sums.numel() * size_of(real(dtype)), packs
         )
         assert_all_wide(seen)
 

@@ -191,6 +191,72 @@ def test_gradient_to_a_bias_is_the_sum_over_rows(name, dtype, shape):
 
 
 @pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize(
+    "shape", [(64, 1), (65, 1), (2049, 1), (2047, 3), (2048, 64), (65, 4097)], ids=str
+)
+def test_gradient_to_a_bias_of_rows_that_are_alike(name, shape):
+    """Equal terms, of which a long sum would round every partial sum to the same side."""
+    row = randn(1, shape[1]).abs() + 1
+    x, b, dy = (t.float() for t in (row.expand(shape), randn(shape[1], seed=1), row.expand(shape)))
+    ours, plain = BIASED[name]
+
+    def run(function, kind):
+        leaves = [leaf(x.contiguous(), kind), leaf(b, kind)]
+        return torch.autograd.grad(function(*leaves), leaves[1], dy.to(kind))[0]
+
+    assert_as_accurate(
+        run(ours, torch.float32),
+        run(plain, torch.float32),
+        run(plain, torch.float64),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_gradient_to_a_bias_of_one_column_does_not_depend_on_threads(name):
+    x, b, dy = (
+        randn(700_001, 1).float(),
+        randn(1, seed=1).float(),
+        randn(700_001, 1, seed=2).float(),
+    )
+    ours, _ = BIASED[name]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            bias = leaf(b, torch.float32)
+            results.append(torch.autograd.grad(ours(x, bias), bias, dy)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_gradient_to_a_bias_carries_a_tangent(name):
+    """Forward over reverse without create_graph, as torch's own ops have it."""
+    import torch.autograd.forward_ad as fwAD
+
+    x, b = leaf(randn(20, 3)), leaf(randn(3, seed=1))
+    direction = randn(20, 3, seed=2)
+    with fwAD.dual_level():
+        found = []
+        for function in BIASED[name]:
+            y = function(fwAD.make_dual(x, direction), b)
+            grads = torch.autograd.grad((y**2).sum(), [x, b])
+            found.append([fwAD.unpack_dual(g).tangent for g in grads])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_gradient_to_a_bias_of_zeros_that_are_nowhere(name):
+    x, b = leaf(randn(20, 3)), leaf(randn(3, seed=1))
+    y = BIASED[name][0](x, b)
+    dx, db = torch.autograd.grad(y, [x, b], torch._efficientzerotensor(y.shape, dtype=y.dtype))
+    assert not dx.any() and not db.any() and dx.shape == x.shape and db.shape == b.shape
+
+
+@pytest.mark.parametrize("name", BIASED)
 def test_gradient_to_a_bias_from_any_layout(name):
     x, b, dy = randn(96, 40), randn(40, seed=1), randn(40, 96, seed=2).t()
     ours, _ = BIASED[name]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, assert_as_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -74,6 +74,57 @@ def test_second_derivative_to_the_target_is_zero_where_a_logarithm_is_not_finite
             getattr(ours, name)(x, t, reduction="sum", **extra), t, create_graph=True
         )
         assert torch.equal(torch.autograd.grad(by_t.sum(), t)[0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(
+    "name", ["mse_loss", "l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
+)
+def test_sums_of_terms_that_are_alike_do_not_drift(name, reduction):
+    """Adding the same number again and again rounds to the same side each time."""
+    for n in (64, 1000, 1024, 16384, 100_000):
+        for value in torch.linspace(0.05, 0.95, 19).tolist():
+            x, t = torch.full((n,), value), torch.zeros(n)
+            exact = getattr(torch.nn.functional, name)(x.double(), t.double(), reduction=reduction)
+            mine, torchs = (
+                getattr(module, name)(x, t, reduction=reduction)
+                for module in (ours, torch.nn.functional)
+            )
+            assert_as_accurate(mine, torchs, exact, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_second_derivative_of_bce_near_the_ends(dtype):
+    """t / x^2 + (1 - t) / (1 - x)^2, where the derivative of torch's first is the difference of two large terms."""
+    small = torch.tensor([1e-6, 1e-3, 0.3])
+    x = torch.cat([small, 1 - small]).to(dtype).requires_grad_()
+    for t in (torch.zeros(6), torch.ones(6), torch.full((6,), 0.25)):
+        loss = ours.binary_cross_entropy(x, t.to(dtype), reduction="sum")
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        wide, target = x.detach().double(), t.double()
+        exact = target / wide**2 + (1 - target) / (1 - wide) ** 2
+        torch.testing.assert_close(
+            second.double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=0.0
+        )
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("odd", [inf, nan])
+def test_a_weight_that_no_target_asks_for_is_not_looked_at(odd, columns):
+    weight, t = torch.tensor([1.0, odd, 2.0]), labels(0, 2)
+    x = randn(2, 3)
+    if columns:
+        x, t = x[..., None].expand(2, 3, 5).contiguous(), t[:, None].expand(2, 5).contiguous()
+    results = []
+    for function in (ours.cross_entropy, torch.nn.functional.cross_entropy):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, t, weight=weight)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for mine, torchs in zip(*results, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, torchs)
 
 
 def test_lse_and_z_loss_of_rows_that_are_odd():

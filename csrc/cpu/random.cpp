@@ -84,18 +84,33 @@ FASTOPS_FN void load_row(const scalar_t* row, int64_t period, int64_t i, N n, ty
   L::load(around, n, v);
 }
 
-// Adds a group to a row of sums from column j on, around its end, and returns the column behind.
-template <class L, class N>
-FASTOPS_FN int64_t add_to_row(typename L::real* row, int64_t period, int64_t j, N n, const typename L::V (&v)[L::count]) {
-  if (j + n <= period) {
-    add_real<L>(row + j, n, v);
-    return j + n < period ? j + n : 0;
+// The sums of rows of `period` elements, strip by strip, into which their groups are added one after the other.
+template <class L>
+struct Strips {
+  using real = typename L::real;
+  real* sum;  // of the strip that the next element belongs to
+  int64_t period, column = 0, row = 0;
+
+  template <class N>
+  FASTOPS_FN void add(N n, const typename L::V (&v)[L::count]) {
+    if (column + n <= period) {
+      add_real<L>(sum + column, n, v);
+      return walk(n);
+    }
+    real lane[L::size];
+    store_real<L>(lane, n, v);
+    for (int64_t k = 0; k < n; ++k) {
+      sum[column] += lane[k];
+      walk(1);
+    }
   }
-  typename L::real lane[L::size];
-  store_real<L>(lane, n, v);
-  for (int64_t k = 0; k < n; ++k, j = j + 1 < period ? j + 1 : 0) row[j] += lane[k];
-  return j;
-}
+  FASTOPS_FN void walk(int64_t columns) {
+    column += columns;
+    if (column < period) return;
+    column = 0;
+    if (++row % kStrip == 0) sum += period;
+  }
+};
 
 template <class Op>
 struct MakeRandom {
@@ -122,9 +137,8 @@ struct MakeRandom {
       const int64_t total = a.n;
       const bool stream = streams<L>(out, total, in[0]);
       const LogicalOrder& order = a.order;
-      // The spans of [begin, end); what they leave is added to `sum`, which begins where they do.
-      const auto spans = [=, &order](int64_t begin, int64_t end, [[maybe_unused]] real* sum) {
-        [[maybe_unused]] int64_t column = 0;
+      // The spans of [begin, end), which begin where `sums` do.
+      const auto spans = [=, &order](int64_t begin, int64_t end, [[maybe_unused]] Strips<L> sums) {
         const U32 offsets = lane_offsets();
         Walk walk(order, begin * kSpan);
         for (int64_t span = begin; span < end; ++span) {
@@ -147,26 +161,26 @@ struct MakeRandom {
               if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep, scale, x[0][k]);
               if constexpr (Op::inputs == 3) x[0][k] = Op::forward(keep, scale, x[0][k], x[1][k], x[2][k]);
             }
-            if constexpr (summed) column = add_to_row<L>(sum, period, column, n, x[0]);
+            if constexpr (summed) sums.add(n, x[0]);
             L::leave(out + i, n, x[0], stream);
           });
         }
         if (stream) fence();
       };
       if constexpr (summed) {
-        static_assert(kStripElements % kSpan == 0);
+        int64_t together = kStrip;  // rows after which a strip and a span begin together
+        while (together * period % kSpan != 0) together *= 2;
         auto* sums = static_cast<real*>(a.sums);
-        const int64_t strip = a.strip * period;
-        cpu::parallel((total + strip - 1) / strip, kGrain / strip + 1, [=](int64_t begin, int64_t end) {
-          for (int64_t k = begin; k < end; ++k) {
-            const int64_t last = (k + 1) * strip < total ? (k + 1) * strip : total;
-            for (int64_t j = 0; j < period; ++j) sums[k * period + j] = 0;
-            spans(k * strip / kSpan, (last + kSpan - 1) / kSpan, sums + k * period);
-          }
+        const int64_t elements = together * period;
+        cpu::parallel((total + elements - 1) / elements, kGrain / elements + 1, [=](int64_t begin, int64_t end) {
+          const int64_t first = begin * elements, last = end * elements < total ? end * elements : total;
+          real* const strips = sums + first / kStrip;
+          for (int64_t j = 0; j < strips_of((last - first) / period) * period; ++j) strips[j] = 0;
+          spans(first / kSpan, (last + kSpan - 1) / kSpan, {strips, period});
         });
       } else {
         cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan,
-                      [=](int64_t begin, int64_t end) { spans(begin, end, nullptr); });
+                      [=](int64_t begin, int64_t end) { spans(begin, end, {}); });
       }
       return nullptr;
     });

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kGrain = 16384;
 constexpr int64_t kBlock = 1024;  // summed in float registers; blocks are joined in double
+constexpr int64_t kFew = 16;      // vectors that are added one after the other: one long sum would drift where values are alike
 
 struct Sum {
   static constexpr const char *name = "sum", *params = "";
@@ -39,17 +40,22 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
   for (int64_t block = begin; block < end; block += kBlock) {
     V total(typename L::real(0));
     const int64_t behind = block + kBlock < end ? block + kBlock : end;
-    each_group<L::size, inputs, true>(block, behind, period, [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
-      V x[inputs][L::count], v[L::count];
-      for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
-      for (int k = 0; k < L::count; ++k) {
-        if constexpr (inputs == 1) v[k] = f(x[0][k]);
-        if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
-        if constexpr (inputs == 3) v[k] = f(x[0][k], x[1][k], x[2][k]);
-      }
-      if (n < L::size) L::keep(n, 0, v);
-      for (int k = 0; k < L::count; ++k) total = total + v[k];
-    });
+    for (int64_t from = block; from < behind; from += kFew * L::size) {
+      V few(typename L::real(0));
+      const int64_t to = from + kFew * L::size < behind ? from + kFew * L::size : behind;
+      each_group<L::size, inputs, true>(from, to, period, [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
+        V x[inputs][L::count], v[L::count];
+        for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
+        for (int k = 0; k < L::count; ++k) {
+          if constexpr (inputs == 1) v[k] = f(x[0][k]);
+          if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
+          if constexpr (inputs == 3) v[k] = f(x[0][k], x[1][k], x[2][k]);
+        }
+        if (n < L::size) L::keep(n, 0, v);
+        for (int k = 0; k < L::count; ++k) few = few + v[k];
+      });
+      total = total + few;
+    }
     sum += sum_of_lanes(total);
   }
   return sum;

@@ -519,10 +519,10 @@ struct Target {
         smoothing(static_cast<real>(a.label_smoothing)),
         soft(static_cast<real>(a.label_smoothing / static_cast<double>(a.n))),
         scale(a.second_target ? static_cast<real>(a.scale) : part(a.scale, a.divisor)),
-        mass(static_cast<real>(a.n)),
+        mass(soft == real(0) ? real(0) : static_cast<real>(a.n)),
         z(static_cast<real>(a.z_loss)),
         lse(static_cast<real*>(a.lse)) {
-    if (weight) {
+    if (weight && soft != real(0)) {
       double sum = 0;
       for (int64_t j = 0; j < a.n; ++j) sum += static_cast<double>(weight[j]);
       mass = static_cast<real>(sum);
@@ -669,7 +669,8 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
       V w[L::count];
       if (q.weight) load_real<L>(q.weight + i, count, w);
       for (int k = 0; k < L::count; ++k)
-        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, q.weight ? soft * w[k] : soft);
+        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total,
+                                      q.soft == real(0) ? none : q.weight ? soft * w[k] : soft);
       for (int m = 0; m < q.targets; ++m)
         if (of.t[m][0] >= i && of.t[m][0] < i + count) L::put(of.t[m][0] - i, at_target[m], e);
       grad.leave(i, count, e);
@@ -755,7 +756,7 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
     tile.exponential(j, base, u);
-    const V soft_weight(q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
+    const V soft_weight(q.soft == real(0) ? real(0) : q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
     for (int k = 0; k < L::count; ++k) {
       u[k] = CrossEntropy::gradient(u[k] * inverse[k], total[k], shared(soft_weight, k));
       if (!all_live) u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));

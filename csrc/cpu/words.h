@@ -179,21 +179,18 @@ FASTOPS_FN F or_special(F y, F u) {
 #endif
 }
 
-// log: all floats, denormals too
-// at most 0.89, 0.89, 0.96 ulp
-// log(+-0) = -inf, log(inf) = inf, log(1) = 0, log(< 0) = log(nan) = nan
 FASTOPS_FN Split split(F x) {
   const I tiny = x < 0x1p-126f;
   const F u = tiny ? x * 0x1p32f : x;
   const I n = exponent(u);
   return {(F)((I)u - (n << 23)) - 1.f, __builtin_convertvector(n + (tiny & -32), F)};
 }
+// log: all floats, denormals too
+// at most 0.89, 0.89, 0.96 ulp
+// log(+-0) = -inf, log(inf) = inf, log(1) = 0, log(< 0) = log(nan) = nan
 FASTOPS_FN F log(F x) { return or_special(log_split(split(x)), x); }
 
-// log1p: all floats
-// at most 1.60, 1.60, 1.71 ulp
-// log1p(-1) = -inf, log1p(inf) = inf, log1p(+-0) = +-0, log1p(denormal) = itself,
-// log1p(< -1) = log1p(nan) = nan
+// of u = 1 + x
 FASTOPS_FN Split split_from_1(F x, F u) {
   // u = 1 + x is rounded only to find n: f = x 2^-n + (2^-n - 1) rounds once, near 0 not at all. 2^-n
   // is held as 2^(2-n), which is a normal number for every n.
@@ -202,6 +199,10 @@ FASTOPS_FN Split split_from_1(F x, F u) {
   return {fma(x * .25f, s, fma(s, .25f, -1.f)), __builtin_convertvector(n, F)};
 }
 FASTOPS_FN F or_tiny(F y, F x) { return magnitude(x) < 0x1p-24f ? x : y; }
+// log1p: all floats
+// at most 1.60, 1.60, 1.71 ulp
+// log1p(-1) = -inf, log1p(inf) = inf, log1p(+-0) = +-0, log1p(denormal) = itself,
+// log1p(< -1) = log1p(nan) = nan
 FASTOPS_FN F log1p(F x) {
   const F u = x + 1.f;
   return or_tiny(or_special(log_split(split_from_1(x, u)), u), x);

@@ -68,13 +68,13 @@ Error fused(const FusedArgs& a) {
 // The same of three inputs, and the sums of out over the rows of each strip: a thread goes down `width` columns of one.
 template <class F, int width, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
-    summed_kernel(int64_t rows, int64_t period, int64_t strip, scalar_t* out, Inputs<scalar_t, 3> in,
+    summed_kernel(int64_t rows, int64_t period, scalar_t* out, Inputs<scalar_t, 3> in,
                   real_of<scalar_t>* sums) {
   using real = real_of<scalar_t>;
-  const int64_t columns = period / width, items = (rows + strip - 1) / strip * columns;
+  const int64_t columns = period / width, items = strips_of(rows) * columns;
   for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < items; k += int64_t{gridDim.x} * kThreads) {
-    const int64_t first = k / columns * strip, left = k % columns * width;
-    const int64_t last = first + strip < rows ? first + strip : rows;
+    const int64_t first = k / columns * kStrip, left = k % columns * width;
+    const int64_t last = first + kStrip < rows ? first + kStrip : rows;
     real t[width], sum[width] = {};
     load_columns(in.p[1] + left, t);
     for (int64_t i = first * period + left; i < last * period; i += period) {
@@ -102,11 +102,11 @@ Error summed(const FusedArgs& a) {
     auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
     Inputs<scalar_t, 3> in;
     for (int j = 0; j < 3; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
-    const int64_t rows = a.n / a.period, strips = (rows + a.strip - 1) / a.strip;
+    const int64_t rows = a.n / a.period, strips = strips_of(rows);
     const bool wide = a.period % size == 0 && aligned(out, in.p[0], in.p[1], in.p[2]) && aligned(sums);
     const int64_t items = strips * (wide ? a.period / size : a.period);
     return launch(wide ? summed_kernel<F, size, scalar_t> : summed_kernel<F, 1, scalar_t>, grid_for(items, kThreads),
-                  kThreads, a.stream, rows, a.period, a.strip, out, in, sums);
+                  kThreads, a.stream, rows, a.period, out, in, sums);
   });
 }
 

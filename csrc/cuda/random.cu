@@ -148,14 +148,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // Of contiguous rows, and the sums of the output over the rows of each strip: a thread goes down `width` columns of one.
 template <class Op, int width, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
-    summed_kernel(int64_t rows, int64_t period, int64_t strip, scalar_t* out, const scalar_t* in, Mask mask,
+    summed_kernel(int64_t rows, int64_t period, scalar_t* out, const scalar_t* in, Mask mask,
                   real_of<scalar_t> scale, real_of<scalar_t>* sums) {
   using real = real_of<scalar_t>;
   const Key key(mask.seed);
-  const int64_t columns = period / width, items = (rows + strip - 1) / strip * columns;
+  const int64_t columns = period / width, items = strips_of(rows) * columns;
   for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < items; k += int64_t{gridDim.x} * kThreads) {
-    const int64_t first = k / columns * strip, left = k % columns * width;
-    const int64_t last = first + strip < rows ? first + strip : rows;
+    const int64_t first = k / columns * kStrip, left = k % columns * width;
+    const int64_t last = first + kStrip < rows ? first + kStrip : rows;
     real sum[width] = {};
     for (int64_t i = first * period + left; i < last * period; i += period) {
       real x[width];
@@ -249,11 +249,11 @@ Error summed(const RandomArgs& a) {
     auto* out = static_cast<scalar_t*>(a.out);
     auto* in = static_cast<const scalar_t*>(a.in[0]);
     auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
-    const int64_t rows = a.n / a.period, strips = (rows + a.strip - 1) / a.strip;
+    const int64_t rows = a.n / a.period, strips = strips_of(rows);
     const bool wide = a.period % size == 0 && aligned(out, in) && aligned(sums);
     const int64_t items = strips * (wide ? a.period / size : a.period);
     return launch(wide ? summed_kernel<Op, size, scalar_t> : summed_kernel<Op, 1, scalar_t>, grid_for(items, kThreads),
-                  kThreads, a.stream, rows, a.period, a.strip, out, in, Mask{a.seed, a.threshold},
+                  kThreads, a.stream, rows, a.period, out, in, Mask{a.seed, a.threshold},
                   static_cast<real_of<scalar_t>>(a.scale), sums);
   });
 }

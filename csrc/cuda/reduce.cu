@@ -106,9 +106,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if constexpr (inputs >= 2) load_narrow(t + i, left, vt);
     }
     if constexpr (inputs == 3) load_beside(w, i, period, wide_w && left >= size, vw);
+    real few = 0;  // one long sum would drift where values are alike
 #pragma unroll
     for (int k = 0; k < size; ++k)
-      if (k < left) sum += value_of<F, inputs>(p, vx[k], vt[k], vw[k]);
+      if (k < left) few += value_of<F, inputs>(p, vx[k], vt[k], vw[k]);
+    sum += few;
   }
   const double total = Team<kThreads>().sum(static_cast<double>(sum));
   if (threadIdx.x != 0) return;

@@ -293,8 +293,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       [&](int64_t i) {
         real v[size];
         load_wide(g + i, v);
+        real few = 0;
 #pragma unroll
-        for (int k = 0; k < size; ++k) sum += v[k] * v[k];
+        for (int k = 0; k < size; ++k) few += v[k] * v[k];
+        sum += few;
       },
       [&](int64_t i) {
         const real v = static_cast<real>(load(g + i));

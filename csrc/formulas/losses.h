@@ -1,6 +1,6 @@
 // Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target, which the loop multiplies by
 // `slope`, where a formula has one. What `params` declares, numbers and tensors, stands behind x and t. The reduction is the
-// loop's affair, second derivatives are taken of d0 and d1 by Dual.
+// loop's affair; second derivatives are taken of d0 and d1 by Dual, see second_derivative().
 #pragma once
 #include "../math.h"
 
@@ -97,6 +97,12 @@ struct BCE {
     const auto [of, of_rest] = logs(x);
     return of_rest - of;
   }
+  // A Dual of d0 is the small difference of two large terms, where x is near 0 or 1.
+  template <class T>
+  static FASTOPS_FN T d00(T x, T t) {
+    const T low = max(x, c<T>(1e-12)), high = max(c<T>(1) - x, c<T>(1e-12));
+    return t / (low * low) + (c<T>(1) - t) / (high * high);
+  }
 };
 
 // The same of sigmoid(x), from its logit x.
@@ -155,13 +161,16 @@ constexpr double slope_of() {
   return 1;
 }
 
-// The second derivative of the value, to x twice (to_target = 0), to x and t (1), or to t twice (2). The last is 0 of what
-// is `linear_in_target`, and is not computed: where a logarithm is infinite it would be 0 times that.
+// The second derivative of the value, to x twice (to_target = 0: d00, where a formula has one), to x and t (1), or to t
+// twice (2). The last is 0 of what is `linear_in_target`, and is not computed: where a logarithm is infinite it would be 0
+// times that.
 template <class Op, class T, class... P>
 FASTOPS_FN T second_derivative(int to_target, T x, T t, P... p) {
   using D = Dual<T>;
   if constexpr (requires { Op::linear_in_target; })
     if (to_target == 2) return c<T>(0);
+  if constexpr (requires { Op::d00(x, t); })
+    if (to_target == 0) return Op::d00(x, t);
   const D by_x(x, to_target == 0 ? c<T>(1) : c<T>(0)), by_t(t, to_target == 0 ? c<T>(0) : c<T>(1));
   return to_target == 2 ? Op::d1(by_x, by_t, D(p, c<T>(0))...).d : Op::d0(by_x, by_t, D(p, c<T>(0))...).d;
 }

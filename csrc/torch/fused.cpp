@@ -52,7 +52,7 @@ void check_inputs(size_t row, const Tensor& input, const Tensor& other) {
 }
 
 void run(size_t row, FusedKernel FusedRow::*kernel, const Tensor& out, std::initializer_list<const Tensor*> in,
-         const RowSums* sums = nullptr) {
+         const Tensor& sums = Tensor()) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const FusedRow& r = table(out.device().type()).data[row];
@@ -61,10 +61,7 @@ void run(size_t row, FusedKernel FusedRow::*kernel, const Tensor& out, std::init
   a.n = out.numel();
   a.period = r.broadcast ? out.size(-1) : out.numel();
   a.out = out.mutable_data_ptr();
-  if (sums) {
-    a.sums = sums->strips.mutable_data_ptr();
-    a.strip = sums->strip;
-  }
+  if (sums.defined()) a.sums = sums.mutable_data_ptr();
   a.stream = stream_of(out);
   size_t k = 0;
   for (const Tensor* t : in) a.in[k++] = t->const_data_ptr();
@@ -106,16 +103,16 @@ std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy, const std::v
     return {dx, dx};
   }
   const Tensor &x = saved[0], &t = saved[1];
-  if (at::GradMode::is_enabled() || at::isTensorSubclassLike(dy) || at::isTensorSubclassLike(x) ||
-      at::isTensorSubclassLike(t)) {
+  const auto plain = [](const Tensor& v) { return !is_dual(v) && !at::isTensorSubclassLike(v); };
+  if (at::GradMode::is_enabled() || !plain(dy) || !plain(x) || !plain(t)) {
     dx = ops(row).activation_backward.call(at::add(x, t), dy);
   } else {
     const Tensor a = resolved(x).contiguous(), b = resolved(t).contiguous(), g = resolved(dy).contiguous();
     dx = output_like(a);
     if (wanted && has_rows(a)) {
-      const RowSums sums(a);
-      run(row, &FusedRow::summed, dx, {&a, &b, &g}, &sums);
-      return {dx, sums.total(t.scalar_type())};
+      const Tensor strips = strips_beside(a);
+      run(row, &FusedRow::summed, dx, {&a, &b, &g}, strips);
+      return {dx, sum_of_strips(strips, t.scalar_type())};
     }
     run(row, &FusedRow::backward, dx, {&a, &b, &g});
   }

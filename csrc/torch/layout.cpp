@@ -14,6 +14,7 @@
 
 #include "backend.h"
 #include "pool.h"
+#include "reduction.h"
 
 namespace fastops {
 
@@ -44,11 +45,12 @@ void resolve_negations_in_place() {
 }
 
 namespace {
+c10::Allocator* allocator_of(size_t nbytes) { return pool_serves(nbytes) ? pool_allocator() : c10::GetCPUAllocator(); }
+
 // What torch.empty_strided would make, without its way through the dispatcher, which is a tenth of a small op; large ones
 // come from the pool.
 at::Tensor on_cpu(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype, size_t nbytes) {
-  c10::Allocator* allocator = pool_serves(nbytes) ? pool_allocator() : c10::GetCPUAllocator();
-  return at::Tensor(at::detail::empty_strided_generic(sizes, strides, allocator,
+  return at::Tensor(at::detail::empty_strided_generic(sizes, strides, allocator_of(nbytes),
                                                       c10::DispatchKeySet(c10::DispatchKey::CPU), dtype));
 }
 }  // namespace
@@ -66,8 +68,9 @@ at::Tensor output_like(const at::Tensor& x) {
 
 at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (!x.is_cpu()) return at::empty(sizes, x.options().dtype(dtype));
-  return at::Tensor(at::detail::empty_generic(sizes, c10::GetCPUAllocator(), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                              dtype, std::nullopt));
+  c10::Allocator* allocator = allocator_of(c10::multiply_integers(sizes) * c10::elementSize(dtype));
+  return at::Tensor(at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
+                                              std::nullopt));
 }
 
 namespace {
@@ -151,16 +154,16 @@ at::Tensor sum_to_row(const at::Tensor& t) {
   return t.sum(leading);
 }
 
-RowSums::RowSums(const at::Tensor& x) {
-  // Few enough rows that their sum does not drift and that all threads have strips, and so many that strips are few.
-  constexpr int64_t kFewest = 8, kMost = 64, kStrips = 32;
-  const int64_t period = x.size(-1), rows = x.numel() / period;
-  strip = x.is_cpu() && rows >= kStrips * kMost ? kMost : kFewest;
-  while (strip * period % kStripElements != 0) strip *= 2;
-  strips = output_beside(x, {(rows + strip - 1) / strip, period}, real_of(x.scalar_type()));
+at::Tensor strips_beside(const at::Tensor& x) {
+  const int64_t period = x.size(-1);
+  return output_beside(x, {strips_of(x.numel() / period), period}, real_of(x.scalar_type()));
 }
 
-at::Tensor RowSums::total(at::ScalarType dtype) const { return as_dtype(strips.sum(0), dtype); }
+at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype) {
+  // torch would cut the sum to a single number at the threads' borders.
+  const bool single = strips.size(1) == 1;
+  return as_dtype(single ? sum_of(strips, 1, at::Tensor()).reshape({1}) : strips.sum(0), dtype);
+}
 
 void check_row(const char* op, const char* what, const at::Tensor& row, const at::Tensor& input) {
   TORCH_CHECK(input.dim() >= 1 && row.dim() == 1 && row.size(0) == input.size(-1), op, ": expected a ", what,

@@ -11,8 +11,10 @@ namespace fastops {
 at::Tensor dense(const at::Tensor& x);
 
 // x, or a copy, whose memory holds its values: for kernels that are called past the dispatcher, where nobody has resolved
-// what torch._neg_view and x.conj().imag leave to be done.
-inline at::Tensor resolved(const at::Tensor& x) { return x.is_neg() ? x.resolve_neg() : x; }
+// what torch._neg_view and x.conj().imag leave to be done, or zeros that are nowhere.
+inline at::Tensor resolved(const at::Tensor& x) {
+  return x.is_neg() ? x.resolve_neg() : x._is_zerotensor() ? x.clone() : x;
+}
 
 // Ops that write to their first tensor and return nothing, on tensors whose negation is left to be done. torch's own
 // fallback for them takes the result off the stack, where there is none, and writes into other memory. Called once, when
@@ -25,7 +27,7 @@ at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 // An uninitialised tensor with the shape, strides, device and dtype of x (which is dense); large ones on CPU come from
 // the pool.
 at::Tensor output_like(const at::Tensor& x);
-// An uninitialised contiguous tensor where x is: a small one, which the pool has no part in.
+// An uninitialised contiguous tensor where x is.
 at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype);
 
 // t.to(dtype), without the call where there is nothing to do.
@@ -50,14 +52,9 @@ Rows3 around(const at::Tensor& x, int64_t dim);
 // The sum over all dimensions but the last: what flows back to a row that was repeated.
 at::Tensor sum_to_row(const at::Tensor& t);
 
-// What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of `strip` rows at a time: `strips`,
-// of reals, whose columns are left to be added.
-struct RowSums {
-  int64_t strip;
-  at::Tensor strips;
-  explicit RowSums(const at::Tensor& x);
-  at::Tensor total(at::ScalarType dtype) const;
-};
+// What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of kStrip rows at a time, reals.
+at::Tensor strips_beside(const at::Tensor& x);
+at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype);
 // Whether x is worth that: it has elements, and rows.
 inline bool has_rows(const at::Tensor& x) { return x.dim() > 1 && x.numel() > 0; }
 

@@ -48,7 +48,7 @@ void check_arguments(const char* name, const Tensor& input, double p, const Tens
 }
 
 void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in, double p, const Tensor& seed,
-         const RowSums* sums = nullptr) {
+         const Tensor& sums = Tensor()) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const RandomRow& row = row_of(name, out.device().type());
@@ -64,11 +64,8 @@ void run(const char* name, const Tensor& out, std::initializer_list<const Tensor
   a.scale = 1 / (1 - p);
   a.order = logical_order(out);
   a.stream = stream_of(out);
-  if (sums) {
-    a.sums = sums->strips.mutable_data_ptr();
-    a.strip = sums->strip;
-  }
-  check(row.name, (sums ? row.summed : row.forward)(a));
+  if (sums.defined()) a.sums = sums.mutable_data_ptr();
+  check(row.name, (sums.defined() ? row.summed : row.forward)(a));
 }
 
 Tensor dropout(const Tensor& input, double p, const Tensor& seed) {
@@ -246,12 +243,12 @@ variable_list bias_dropout_add_vjp(const variable_list& grads, const BackwardCon
   variable_list result(4);
   const Tensor& dy = grads[0];
   const double p = c.attributes[0].toDouble();
-  if (c.needed[1] && !at::GradMode::is_enabled() && !at::isTensorSubclassLike(dy) && has_rows(dy)) {
+  if (c.needed[1] && !at::GradMode::is_enabled() && !is_dual(dy) && !at::isTensorSubclassLike(dy) && has_rows(dy)) {
     const Tensor g = resolved(dy).contiguous(), dx = output_like(g);
-    const RowSums sums(g);
-    run("dropout", dx, {&g}, p, c.saved[0], &sums);
+    const Tensor strips = strips_beside(g);
+    run("dropout", dx, {&g}, p, c.saved[0], strips);
     if (c.needed[0]) result[0] = dx;
-    result[1] = sums.total(dy.scalar_type());
+    result[1] = sum_of_strips(strips, dy.scalar_type());
   } else if (c.needed[0] || c.needed[1]) {
     const Tensor dx = dropout_op().call(dy, p, c.saved[0]);
     if (c.needed[0]) result[0] = dx;

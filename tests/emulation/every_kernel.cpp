@@ -73,10 +73,17 @@ void map(const Dtype& d, int64_t n, Buffers b) {
 void fused(const Dtype& d, int64_t n, Buffers b) {
   for (const FusedRow& row : cuda::fused_rows) {
     const int64_t period = row.broadcast ? (n % 2 ? n : n / 2) : n;
-    FusedArgs a{d.type, n, period, b.values(n, d.type), {}, nullptr};
+    FusedArgs a{d.type, n, period, b.values(n, d.type), {}, nullptr, nullptr};
     for (auto& in : a.in) in = b.values(n, d.type);
     expect(row.name, "forward", row.forward(a));
     if (row.backward) expect(row.name, "backward", row.backward(a));
+    if (!row.summed) continue;
+    for (const int64_t width : {n, int64_t{7}, int64_t{8}}) {
+      a.period = width;
+      a.n = n / width * width;
+      a.sums = b.values(strips_of(n / width) * width, d.real);
+      expect(row.name, "summed", row.summed(a));
+    }
   }
 }
 
@@ -166,6 +173,12 @@ void random(const Dtype& d, Buffers b) {
     expect(row.name, "contiguous", row.forward(a));
     a.order = {4, {3, 7, 11, 5}, {5 * 7 * 11, 11, 1, 7 * 11}};
     expect(row.name, "strided", row.forward(a));
+    if (!row.summed) continue;
+    for (const int64_t width : {11, 7, 5}) {
+      a.period = width;
+      a.sums = b.values(strips_of(kN / width) * width, d.real);
+      expect(row.name, "summed", row.summed(a));
+    }
   }
 }
 

@@ -141,13 +141,13 @@ int64_t workspace_bytes(int64_t n) { return reduce_workspace(n); }
 const char* run_fused(size_t index, bool backward, int dtype, int64_t n, int64_t period, void* out,
                       const void* const* in) {
   const FusedRow& row = tables().fused.data[index];
-  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr, 0, nullptr};
+  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr, nullptr};
   return (backward ? row.backward : row.forward)(a);
 }
 
 const char* run_fused_summed(size_t index, int dtype, int64_t n, int64_t period, void* out, const void* const* in,
-                             void* sums, int64_t strip) {
-  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, sums, strip, nullptr};
+                             void* sums) {
+  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, sums, nullptr};
   return tables().fused.data[index].summed(a);
 }
 
@@ -248,7 +248,7 @@ const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, c
 }
 
 const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period, void* out, const void* in,
-                              const int64_t* seed, uint32_t threshold, double scale, void* sums, int64_t strip) {
+                              const int64_t* seed, uint32_t threshold, double scale, void* sums) {
   RandomArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
@@ -260,7 +260,6 @@ const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period
   a.scale = scale;
   a.order = {1, {n}, {1}};
   a.sums = sums;
-  a.strip = strip;
   return tables().random.data[index].summed(a);
 }
 

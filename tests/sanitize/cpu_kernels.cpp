@@ -118,12 +118,11 @@ struct Elementwise {
       for (const int64_t period : {n, int64_t{1}, n % 2 ? n : n / 2}) {
         if (period != n && !row.broadcast) continue;
         Buffers b(end, seed);
-        FusedArgs a{type, n, period, b.values(n, type), {in[0], in[1], in[2]}, nullptr, 0, nullptr};
+        FusedArgs a{type, n, period, b.values(n, type), {in[0], in[1], in[2]}, nullptr, nullptr};
         expect(row.name, "forward", row.forward(a));
         if (row.backward) expect(row.name, "backward", row.backward(a));
         if (row.summed) {
-          a.strip = 8;
-          a.sums = b.values((n / period + a.strip - 1) / a.strip * period, real_of(type));
+          a.sums = b.values(strips_of(n / period) * period, real_of(type));
           expect(row.name, "summed", row.summed(a));
         }
         a.in[0] = a.out;
@@ -169,9 +168,7 @@ struct Elementwise {
       expect(row.name, "contiguous", row.forward(a));
       if (row.backward) expect(row.name, "backward", row.backward(a));
       if (row.summed) {
-        const int64_t period = a.period;
-        for (a.strip = 8; a.strip * period % kStripElements != 0;) a.strip *= 2;
-        a.sums = b.values((n / period + a.strip - 1) / a.strip * period, real_of(type));
+        a.sums = b.values(strips_of(n / a.period) * a.period, real_of(type));
         expect(row.name, "summed", row.summed(a));
       }
       if (n % 33 == 0) {
