@@ -298,67 +298,70 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, cons
   });
 }
 
-// The classes of `count` neighbouring rows, those of class j behind each other at j inner: a vector each. They are kept
-// side by side once they were read: at strides of a power of two they push each other out of the nearest cache.
+// Neighbouring rows, as many as a vector has lanes or fewer: element j of each is beside the others' at j inner. Rows that
+// are short enough are kept side by side while they are worked on; their elements in memory may be apart by a power of two,
+// and push each other out of the caches.
 template <class L, class scalar_t>
-struct Tile {
+struct Columns {
   using V = typename L::V;
-  static constexpr int64_t kClasses = (64 << 10) / static_cast<int64_t>(L::size * sizeof(typename L::real));
   const scalar_t* x;
   int64_t inner, count;
-  bool fits;
-  alignas(64) typename L::real kept[kClasses * L::size];
+  typename L::real* kept;  // what was read, or what has taken its place; or null
+  bool tiled;              // Tile has read them, and will write them
 
-  FASTOPS_FN Tile(const scalar_t* x, int64_t n, int64_t inner, int64_t count)
-      : x(x), inner(inner), count(count), fits(n <= kClasses) {}
-  FASTOPS_FN void read(int64_t j, V (&v)[L::count]) {
-    L::load(x + j * inner, count, v);
-    if (fits) keep(j, v);
-  }
-  FASTOPS_FN void keep(int64_t j, const V (&v)[L::count]) {
+  FASTOPS_FN void keep(int64_t j, const V (&v)[L::count]) const {
     for (int k = 0; k < L::count; ++k) v[k].store(kept + j * L::size + k * V::size());
-  }
-  FASTOPS_FN void again(int64_t j, V (&v)[L::count]) const {
-    if (fits) return kept_of(j, v);
-    L::load(x + j * inner, count, v);
   }
   FASTOPS_FN void kept_of(int64_t j, V (&v)[L::count]) const {
     for (int k = 0; k < L::count; ++k) v[k] = V::loadu(kept + j * L::size + k * V::size());
   }
+  FASTOPS_FN void load_first(int64_t j, V (&v)[L::count]) const {
+    if (tiled) return kept_of(j, v);
+    L::load(x + j * inner, count, v);
+    if (kept) keep(j, v);
+  }
+  FASTOPS_FN void load(int64_t j, V (&v)[L::count]) const {
+    if (kept) return kept_of(j, v);
+    L::load(x + j * inner, count, v);
+  }
+  FASTOPS_FN void leave(int64_t j, const V (&v)[L::count], scalar_t* y) const {
+    if (tiled) return keep(j, v);
+    L::store(y + j * inner, count, v);
+  }
   // The maximum of each row, or what is left of it where there is a NaN, which shows in the sums.
-  FASTOPS_FN void read_all(int64_t n, V (&peak)[L::count]) {
+  FASTOPS_FN void peaks(int64_t n, V (&peak)[L::count]) const {
     for (auto& p : peak) p = V(-std::numeric_limits<typename L::real>::infinity());
     for (int64_t j = 0; j < n; ++j) {
       V u[L::count];
-      read(j, u);
+      load_first(j, u);
       for (int k = 0; k < L::count; ++k) peak[k] = larger(u[k], peak[k]);
     }
   }
-  // The sums of exp(x - base), which is left instead of x where all fit, and `leave`.
-  template <bool leave>
-  FASTOPS_FN void exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count]) {
+  // The sums of exp(x - base), which takes the place of x where it is kept and `left`.
+  template <bool left>
+  FASTOPS_FN void exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count]) const {
     for (auto& s : sum) s = V(typename L::real(0));
-    if (fits) {
-      add_exponentials<leave>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { kept_of(j, v); });
+    if (kept) {
+      add_exponentials<left>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { kept_of(j, v); });
     } else {
       add_exponentials<false>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { L::load(x + j * inner, count, v); });
     }
   }
-  template <bool leave, class Read>
-  FASTOPS_FN void add_exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count], Read read) {
+  template <bool left, class Read>
+  FASTOPS_FN void add_exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count], Read read) const {
     constexpr int several = kTogether / L::count;
     in_runs(n, [&](int64_t begin, int64_t end) {
       V few[L::count];
       for (auto& f : few) f = V(typename L::real(0));
-      const auto add = [&](int64_t j, auto classes) {
-        V u[classes][L::count];
-        for (int c = 0; c < classes; ++c) {
+      const auto add = [&](int64_t j, auto elements) {
+        V u[elements][L::count];
+        for (int c = 0; c < elements; ++c) {
           read(j + c, u[c]);
           for (int k = 0; k < L::count; ++k) u[c][k] = u[c][k] - base[k];
         }
         exp(u);
-        for (int c = 0; c < classes; ++c) {
-          if constexpr (leave) keep(j + c, u[c]);
+        for (int c = 0; c < elements; ++c) {
+          if constexpr (left) keep(j + c, u[c]);
           for (int k = 0; k < L::count; ++k) few[k] = few[k] + u[c][k];
         }
       };
@@ -368,75 +371,139 @@ struct Tile {
       for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + few[k];
     });
   }
-  // exp(x - base) of a class, of which exponentials() has left it where all fit.
+  // exp(x - base), of which exponentials() has left what is kept.
   FASTOPS_FN void exponential(int64_t j, const V (&base)[L::count], V (&v)[L::count]) const {
-    again(j, v);
-    if (fits) return;
+    load(j, v);
+    if (kept) return;
     for (int k = 0; k < L::count; ++k) v[k] = exp(v[k] - base[k]);
   }
 };
 
-// `count` neighbouring rows at once, element j of each at stride `inner`.
-template <class Op, class L, class scalar_t>
-FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner, int64_t count) {
+// Columns beside each other: where their elements are far apart many, which are read and written a run at a time, else
+// those of one vector.
+template <class L, class scalar_t>
+struct Tile {
   using V = typename L::V;
-  Tile<L, scalar_t> tile(x, n, inner, count);
-  V peak[L::count], sum[L::count];
-  tile.read_all(n, peak);
-  tile.template exponentials<Op::from_exponential>(n, peak, sum);
-  for (auto& s : sum) s = Op::constant(s);
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count];
-    if constexpr (Op::from_exponential) {
-      tile.exponential(j, peak, u);
-    } else {
-      tile.again(j, u);
-    }
-    for (int k = 0; k < L::count; ++k) u[k] = Op::forward(u[k], peak[k], sum[k]);
-    L::store(y + j * inner, count, u);
+  using real = typename L::real;
+  static constexpr int64_t kNear = (64 << 10) / static_cast<int64_t>(sizeof(real));   // reals that are kept on the stack
+  static constexpr int64_t kTiled = (128 << 10) / static_cast<int64_t>(sizeof(real));  // and in a tile
+  const scalar_t* x;
+  int64_t n, inner, count;
+  real* tile;  // or null
+  alignas(64) real near[kNear];
+
+  // How many rows of n elements make a tile.
+  static FASTOPS_FN int64_t together(int64_t n, int64_t inner) {
+    constexpr int64_t kPage = 4096, kFar = 2 << 20;  // bytes
+    const int64_t stride = inner * static_cast<int64_t>(sizeof(scalar_t)), most = kTiled / (n * L::size);
+    if (n < 16 || most < 4 || (stride % kPage != 0 && n * stride < kFar)) return L::size;
+    return L::size * (most < 16 ? most : 16);
   }
+  FASTOPS_FN Tile(const scalar_t* x, int64_t n, int64_t inner, int64_t count, real* memory)
+      : x(x), n(n), inner(inner), count(count), tile(memory) {
+    if (!tile) return;
+    for (int64_t j = 0; j < n; ++j)
+      each([&](int64_t i, const Columns<L, scalar_t>& c) {
+        V v[L::count];
+        L::load(x + j * inner + i, c.count, v);
+        c.keep(j, v);
+      });
+  }
+  FASTOPS_FN Columns<L, scalar_t> columns(int64_t i) {
+    real* const kept = tile ? tile + n * i : n * L::size <= kNear ? near : nullptr;
+    return {x + i, inner, count - i < L::size ? count - i : L::size, kept, tile != nullptr};
+  }
+  // Calls body(i, the Columns from row i on) for all.
+  template <class Body>
+  FASTOPS_FN void each(Body body) {
+    for (int64_t i = 0; i < count; i += L::size) body(i, columns(i));
+  }
+  // Writes what the Columns have left.
+  FASTOPS_FN void write(scalar_t* y) {
+    if (!tile) return;
+    for (int64_t j = 0; j < n; ++j)
+      each([&](int64_t i, const Columns<L, scalar_t>& c) {
+        V v[L::count];
+        c.kept_of(j, v);
+        L::store(y + j * inner + i, c.count, v);
+      });
+  }
+};
+
+template <class Op, class L, class scalar_t>
+FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner, int64_t count,
+                                typename L::real* memory) {
+  using V = typename L::V;
+  Tile<L, scalar_t> tile(x, n, inner, count, memory);
+  tile.each([&](int64_t i, const Columns<L, scalar_t>& c) {
+    V peak[L::count], sum[L::count];
+    c.peaks(n, peak);
+    c.template exponentials<Op::from_exponential>(n, peak, sum);
+    for (auto& s : sum) s = Op::constant(s);
+    for (int64_t j = 0; j < n; ++j) {
+      V u[L::count];
+      if constexpr (Op::from_exponential) {
+        c.exponential(j, peak, u);
+      } else {
+        c.load(j, u);
+      }
+      for (int k = 0; k < L::count; ++k) u[k] = Op::forward(u[k], peak[k], sum[k]);
+      c.leave(j, u, y + i);
+    }
+  });
+  tile.write(y);
 }
 
 template <class Op, class L, class scalar_t>
 FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, scalar_t* dx, int64_t n,
-                                         int64_t inner, int64_t count) {
+                                         int64_t inner, int64_t count, typename L::real* memory) {
   using V = typename L::V;
-  Tile<L, scalar_t> outputs(y, n, inner, count), gradients(dy, n, inner, count);
-  V total[L::count];
-  for (auto& t : total) t = V(typename L::real(0));
-  in_runs(n, [&](int64_t begin, int64_t end) {
-    V sum[L::count];
-    for (auto& s : sum) s = V(typename L::real(0));
-    for (int64_t j = begin; j < end; ++j) {
+  Tile<L, scalar_t> outputs(y, n, inner, count, memory);
+  Tile<L, scalar_t> gradients(dy, n, inner, count, memory ? memory + Tile<L, scalar_t>::kTiled : nullptr);
+  gradients.each([&](int64_t i, const Columns<L, scalar_t>& gradient) {
+    const Columns<L, scalar_t> output = outputs.columns(i);
+    V total[L::count];
+    for (auto& t : total) t = V(typename L::real(0));
+    in_runs(n, [&](int64_t begin, int64_t end) {
+      V sum[L::count];
+      for (auto& s : sum) s = V(typename L::real(0));
+      for (int64_t j = begin; j < end; ++j) {
+        V u[L::count], g[L::count];
+        output.load_first(j, u);
+        gradient.load_first(j, g);
+        for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + Op::summand(u[k], g[k]);
+      }
+      for (int k = 0; k < L::count; ++k) total[k] = total[k] + sum[k];
+    });
+    for (int64_t j = 0; j < n; ++j) {
       V u[L::count], g[L::count];
-      outputs.read(j, u);
-      gradients.read(j, g);
-      for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + Op::summand(u[k], g[k]);
+      output.load(j, u);
+      gradient.load(j, g);
+      for (int k = 0; k < L::count; ++k) g[k] = Op::backward(u[k], g[k], total[k]);
+      gradient.leave(j, g, dx + i);
     }
-    for (int k = 0; k < L::count; ++k) total[k] = total[k] + sum[k];
   });
-  for (int64_t j = 0; j < n; ++j) {
-    V u[L::count], g[L::count];
-    outputs.again(j, u);
-    gradients.again(j, g);
-    for (int k = 0; k < L::count; ++k) g[k] = Op::backward(u[k], g[k], total[k]);
-    L::store(dx + j * inner, count, g);
-  }
+  gradients.write(dx);
 }
 
-// Runs `rows(begin, end)` for ranges of contiguous rows, or `columns(o, i, count)` for each group of
-// neighbouring rows, over the threads.
-template <class L, class RowsBody, class ColumnBody>
-FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, RowsBody rows, ColumnBody columns) {
+// Runs `rows(begin, end)` for ranges of contiguous rows, or over the threads `columns(o, i, count, memory)` for neighbouring
+// rows, those of a Tile, with memory for `tiles` of them where it is to be one.
+template <class L, int tiles, class scalar_t, class RowsBody, class ColumnsBody>
+FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, const scalar_t*, RowsBody rows, ColumnsBody columns) {
   if (inner == 1) {
     cpu::parallel(outer, rows_per_thread(n), rows);
   } else {
-    const int64_t tiles = (inner + L::size - 1) / L::size;
-    cpu::parallel(outer * tiles, rows_per_thread(n * L::size), [=](int64_t begin, int64_t end) {
+    using T = Tile<L, scalar_t>;
+    const int64_t together = T::together(n, inner), across = (inner + together - 1) / together;
+    cpu::parallel(outer * across, rows_per_thread(n * together), [=](int64_t begin, int64_t end) {
+      constexpr size_t bytes = tiles * T::kTiled * sizeof(typename L::real);
+      auto* const memory = static_cast<typename L::real*>(together > L::size ? std::aligned_alloc(64, bytes) : nullptr);
+      const int64_t step = memory ? together : L::size;
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t o = t / tiles, i = t % tiles * L::size;
-        columns(o, i, inner - i < L::size ? inner - i : L::size);
+        const int64_t left = t % across * together, right = left + together < inner ? left + together : inner;
+        for (int64_t i = left; i < right; i += step) columns(t / across, i, right - i < step ? right - i : step, memory);
       }
+      std::free(memory);
     });
   }
 }
@@ -451,8 +518,8 @@ struct MakeSoftmax {
       auto* y = static_cast<scalar_t*>(a.out);
       const int64_t n = a.n, inner = a.inner;
       const bool streamed = streams_rows<L>(y, a.outer, n, x);
-      over_rows<L>(
-          a.outer, n, inner,
+      over_rows<L, 1>(
+          a.outer, n, inner, x,
           [=](int64_t begin, int64_t end) {
             const Kept<L> kept(Op::from_exponential ? n : 0, Op::from_exponential && streamed);
             auto first = first_peak<L>(x + begin * n, n);
@@ -462,9 +529,9 @@ struct MakeSoftmax {
             if (streamed) fence();
             kept.free();
           },
-          [=](int64_t o, int64_t i, int64_t count) {
+          [=](int64_t o, int64_t i, int64_t count, typename L::real* memory) {
             const int64_t at = o * n * inner + i;
-            softmax_columns<Op, L>(x + at, y + at, n, inner, count);
+            softmax_columns<Op, L>(x + at, y + at, n, inner, count, memory);
           });
       return nullptr;
     });
@@ -478,16 +545,16 @@ struct MakeSoftmax {
       auto* dx = static_cast<scalar_t*>(a.out);
       const int64_t n = a.n, inner = a.inner;
       const bool streamed = dx != y && streams_rows<L>(dx, a.outer, n, dy);
-      over_rows<L>(
-          a.outer, n, inner,
+      over_rows<L, 2>(
+          a.outer, n, inner, y,
           [=](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r)
               softmax_row_backward<Op, L>(y + r * n, dy + r * n, Out<L, scalar_t>(dx, r, n, streamed), n);
             if (streamed) fence();
           },
-          [=](int64_t o, int64_t i, int64_t count) {
+          [=](int64_t o, int64_t i, int64_t count, typename L::real* memory) {
             const int64_t at = o * n * inner + i;
-            softmax_columns_backward<Op, L>(y + at, dy + at, dx + at, n, inner, count);
+            softmax_columns_backward<Op, L>(y + at, dy + at, dx + at, n, inner, count, memory);
           });
       return nullptr;
     });
@@ -696,14 +763,14 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
 }
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* loss, int64_t r, int64_t n, int64_t inner,
-                                      int64_t count, const Target<real>& q) {
+FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* grad, real* loss, int64_t r, int64_t n,
+                                      const Target<real>& q) {
   using V = typename L::V;
   constexpr int64_t size = L::size;
-  const Classes<real, size> of(q, r, count, x, inner);
-  Tile<L, scalar_t> tile(x, n, inner, count);
+  const int64_t count = c.count;
+  const Classes<real, size> of(q, r, count, c.x, c.inner);
   V peak[L::count], base[L::count], sum[L::count], depth[L::count];
-  tile.read_all(n, peak);
+  c.peaks(n, peak);
   for (int k = 0; k < L::count; ++k) base[k] = LogSumExp<V>::origin(peak[k]), depth[k] = V(real(0));
   if (q.soft != real(0)) {
     in_runs(n, [&](int64_t begin, int64_t end) {
@@ -711,14 +778,14 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
       for (auto& d : deep) d = V(real(0));
       for (int64_t j = begin; j < end; ++j) {
         V u[L::count];
-        tile.again(j, u);
+        c.load(j, u);
         const V w(q.weight ? q.weight[j] : real(1));
         for (int k = 0; k < L::count; ++k) deep[k] = deep[k] + w * (base[k] - u[k]);
       }
       for (int k = 0; k < L::count; ++k) depth[k] = depth[k] + deep[k];
     });
   }
-  tile.template exponentials<true>(n, base, sum);
+  c.template exponentials<true>(n, base, sum);
   V inverse[L::count], total[L::count];
   real out[size], lse[size];
   const auto shared = [&](V v, int k) {  // what is the classes' part in it, where there are two
@@ -755,13 +822,13 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
   for (int64_t i = 0; i < count; ++i) all_live &= of.live[i] != real(0);
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
-    tile.exponential(j, base, u);
+    c.exponential(j, base, u);
     const V soft_weight(q.soft == real(0) ? real(0) : q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
     for (int k = 0; k < L::count; ++k) {
       u[k] = CrossEntropy::gradient(u[k] * inverse[k], total[k], shared(soft_weight, k));
       if (!all_live) u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));
     }
-    L::store(grad + j * inner, count, u);
+    c.leave(j, u, grad);
   }
   // As in cross_entropy_row(): where a target is, its share is subtracted before the value is rounded.
   for (int m = 0; m < q.targets; ++m) {
@@ -778,10 +845,17 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, scalar_t* grad, real* l
       u[k] = CrossEntropy::gradient(p, total[k], shared(V::loadu(soft_weight + k * V::size()), k)) -
              V::loadu(own + k * V::size()) * V(q.scale);
     }
-    scalar_t at_target[size];
-    L::store(at_target, size, u);
-    for (int64_t i = 0; i < count; ++i)
-      if (of.t[m][i] >= 0) grad[of.t[m][i] * inner + i] = at_target[i];
+    if (c.tiled) {
+      real at_target[size];
+      for (int k = 0; k < L::count; ++k) u[k].store(at_target + k * V::size());
+      for (int64_t i = 0; i < count; ++i)
+        if (of.t[m][i] >= 0) c.kept[of.t[m][i] * size + i] = at_target[i];
+    } else {
+      scalar_t at_target[size];
+      L::store(at_target, size, u);
+      for (int64_t i = 0; i < count; ++i)
+        if (of.t[m][i] >= 0) grad[of.t[m][i] * c.inner + i] = at_target[i];
+    }
   }
 }
 
@@ -875,27 +949,27 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, const Ou
 }
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scalar_t* grad, real* loss, int64_t n,
-                                      int64_t inner, int64_t count, int64_t r, const Target<real>& target,
+FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, const scalar_t* q, scalar_t* grad, real* loss,
+                                      int64_t n, int64_t r, const Target<real>& target,
                                       const Distribution<L, scalar_t>& distribution) {
   using V = typename L::V;
+  const int64_t count = c.count;
   const V keep(distribution.keep), soft(distribution.soft), by(target.scale);
   const auto load = [&](int64_t j, V(&w)[L::count]) {
-    L::load(q + j * inner, count, w);
+    L::load(q + j * c.inner, count, w);
     const V class_weight(distribution.weight ? distribution.weight[j] : real(1));
     for (int k = 0; k < L::count; ++k) w[k] = (w[k] * keep + soft) * class_weight;
   };
-  Tile<L, scalar_t> tile(x, n, inner, count);
   V peak[L::count], base[L::count], sum[L::count];
   Expectation<V> of[L::count], lost[L::count];
-  tile.read_all(n, peak);
+  c.peaks(n, peak);
   for (int k = 0; k < L::count; ++k) base[k] = of[k].base = LogSumExp<V>::origin(peak[k]);
   in_runs(n, [&](int64_t begin, int64_t end) {
     Expectation<V> part[L::count];
     for (int k = 0; k < L::count; ++k) part[k].base = base[k];
     for (int64_t j = begin; j < end; ++j) {
       V u[L::count], w[L::count];
-      tile.again(j, u);
+      c.load(j, u);
       load(j, w);
       for (int k = 0; k < L::count; ++k) part[k].add(w[k], u[k]);
     }
@@ -904,7 +978,7 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
       add_compensated(of[k].depth, lost[k].depth, part[k].depth);
     }
   });
-  tile.template exponentials<true>(n, base, sum);
+  c.template exponentials<true>(n, base, sum);
   V inverse[L::count], total[L::count];
   real out[L::size], lse[L::size];
   for (int k = 0; k < L::count; ++k) {
@@ -926,11 +1000,11 @@ FASTOPS_FN void cross_entropy_columns(const scalar_t* x, const scalar_t* q, scal
   if (!grad) return;
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count], w[L::count];
-    tile.exponential(j, base, u);
+    c.exponential(j, base, u);
     load(j, w);
     for (int k = 0; k < L::count; ++k)
       u[k] = CrossEntropy::gradient(u[k] * inverse[k], total[k], w[k] * by);
-    L::store(grad + j * inner, count, u);
+    c.leave(j, u, grad);
   }
 }
 
@@ -954,8 +1028,8 @@ struct MakeCrossEntropy {
       auto* loss = static_cast<real*>(a.loss);
       const int64_t n = a.n, inner = a.inner;
       const bool streamed = streams_rows<L>(grad, a.outer, n, x);
-      over_rows<L>(
-          a.outer, n, inner,
+      over_rows<L, 1>(
+          a.outer, n, inner, x,
           [=, &target, &distribution](int64_t begin, int64_t end) {
             const Kept<L> kept(grad ? n : 0, streamed);
             real first = first_peak<L>(x + begin * n, n);
@@ -972,15 +1046,18 @@ struct MakeCrossEntropy {
             if (streamed) fence();
             kept.free();
           },
-          [=, &target, &distribution](int64_t o, int64_t i, int64_t count) {
+          [=, &target, &distribution](int64_t o, int64_t i, int64_t count, real* memory) {
             const int64_t at = o * n * inner + i, r = o * inner + i;
-            scalar_t* const g = grad ? grad + at : nullptr;
-            if constexpr (distributions) {
-              cross_entropy_columns<L>(x + at, distribution.q + at, g, loss + r, n, inner, count, r, target,
-                                       distribution);
-            } else {
-              cross_entropy_columns<L>(x + at, g, loss + r, r, n, inner, count, target);
-            }
+            Tile<L, scalar_t> tile(x + at, n, inner, count, memory);
+            tile.each([&](int64_t k, const Columns<L, scalar_t>& c) {
+              scalar_t* const g = grad ? grad + at + k : nullptr;
+              if constexpr (distributions) {
+                cross_entropy_columns<L>(c, distribution.q + at + k, g, loss + r + k, n, r + k, target, distribution);
+              } else {
+                cross_entropy_columns<L>(c, g, loss + r + k, r + k, n, target);
+              }
+            });
+            if (grad) tile.write(grad + at);
           });
       return nullptr;
     });
