@@ -129,8 +129,17 @@ WORKLOADS |= {
         variants={"": {}, PROBABILITIES: {}},
     ),
 }
+# Over the classes of every pixel of a picture, as in segmentation: small ones, and pictures that fill the caches.
+PIXELS = Workload(
+    shapes=((8, 21, 64, 64), (2, 150, 128, 128)),
+    passes={FORWARD: 2, BOTH: 5},
+    narrow=(8, 21, 64, 64),
+    variants={"of pixels": {"dim": 1}},
+)
 # Variants of single ops on shapes of their own; bench/calls.py says what they call.
 VARIANTS: dict[str, tuple[Workload, ...]] = {
+    "softmax": (PIXELS,),
+    "log_softmax": (PIXELS,),
     "binary_cross_entropy_with_logits": (
         Workload(
             shapes=((1024, 80), (131072, 128)),
@@ -154,6 +163,7 @@ VARIANTS: dict[str, tuple[Workload, ...]] = {
             narrow=(512, 32000),
             variants={"inplace_backward": {}},
         ),
+        replace(PIXELS, passes={FORWARD: 1, BOTH: 2}, variants={"of pixels": {}}),
     ),
 }
 

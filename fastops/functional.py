@@ -1132,7 +1132,8 @@ def add_relu(input: Tensor, other: Tensor, inplace: bool = False) -> Tensor:
     rows={"bias_gelu": {}, "bias_gelu_tanh": {"approximate": "tanh"}},
 )
 def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
-    """gelu(input + bias) in one pass, and in one pass backward: what follows a linear layer without its bias.
+    """gelu(input + bias) in one pass, and in one pass backward, in which the bias's gradient is summed as well: what
+    follows a linear layer without its bias.
 
     Args:
         input: a contiguous float64, float32, bfloat16 or float16 tensor of shape (..., C); another layout is kept, in
@@ -1224,7 +1225,8 @@ def bias_dropout_add(
     training: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """residual + dropout(input + bias, p) in one pass; nothing is kept for backward but the seed of the mask.
+    """residual + dropout(input + bias, p) in one pass, and in one pass backward, in which the bias's gradient is summed as
+    well; nothing is kept for it but the seed of the mask.
 
     Args:
         input: a contiguous float64, float32, bfloat16 or float16 tensor of shape (..., C).

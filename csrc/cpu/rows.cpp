@@ -387,6 +387,7 @@ struct Tile {
   using real = typename L::real;
   static constexpr int64_t kNear = (64 << 10) / static_cast<int64_t>(sizeof(real));   // reals that are kept on the stack
   static constexpr int64_t kTiled = (128 << 10) / static_cast<int64_t>(sizeof(real));  // and in a tile
+  static constexpr int64_t kAhead = 2;  // runs ahead that are asked for: a processor by itself stops at the end of a page
   const scalar_t* x;
   int64_t n, inner, count;
   real* tile;  // or null
@@ -406,6 +407,7 @@ struct Tile {
       each([&](int64_t i, const Columns<L, scalar_t>& c) {
         V v[L::count];
         L::load(x + j * inner + i, c.count, v);
+        __builtin_prefetch(x + (j + kAhead) * inner + i);
         c.keep(j, v);
       });
   }
@@ -425,6 +427,7 @@ struct Tile {
       each([&](int64_t i, const Columns<L, scalar_t>& c) {
         V v[L::count];
         c.kept_of(j, v);
+        __builtin_prefetch(y + (j + kAhead) * inner + i, 1);
         L::store(y + j * inner + i, c.count, v);
       });
   }
