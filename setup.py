@@ -89,9 +89,11 @@ GPUS = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else [ALL_GPUS]
 
 
 def small():
-    """A fifth of the size: there is less to write, to link and to install. Drivers can read it since CUDA 12.4; only those
-    of CUDA 13 and later are sure to be that new."""
-    return ["--compress-mode=size"] if int(torch.version.cuda.partition(".")[0]) >= 13 else []
+    """A fifth of the size, for what is installed; in place, where a formula may be edited next, it would take longer than
+    it saves. Drivers can read it since CUDA 12.4; only those of CUDA 13 and later are sure to be that new."""
+    if "--inplace" in sys.argv or int(torch.version.cuda.partition(".")[0]) < 13:
+        return []
+    return ["--compress-mode=size"]
 
 
 def processors():
