@@ -3,6 +3,7 @@ same mask), and what the fused forms do where torch's + broadcasts or promotes."
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as TF
 from cases import DTYPES, LAYOUTS, assert_as_accurate, randn
 from torch.autograd import gradcheck, gradgradcheck
@@ -138,6 +139,15 @@ def test_bias_dropout_add_keeps_a_seed_alone():
 # ---------------------------------------------------------------------------------------------- gradient of a bias
 
 
+def test_the_gradient_of_relu_dropout_carries_a_tangent():
+    x, direction, found = leaf(randn(6, 5)), randn(6, 5, seed=1), []
+    with fwAD.dual_level():
+        for function in (relu_dropout, lambda x, p, seed: dropout(TF.relu(x), p, seed)):
+            y = function(fwAD.make_dual(x, direction), 0.3, SEED)
+            found.append(fwAD.unpack_dual(torch.autograd.grad((y**2).sum(), x)[0]).tangent)
+    torch.testing.assert_close(*found)
+
+
 BIASED = {
     "bias_gelu": (F.bias_gelu, lambda x, b: TF.gelu(x + b)),
     "bias_gelu tanh": (
@@ -234,8 +244,6 @@ def test_gradient_to_a_bias_of_one_column_does_not_depend_on_threads(name):
 @pytest.mark.parametrize("name", BIASED)
 def test_gradient_to_a_bias_carries_a_tangent(name):
     """Forward over reverse without create_graph, as torch's own ops have it."""
-    import torch.autograd.forward_ad as fwAD
-
     x, b = leaf(randn(20, 3)), leaf(randn(3, seed=1))
     direction = randn(20, 3, seed=2)
     with fwAD.dual_level():

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from cases import INPUTS, Case, cases, ids
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vjp, vmap
@@ -49,6 +50,26 @@ def test_gradcheck(case):
     function, xs = differentiable(case)
     xs = [x.requires_grad_() for x in xs]
     assert gradcheck(function, xs, check_forward_ad=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("case", FEW, ids=ids(FEW))
+def test_a_gradient_carries_a_tangent_without_a_graph(case):
+    """Forward over reverse: where nothing is recorded the kernels' short ways must not lose it."""
+    function, xs = differentiable(case)
+    directions = [torch.cos(x.detach() + 1) for x in xs]
+    found = []
+    for graph in (False, True):
+        leaves = [
+            x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in xs
+        ]
+        with fwAD.dual_level():
+            y = function(*(fwAD.make_dual(x, d) for x, d in zip(leaves, directions, strict=True)))
+            grads = torch.autograd.grad((y**2).sum(), leaves, create_graph=graph)
+            found.append([fwAD.unpack_dual(g).tangent for g in grads])
+    for without, recorded in zip(*found, strict=True):
+        assert (without is None) == (recorded is None)
+        if recorded is not None:
+            torch.testing.assert_close(without, recorded)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))

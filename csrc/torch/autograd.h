@@ -2,6 +2,7 @@
 // attributes to gradients; it is pure, so compiled autograd can replay it. torch's Node is not a stable interface: this
 // file and its .cpp are the only ones that know it.
 #pragma once
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/ivalue.h>
@@ -36,6 +37,12 @@ bool requires_grad(const T&... inputs) {
 }
 // Whether forward-mode AD is under way on this tensor.
 inline bool is_dual(const at::Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
+
+// Whether a backward may take these past the dispatcher: nothing is recorded, and none is a subclass or carries a tangent.
+template <class... T>
+bool are_plain(const T&... tensors) {
+  return !at::GradMode::is_enabled() && ((!is_dual(tensors) && !at::isTensorSubclassLike(tensors)) && ...);
+}
 
 inline at::Tensor tangent(const at::Tensor& t) { return t._fw_grad(/*level=*/0); }
 inline at::Tensor primal(const at::Tensor& t) { return is_dual(t) ? t._fw_primal(/*level=*/0) : t; }

@@ -1,6 +1,5 @@
 // Activations fused with the addition before them, as torch sees them: schemas, checks and derivatives.
 #include <ATen/MemoryOverlap.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/zeros_like.h>
@@ -103,8 +102,7 @@ std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy, const std::v
     return {dx, dx};
   }
   const Tensor &x = saved[0], &t = saved[1];
-  const auto plain = [](const Tensor& v) { return !is_dual(v) && !at::isTensorSubclassLike(v); };
-  if (at::GradMode::is_enabled() || !plain(dy) || !plain(x) || !plain(t)) {
+  if (!are_plain(dy, x, t)) {
     dx = ops(row).activation_backward.call(at::add(x, t), dy);
   } else {
     const Tensor a = resolved(x).contiguous(), b = resolved(t).contiguous(), g = resolved(dy).contiguous();

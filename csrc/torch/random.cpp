@@ -2,7 +2,6 @@
 // linear in the input, so it is its own derivative: nothing but the seed is saved, and the mask is made again. The seed is one torch.randint, which is where
 // manual_seed, fork_rng, generators, graph capture and vmap's randomness come in.
 #include <ATen/MemoryOverlap.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/randint.h>
@@ -165,7 +164,7 @@ variable_list relu_dropout_vjp(const variable_list& grads, const BackwardContext
   if (!c.needed[0]) return result;
   const Tensor &y = c.saved[0], &dy = grads[0];
   const double p = c.attributes[0].toDouble();
-  if (at::GradMode::is_enabled() || at::isTensorSubclassLike(y) || at::isTensorSubclassLike(dy)) {
+  if (!are_plain(y, dy)) {
     result[0] = relu_dropout_derivative(y, dy, p);
     return result;
   }
@@ -243,7 +242,7 @@ variable_list bias_dropout_add_vjp(const variable_list& grads, const BackwardCon
   variable_list result(4);
   const Tensor& dy = grads[0];
   const double p = c.attributes[0].toDouble();
-  if (c.needed[1] && !at::GradMode::is_enabled() && !is_dual(dy) && !at::isTensorSubclassLike(dy) && has_rows(dy)) {
+  if (c.needed[1] && are_plain(dy) && has_rows(dy)) {
     const Tensor g = resolved(dy).contiguous(), dx = output_like(g);
     const Tensor strips = strips_beside(g);
     run("dropout", dx, {&g}, p, c.saved[0], strips);

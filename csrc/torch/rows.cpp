@@ -633,7 +633,7 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
   Tensor dx;
   if (dloss.defined()) {
     const Tensor scale = scale_of_saved(grad, target, weight, a);
-    const bool plain = c.last_use && a.exclusive && !at::isTensorSubclassLike(dloss) && !at::isTensorSubclassLike(grad);
+    const bool plain = c.last_use && a.exclusive && are_plain(dloss, grad);
     if (plain && dloss.is_cpu() && !scale.defined() && a.reduction != at::Reduction::None) {
       // The saved gradient is given up: handed on as it is, or scaled where it lies.
       dx = grad.detach();
