@@ -208,6 +208,15 @@ FASTOPS_FN void fence() {
 #endif
 }
 
+// Terms that are added up before their sum is added to others: one long sum would drift where they are alike.
+constexpr int kFew = 16;
+
+// Calls body(begin, end) for the runs of kFew in [0, n).
+template <class Body>
+FASTOPS_FN void in_runs(int64_t n, Body body) {
+  for (int64_t begin = 0; begin < n; begin += kFew) body(begin, begin + kFew < n ? begin + kFew : n);
+}
+
 // Calls body(i, n) for every group of `group` elements in [begin, end), n < group in the last one only. The full groups
 // are a loop of their own, in which n is a constant: that is twice the code, and up to twice as fast where a group takes
 // only a few instructions. Not so where it is not `hot`.

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kGrain = 16384;
 constexpr int64_t kBlock = 1024;  // summed in float registers; blocks are joined in double
-constexpr int64_t kFew = 16;      // vectors that are added one after the other: one long sum would drift where values are alike
 
 struct Sum {
   static constexpr const char *name = "sum", *params = "";

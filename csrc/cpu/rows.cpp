@@ -14,15 +14,6 @@ constexpr int64_t kGrain = 16384;     // elements a thread takes at least
 constexpr int64_t kMaxBlocks = 256;   // of one row
 constexpr int64_t kMinBlock = 2048;   // elements
 
-// Terms that are added up before their sum is added to others: one long sum would drift.
-constexpr int kFew = 16;
-
-// Calls body(begin, end) for the runs of kFew in [0, n).
-template <class Body>
-FASTOPS_FN void in_runs(int64_t n, Body body) {
-  for (int64_t begin = 0; begin < n; begin += kFew) body(begin, begin + kFew < n ? begin + kFew : n);
-}
-
 constexpr int kTogether = 4;  // vectors of a contiguous row whose exponentials are taken at once
 
 // Adds v to sum and keeps what was rounded away (Kahan, 1965), unless the sum is not finite.

@@ -198,7 +198,7 @@ template <class scalar_t>
 double squares(const scalar_t* g, int64_t n) {
   using L = Lanes<scalar_t>;
   using V = typename L::V;
-  constexpr int64_t kRun = 32 * L::size;  // elements that are added up in lanes: a long sum would drift
+  constexpr int64_t kRun = 2 * kFew * L::size;  // elements that are added up in the lanes of two sums
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kRun) {
     V sum[2] = {V(0), V(0)};

@@ -2,6 +2,7 @@
 #include "../formulas/fused.h"
 #include "launch.cuh"
 #include "pack.cuh"
+#include "strips.cuh"
 
 namespace fastops::cuda {
 namespace {
@@ -71,25 +72,17 @@ __global__ void __launch_bounds__(kThreads, kResident)
     summed_kernel(int64_t rows, int64_t period, scalar_t* out, Inputs<scalar_t, 3> in,
                   real_of<scalar_t>* sums) {
   using real = real_of<scalar_t>;
-  const int64_t columns = period / width, items = strips_of(rows) * columns;
-  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < items; k += int64_t{gridDim.x} * kThreads) {
-    const int64_t first = k / columns * kStrip, left = k % columns * width;
-    const int64_t last = first + kStrip < rows ? first + kStrip : rows;
-    real t[width], sum[width] = {};
-    load_columns(in.p[1] + left, t);
-    for (int64_t i = first * period + left; i < last * period; i += period) {
-      real x[width], dy[width];
+  down_strips<width, kThreads>(rows, period, out, sums, [&](int64_t left) {
+    Pack<real, width> t;
+    load_columns(in.p[1] + left, t.v);
+    return [&in, t](int64_t i, real(&x)[width]) {
+      real dy[width];
       load_columns(in.p[0] + i, x);
       load_columns(in.p[2] + i, dy);
 #pragma unroll
-      for (int m = 0; m < width; ++m) {
-        x[m] = F::apply(x[m], t[m], dy[m]);
-        sum[m] += x[m];
-      }
-      store_columns(out + i, x);
-    }
-    store_columns(sums + k / columns * period + left, sum);
-  }
+      for (int m = 0; m < width; ++m) x[m] = F::apply(x[m], t.v[m], dy[m]);
+    };
+  });
 }
 
 template <class F>
@@ -102,9 +95,9 @@ Error summed(const FusedArgs& a) {
     auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
     Inputs<scalar_t, 3> in;
     for (int j = 0; j < 3; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
-    const int64_t rows = a.n / a.period, strips = strips_of(rows);
+    const int64_t rows = a.n / a.period;
     const bool wide = a.period % size == 0 && aligned(out, in.p[0], in.p[1], in.p[2]) && aligned(sums);
-    const int64_t items = strips * (wide ? a.period / size : a.period);
+    const int64_t items = strip_items(rows, a.period, wide, size);
     return launch(wide ? summed_kernel<F, size, scalar_t> : summed_kernel<F, 1, scalar_t>, grid_for(items, kThreads),
                   kThreads, a.stream, rows, a.period, out, in, sums);
   });

@@ -3,6 +3,7 @@
 #include "../formulas/dropout.h"
 #include "launch.cuh"
 #include "pack.cuh"
+#include "strips.cuh"
 
 namespace fastops::cuda {
 namespace {
@@ -152,30 +153,20 @@ __global__ void __launch_bounds__(kThreads, kResident)
                   real_of<scalar_t> scale, real_of<scalar_t>* sums) {
   using real = real_of<scalar_t>;
   const Key key(mask.seed);
-  const int64_t columns = period / width, items = strips_of(rows) * columns;
-  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < items; k += int64_t{gridDim.x} * kThreads) {
-    const int64_t first = k / columns * kStrip, left = k % columns * width;
-    const int64_t last = first + kStrip < rows ? first + kStrip : rows;
-    real sum[width] = {};
-    for (int64_t i = first * period + left; i < last * period; i += period) {
-      real x[width];
-      load_columns(in + i, x);
+  const auto compute = [&](int64_t i, real(&x)[width]) {
+    load_columns(in + i, x);
 #pragma unroll
-      for (int j = 0; j < width; j += kWords) {
-        const Philox<uint32_t> philox = key.words((i + j) / kWords);
-        if constexpr (width == 1) {
-          x[0] = Op::forward(philox.word[i % kWords] >= mask.threshold, scale, x[0]);
-        } else {
+    for (int j = 0; j < width; j += kWords) {
+      const Philox<uint32_t> philox = key.words((i + j) / kWords);
+      if constexpr (width == 1) {
+        x[0] = Op::forward(philox.word[i % kWords] >= mask.threshold, scale, x[0]);
+      } else {
 #pragma unroll
-          for (int m = 0; m < kWords; ++m) x[j + m] = Op::forward(philox.word[m] >= mask.threshold, scale, x[j + m]);
-        }
+        for (int m = 0; m < kWords; ++m) x[j + m] = Op::forward(philox.word[m] >= mask.threshold, scale, x[j + m]);
       }
-#pragma unroll
-      for (int m = 0; m < width; ++m) sum[m] += x[m];
-      store_columns(out + i, x);
     }
-    store_columns(sums + k / columns * period + left, sum);
-  }
+  };
+  down_strips<width, kThreads>(rows, period, out, sums, [&](int64_t) { return compute; });
 }
 
 // ------------------------------------------------------------------------------------------------ launchers
@@ -249,9 +240,9 @@ Error summed(const RandomArgs& a) {
     auto* out = static_cast<scalar_t*>(a.out);
     auto* in = static_cast<const scalar_t*>(a.in[0]);
     auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
-    const int64_t rows = a.n / a.period, strips = strips_of(rows);
+    const int64_t rows = a.n / a.period;
     const bool wide = a.period % size == 0 && aligned(out, in) && aligned(sums);
-    const int64_t items = strips * (wide ? a.period / size : a.period);
+    const int64_t items = strip_items(rows, a.period, wide, size);
     return launch(wide ? summed_kernel<Op, size, scalar_t> : summed_kernel<Op, 1, scalar_t>, grid_for(items, kThreads),
                   kThreads, a.stream, rows, a.period, out, in, Mask{a.seed, a.threshold},
                   static_cast<real_of<scalar_t>>(a.scale), sums);
