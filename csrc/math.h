@@ -1,5 +1,6 @@
-// The vocabulary that formulas are written in: the same words for a float or double in a CUDA thread, for a vector
-// register of them on the CPU, and for a Dual of either (a value with its derivative). No loop, no torch, no formula.
+// The vocabulary that formulas are written in: the same words for a float or double in a CUDA
+// thread, for a vector register of them on the CPU, and for a Dual of either (a value with its
+// derivative). No loop, no torch, no formula.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,7 +13,8 @@
 #define FASTOPS_FN inline __attribute__((always_inline))
 #endif
 
-// Vectors exist where a CPU loop is compiled for one instruction set; elsewhere (nvcc, emulation, tests) only scalars.
+// Vectors exist where a CPU loop is compiled for one instruction set; elsewhere (nvcc, emulation,
+// tests) only scalars.
 #if defined(CPU_CAPABILITY) && !defined(__CUDACC__) && !defined(FASTOPS_EMULATION)
 #define FASTOPS_VECTORS 1
 #include <ATen/cpu/vec/functional.h>
@@ -21,7 +23,8 @@
 
 namespace fastops {
 
-// ------------------------------------------------------------------------------------------------ scalars
+// ------------------------------------------------------------------------------------------------
+// scalars
 
 FASTOPS_FN float exp(float x) { return ::expf(x); }
 FASTOPS_FN double exp(double x) { return ::exp(x); }
@@ -35,7 +38,8 @@ FASTOPS_FN float expm1(float x) { return ::expm1f(x); }
 FASTOPS_FN double expm1(double x) { return ::expm1(x); }
 FASTOPS_FN float log1p(float x) { return ::log1pf(x); }
 FASTOPS_FN double log1p(double x) { return ::log1p(x); }
-// log1p where 0 <= x <= 1, as exp(-abs(x)) is: a vector of floats needs a third of the instructions there.
+// log1p where 0 <= x <= 1, as exp(-abs(x)) is: a vector of floats needs a third of the instructions
+// there.
 FASTOPS_FN float log1p_unit(float x) { return ::log1pf(x); }
 FASTOPS_FN double log1p_unit(double x) { return ::log1p(x); }
 FASTOPS_FN float sqrt(float x) { return ::sqrtf(x); }
@@ -60,7 +64,8 @@ FASTOPS_FN T select(bool c, T a, T b) {
   return c ? a : b;
 }
 
-// The larger, or b where the two do not compare: for maxima over values that are summed as well, where a NaN shows.
+// The larger, or b where the two do not compare: for maxima over values that are summed as well,
+// where a NaN shows.
 template <class T>
   requires std::is_floating_point_v<T>
 FASTOPS_FN T larger(T a, T b) {
@@ -94,7 +99,8 @@ struct Logs {
   T of, of_rest;
 };
 
-// ------------------------------------------------------------------------------------------------ vectors
+// ------------------------------------------------------------------------------------------------
+// vectors
 #if FASTOPS_VECTORS
 inline namespace CPU_CAPABILITY {
 
@@ -102,9 +108,11 @@ template <class T>
 using Vec = at::vec::Vectorized<T>;
 
 // Names in here would hide the scalar words from code of this namespace.
-using ::fastops::abs, ::fastops::erf, ::fastops::exp, ::fastops::expm1, ::fastops::log, ::fastops::log1p;
+using ::fastops::abs, ::fastops::erf, ::fastops::exp, ::fastops::expm1, ::fastops::log,
+    ::fastops::log1p;
+using ::fastops::larger, ::fastops::max, ::fastops::min, ::fastops::select, ::fastops::sqrt,
+    ::fastops::tanh;
 using ::fastops::log1p_unit;
-using ::fastops::larger, ::fastops::max, ::fastops::min, ::fastops::select, ::fastops::sqrt, ::fastops::tanh;
 using ::fastops::wide_product;
 
 template <class T>
@@ -147,9 +155,10 @@ struct RealOf<at::vec::Vectorized<T>> {
 };
 #endif  // FASTOPS_VECTORS
 
-// ------------------------------------------------------------------------------------------------ derivatives
-// A value and its derivative along one direction. A formula evaluated on Duals differentiates itself: this is where
-// every second derivative comes from, so that no formula states its own.
+// ------------------------------------------------------------------------------------------------
+// derivatives A value and its derivative along one direction. A formula evaluated on Duals
+// differentiates itself: this is where every second derivative comes from, so that no formula
+// states its own.
 template <class T>
 struct Dual {
   T v, d;
@@ -222,11 +231,13 @@ FASTOPS_FN Dual<T> sqrt(Dual<T> x) {
 }
 template <class T>
 FASTOPS_FN Dual<T> abs(Dual<T> x) {
-  return {abs(x.v), select(x.v > T(Real<T>(0)), x.d, select(x.v < T(Real<T>(0)), -x.d, T(Real<T>(0))))};
+  return {abs(x.v),
+          select(x.v > T(Real<T>(0)), x.d, select(x.v < T(Real<T>(0)), -x.d, T(Real<T>(0))))};
 }
 
-// |x| for formulas that are computed from it but are smooth at 0: a Dual has the slope on the right there, and is then that
-// of a formula which takes its other choices (x < 0, min(x, 0)) on the right as well.
+// |x| for formulas that are computed from it but are smooth at 0: a Dual has the slope on the right
+// there, and is then that of a formula which takes its other choices (x < 0, min(x, 0)) on the
+// right as well.
 template <class T>
 FASTOPS_FN T smooth_abs(T x) {
   return abs(x);
@@ -244,7 +255,8 @@ FASTOPS_FN T c(double value) {
 
 template <class T>
 FASTOPS_FN Normal<T> normal(T x) {
-  return {c<T>(0.5) + c<T>(0.5) * erf(x * c<T>(0.7071067811865476)), c<T>(0.3989422804014327) * exp(x * x * c<T>(-0.5))};
+  return {c<T>(0.5) + c<T>(0.5) * erf(x * c<T>(0.7071067811865476)),
+          c<T>(0.3989422804014327) * exp(x * x * c<T>(-0.5))};
 }
 template <class T>
 FASTOPS_FN Normal<Dual<T>> normal(Dual<T> x) {
@@ -257,7 +269,8 @@ FASTOPS_FN Logs<T> logs(T x) {
   return {log(x), log1p(-x)};
 }
 
-// log(1 / (1 + exp(-x))), and its derivative 1 / (1 + exp(x)), without an infinity on the way: Duals of them are finite.
+// log(1 / (1 + exp(-x))), and its derivative 1 / (1 + exp(x)), without an infinity on the way:
+// Duals of them are finite.
 template <class T>
 FASTOPS_FN T log_sigmoid(T x) {
   return min(x, c<T>(0)) - log1p_unit(exp(-smooth_abs(x)));
@@ -279,12 +292,13 @@ FASTOPS_FN Dual<T> sigmoid(Dual<T> x) {
   return {y, y * (c<T>(1) - y) * x.d};
 }
 
-// ------------------------------------------------------------------------------------------------ tables of formulas
+// ------------------------------------------------------------------------------------------------
+// tables of formulas
 template <class... Ops>
 struct List {};
 
-// How many numbers a formula's `params` declares ("float alpha=1.0, float beta=2.0": two), and how many tensors, each of
-// them an input beside x and t ("Tensor pos_weight": one).
+// How many numbers a formula's `params` declares ("float alpha=1.0, float beta=2.0": two), and how
+// many tensors, each of them an input beside x and t ("Tensor pos_weight": one).
 constexpr int count_params(const char* p) {
   int n = 0;
   for (; *p; ++p) n += *p == '=';

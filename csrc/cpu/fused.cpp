@@ -52,11 +52,13 @@ Error summed(const FusedArgs& a, F f) {
     auto* dy = static_cast<const scalar_t*>(a.in[2]);
     auto* sums = static_cast<real*>(a.sums);
     const int64_t period = a.period, rows = a.n / period, strips = strips_of(rows);
-    const int64_t across = (period + kColumns - 1) / kColumns, each = kStrip * (period < kColumns ? period : kColumns);
+    const int64_t across = (period + kColumns - 1) / kColumns,
+                  each = kStrip * (period < kColumns ? period : kColumns);
     const bool stream = period % L::size == 0 && streams<L>(out, a.n, x);
     cpu::parallel(strips * across, kGrain / each + 1, [=](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        const int64_t s = k / across, left = k % across * kColumns, right = left + kColumns < period ? left + kColumns : period;
+        const int64_t s = k / across, left = k % across * kColumns,
+                      right = left + kColumns < period ? left + kColumns : period;
         const int64_t last = (s + 1) * kStrip < rows ? (s + 1) * kStrip : rows;
         alignas(64) real sum[kColumns];
         for (int64_t j = 0; j < right - left; ++j) sum[j] = 0;
@@ -64,7 +66,9 @@ Error summed(const FusedArgs& a, F f) {
           const int64_t row = r * period;
           groups<L::size>(left, right, [&](int64_t j, auto count) {
             V v[L::count], b[L::count], g[L::count];
-            __builtin_prefetch(x + row + j + kAhead * L::size);  // the sums take turns with what a processor would foresee
+            __builtin_prefetch(
+                x + row + j +
+                kAhead * L::size);  // the sums take turns with what a processor would foresee
             __builtin_prefetch(dy + row + j + kAhead * L::size);
             L::load(x + row + j, count, v);
             L::load(t + j, count, b);

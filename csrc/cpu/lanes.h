@@ -1,5 +1,5 @@
-// Between memory of a dtype and registers of what it is computed in: loads and stores with masked tails, dispatch over
-// dtypes, and formulas called with their parameters. No formula by name.
+// Between memory of a dtype and registers of what it is computed in: loads and stores with masked
+// tails, dispatch over dtypes, and formulas called with their parameters. No formula by name.
 #pragma once
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -18,7 +18,8 @@ namespace fastops::CPU_CAPABILITY {
 // A group of `size` consecutive elements of scalar_t, held as `count` vectors of real.
 template <class scalar_t>
 struct Lanes {
-  static constexpr bool reduced = sizeof(scalar_t) == 2, bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
+  static constexpr bool reduced = sizeof(scalar_t) == 2,
+                        bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
   using real = std::conditional_t<reduced, float, scalar_t>;
   using V = Vec<real>;
   static constexpr int count = reduced ? 2 : 1;
@@ -71,11 +72,13 @@ struct Lanes {
     const __m256i bits = _mm256_castps_si256(x), half = _mm256_set1_epi32(0x7fff);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    return _mm256_srli_epi32(_mm256_or_si256(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), nan), 16);
+    return _mm256_srli_epi32(
+        _mm256_or_si256(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), nan), 16);
   }
 #endif
-  // Writes a full group past the caches, where the instruction set can and p is aligned (see streams()): a result that is
-  // larger than the caches need not be read into them first to be written. A fence() has to follow.
+  // Writes a full group past the caches, where the instruction set can and p is aligned (see
+  // streams()): a result that is larger than the caches need not be read into them first to be
+  // written. A fence() has to follow.
   static FASTOPS_FN void stream(scalar_t* p, const V (&v)[count]) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
     alignas(64) scalar_t raw[size];
@@ -83,7 +86,8 @@ struct Lanes {
 #if defined(CPU_CAPABILITY_AVX512)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(raw));
 #else
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(raw)));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(raw)));
 #endif
 #else
     store(p, size, v);
@@ -98,7 +102,8 @@ struct Lanes {
       store(p, n, v);
     }
   }
-  // One element, by the same conversion: c10's of float16 may become a function, which instruction sets would share.
+  // One element, by the same conversion: c10's of float16 may become a function, which instruction
+  // sets would share.
   static FASTOPS_FN real one(const scalar_t* p) {
     V v[count];
     load(p, 1, v);
@@ -111,7 +116,8 @@ struct Lanes {
     const int64_t k = i / V::size(), lane = i % V::size();
     v[k] = V::set(V::set(v[k], from[k], lane + 1), v[k], lane);
   }
-  // The first n lanes of the group as they are, the others filled: for sums and maxima over a masked tail.
+  // The first n lanes of the group as they are, the others filled: for sums and maxima over a
+  // masked tail.
   static FASTOPS_FN void keep(int64_t n, real filler, V (&v)[count]) {
     for (int k = 0; k < count; ++k) {
       const int64_t left = n - k * V::size();
@@ -139,7 +145,8 @@ FASTOPS_FN void widen(const Vec<float>& v, Vec<double> (&wide)[2]) {
 #endif
 }
 
-// All lanes joined by halves: f(lane, lane). One after the other, each would wait for the one before.
+// All lanes joined by halves: f(lane, lane). One after the other, each would wait for the one
+// before.
 template <class V, class F>
 FASTOPS_FN typename V::value_type joined(const V& v, F f) {
   typename V::value_type lane[V::size()];
@@ -163,7 +170,8 @@ FASTOPS_FN double sum_of_lanes(const V& v) {
   return sum_of_lanes(wide);
 }
 
-// A group's vectors of what is in real whatever the dtype, to and from p: those that `count` elements reach into.
+// A group's vectors of what is in real whatever the dtype, to and from p: those that `count`
+// elements reach into.
 template <class L, class N>
 FASTOPS_FN void load_real(const typename L::real* p, N count, typename L::V (&v)[L::count]) {
   using R = Lanes<typename L::real>;
@@ -195,8 +203,8 @@ FASTOPS_FN void add_real(typename L::real* p, N count, const typename L::V (&v)[
 
 constexpr int64_t kStreamBytes = int64_t{24} << 20;  // of results that cannot stay in the caches
 
-// Whether a result of n elements should go past the caches: it is large, its groups are aligned, and none of its lines
-// is in the caches because it is an input as well.
+// Whether a result of n elements should go past the caches: it is large, its groups are aligned,
+// and none of its lines is in the caches because it is an input as well.
 template <class L, class scalar_t>
 FASTOPS_FN bool streams(const scalar_t* out, int64_t n, const void* in) {
   return n * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamBytes && out != in &&
@@ -208,18 +216,21 @@ FASTOPS_FN void fence() {
 #endif
 }
 
-// Terms that are added up before their sum is added to others: one long sum would drift where they are alike.
+// Terms that are added up before their sum is added to others: one long sum would drift where they
+// are alike.
 constexpr int kFew = 16;
 
 // Calls body(begin, end) for the runs of kFew in [0, n).
 template <class Body>
 FASTOPS_FN void in_runs(int64_t n, Body body) {
-  for (int64_t begin = 0; begin < n; begin += kFew) body(begin, begin + kFew < n ? begin + kFew : n);
+  for (int64_t begin = 0; begin < n; begin += kFew)
+    body(begin, begin + kFew < n ? begin + kFew : n);
 }
 
-// Calls body(i, n) for every group of `group` elements in [begin, end), n < group in the last one only. The full groups
-// are a loop of their own, in which n is a constant: that is twice the code, and up to twice as fast where a group takes
-// only a few instructions. Not so where it is not `hot`.
+// Calls body(i, n) for every group of `group` elements in [begin, end), n < group in the last one
+// only. The full groups are a loop of their own, in which n is a constant: that is twice the code,
+// and up to twice as fast where a group takes only a few instructions. Not so where it is not
+// `hot`.
 template <int64_t group, bool hot = true, class Body>
 FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) {
   int64_t i = begin;
@@ -228,8 +239,8 @@ FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) {
   for (; i < end; i += group) body(i, end - i < group ? end - i : group);
 }
 
-// The same for the elements beside a row of `period` that is repeated: body(i, i % period, n). A group ends where the row
-// does.
+// The same for the elements beside a row of `period` that is repeated: body(i, i % period, n). A
+// group ends where the row does.
 template <int64_t group, bool hot = true, class Body>
 FASTOPS_FN void groups_beside(int64_t begin, int64_t end, int64_t period, Body body) {
   for (int64_t at = begin; at < end;) {

@@ -1,4 +1,5 @@
-// The elementwise loop: out[i] = f(in0[i], in1[i], ...), for every activation, forward, backward and second derivative.
+// The elementwise loop: out[i] = f(in0[i], in1[i], ...), for every activation, forward, backward
+// and second derivative.
 #include <cstring>
 
 #include "../formulas/activations.h"
@@ -31,7 +32,8 @@ Error map(const MapArgs& a, F f) {
           for (int k = 0; k < L::count; ++k) {
             if constexpr (inputs == 1) y[k] = with_params<params, V>(f, p.value, x[0][k]);
             if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
-            if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
+            if constexpr (inputs == 3)
+              y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           }
           L::leave(to + i, full, y, stream);
         }
@@ -42,7 +44,8 @@ Error map(const MapArgs& a, F f) {
       int64_t whole = (end - begin) / L::size * L::size;
       const int64_t rest = end - begin - whole;
       alignas(64) scalar_t padded[inputs + 1][L::size];
-      // The full groups, then what is left as one more, in a buffer: so the formula is compiled once, not once for each.
+      // The full groups, then what is left as one more, in a buffer: so the formula is compiled
+      // once, not once for each.
       for (bool last = false;; last = true) {
         run(from, to, whole);
         if (last || rest == 0) break;
@@ -54,7 +57,8 @@ Error map(const MapArgs& a, F f) {
         to = padded[inputs];
         whole = L::size;
       }
-      if (rest) memcpy(out + (end - rest), padded[inputs], static_cast<size_t>(rest) * sizeof(scalar_t));
+      if (rest)
+        memcpy(out + (end - rest), padded[inputs], static_cast<size_t>(rest) * sizeof(scalar_t));
       if (stream) fence();
     });
     return nullptr;

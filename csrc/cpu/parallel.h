@@ -1,5 +1,5 @@
-// Threads for the loops: one call is one parallel region. The body is defined in csrc/torch (at::parallel_for), so that
-// torch.set_num_threads rules here too.
+// Threads for the loops: one call is one parallel region. The body is defined in csrc/torch
+// (at::parallel_for), so that torch.set_num_threads rules here too.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,8 @@
 
 namespace fastops::cpu {
 
-// Calls body(context, begin, end) on disjoint ranges that cover [0, n), each of at least `grain` items but the last.
+// Calls body(context, begin, end) on disjoint ranges that cover [0, n), each of at least `grain`
+// items but the last.
 void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 
 template <class F>
@@ -22,8 +23,8 @@ FASTOPS_FN void parallel(int64_t n, int64_t grain, F f) {
       &f);
 }
 
-// Calls f(begin, end) on disjoint ranges that cover [0, n) and begin where a group does, so that where the memory is
-// aligned every whole group is.
+// Calls f(begin, end) on disjoint ranges that cover [0, n) and begin where a group does, so that
+// where the memory is aligned every whole group is.
 template <int64_t group, class F>
 FASTOPS_FN void parallel_groups(int64_t n, int64_t grain, F f) {
   parallel((n + group - 1) / group, grain / group, [=](int64_t first, int64_t last) {

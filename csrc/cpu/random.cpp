@@ -1,5 +1,6 @@
-// Dropout: words from the counter-based generator, keep or drop. The word of an element depends on the seed and its
-// logical index alone, so any split over threads, vectors and memory layouts gives the same mask.
+// Dropout: words from the counter-based generator, keep or drop. The word of an element depends on
+// the seed and its logical index alone, so any split over threads, vectors and memory layouts gives
+// the same mask.
 #include "../formulas/dropout.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -60,8 +61,8 @@ template <class real>
 FASTOPS_FN Vec<real> at_least(const uint32_t* word, uint32_t threshold) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<real, float>) {
-    return _mm512_castsi512_ps(_mm512_movm_epi32(
-        _mm512_cmpge_epu32_mask(_mm512_loadu_si512(word), _mm512_set1_epi32(static_cast<int>(threshold)))));
+    return _mm512_castsi512_ps(_mm512_movm_epi32(_mm512_cmpge_epu32_mask(
+        _mm512_loadu_si512(word), _mm512_set1_epi32(static_cast<int>(threshold)))));
   }
 #elif defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<real, float>) {
@@ -76,7 +77,8 @@ FASTOPS_FN Vec<real> at_least(const uint32_t* word, uint32_t threshold) {
 
 // Elements i and on of a row of `period` elements that is repeated for ever.
 template <class L, class scalar_t, class N>
-FASTOPS_FN void load_row(const scalar_t* row, int64_t period, int64_t i, N n, typename L::V (&v)[L::count]) {
+FASTOPS_FN void load_row(const scalar_t* row, int64_t period, int64_t i, N n,
+                         typename L::V (&v)[L::count]) {
   int64_t j = i % period;
   if (j + n <= period) return L::load(row + j, n, v);
   scalar_t around[L::size];
@@ -84,7 +86,8 @@ FASTOPS_FN void load_row(const scalar_t* row, int64_t period, int64_t i, N n, ty
   L::load(around, n, v);
 }
 
-// The sums of rows of `period` elements, strip by strip, into which their groups are added one after the other.
+// The sums of rows of `period` elements, strip by strip, into which their groups are added one
+// after the other.
 template <class L>
 struct Strips {
   using real = typename L::real;
@@ -159,7 +162,8 @@ struct MakeRandom {
             for (int k = 0; k < L::count; ++k) {
               const auto keep = at_least<real>(word + (i - first) + k * V::size(), threshold);
               if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep, scale, x[0][k]);
-              if constexpr (Op::inputs == 3) x[0][k] = Op::forward(keep, scale, x[0][k], x[1][k], x[2][k]);
+              if constexpr (Op::inputs == 3)
+                x[0][k] = Op::forward(keep, scale, x[0][k], x[1][k], x[2][k]);
             }
             if constexpr (summed) sums.add(n, x[0]);
             L::leave(out + i, n, x[0], stream);
@@ -172,12 +176,15 @@ struct MakeRandom {
         while (together * period % kSpan != 0) together *= 2;
         auto* sums = static_cast<real*>(a.sums);
         const int64_t elements = together * period;
-        cpu::parallel((total + elements - 1) / elements, kGrain / elements + 1, [=](int64_t begin, int64_t end) {
-          const int64_t first = begin * elements, last = end * elements < total ? end * elements : total;
-          real* const strips = sums + first / kStrip;
-          for (int64_t j = 0; j < strips_of((last - first) / period) * period; ++j) strips[j] = 0;
-          spans(first / kSpan, (last + kSpan - 1) / kSpan, {strips, period});
-        });
+        cpu::parallel((total + elements - 1) / elements, kGrain / elements + 1,
+                      [=](int64_t begin, int64_t end) {
+                        const int64_t first = begin * elements,
+                                      last = end * elements < total ? end * elements : total;
+                        real* const strips = sums + first / kStrip;
+                        for (int64_t j = 0; j < strips_of((last - first) / period) * period; ++j)
+                          strips[j] = 0;
+                        spans(first / kSpan, (last + kSpan - 1) / kSpan, {strips, period});
+                      });
       } else {
         cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan,
                       [=](int64_t begin, int64_t end) { spans(begin, end, {}); });

@@ -1,5 +1,6 @@
-// Elementwise losses and their sums: values, total, first and second derivatives. Sums are taken chunk by chunk in an
-// order that n (and the period of what is repeated) alone decides, so that they have the same bits for any number of threads.
+// Elementwise losses and their sums: values, total, first and second derivatives. Sums are taken
+// chunk by chunk in an order that n (and the period of what is repeated) alone decides, so that
+// they have the same bits for any number of threads.
 #include "../formulas/losses.h"
 #include "lanes.h"
 #include "parallel.h"
@@ -19,8 +20,8 @@ struct Sum {
   }
 };
 
-// Calls body(i, j, n) for every group of [begin, end): where there is a third input, a row of `period` that is repeated,
-// j = i % period.
+// Calls body(i, j, n) for every group of [begin, end): where there is a third input, a row of
+// `period` that is repeated, j = i % period.
 template <int64_t group, int inputs, bool hot, class Body>
 FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body) {
   if constexpr (inputs == 3) {
@@ -32,7 +33,8 @@ FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body
 
 // sum of f over [begin, end); the third input is a row of `period`, repeated
 template <class scalar_t, int inputs, class F>
-FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs], int64_t period, F f) {
+FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs],
+                            int64_t period, F f) {
   using L = Lanes<scalar_t>;
   using V = typename L::V;
   double sum = 0;
@@ -42,17 +44,20 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
     for (int64_t from = block; from < behind; from += kFew * L::size) {
       V few(typename L::real(0));
       const int64_t to = from + kFew * L::size < behind ? from + kFew * L::size : behind;
-      each_group<L::size, inputs, true>(from, to, period, [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
-        V x[inputs][L::count], v[L::count];
-        for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
-        for (int k = 0; k < L::count; ++k) {
-          if constexpr (inputs == 1) v[k] = f(x[0][k]);
-          if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
-          if constexpr (inputs == 3) v[k] = f(x[0][k], x[1][k], x[2][k]);
-        }
-        if (n < L::size) L::keep(n, 0, v);
-        for (int k = 0; k < L::count; ++k) few = few + v[k];
-      });
+      each_group<L::size, inputs, true>(from, to, period,
+                                        [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
+                                          V x[inputs][L::count], v[L::count];
+                                          for (int k = 0; k < inputs; ++k)
+                                            L::load(in[k] + (k == 2 ? j : i), n, x[k]);
+                                          for (int k = 0; k < L::count; ++k) {
+                                            if constexpr (inputs == 1) v[k] = f(x[0][k]);
+                                            if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
+                                            if constexpr (inputs == 3)
+                                              v[k] = f(x[0][k], x[1][k], x[2][k]);
+                                          }
+                                          if (n < L::size) L::keep(n, 0, v);
+                                          for (int k = 0; k < L::count; ++k) few = few + v[k];
+                                        });
       total = total + few;
     }
     sum += sum_of_lanes(total);
@@ -101,10 +106,12 @@ Error each(const ReduceArgs& a, double slope, F f) {
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     const int64_t period = a.period;
     auto* grad = static_cast<const scalar_t*>(a.grad);
-    const bool each_grad = grad != nullptr && !a.grad_is_scalar, scaled = grad != nullptr || slope != 1;
+    const bool each_grad = grad != nullptr && !a.grad_is_scalar,
+               scaled = grad != nullptr || slope != 1;
     const real scale = static_cast<real>(grad ? a.scale * slope : slope);
     const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
-    const bool stream = (inputs == 2 || period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
+    const bool stream =
+        (inputs == 2 || period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
     cpu::parallel_groups<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
       each_group<L::size, inputs, hot>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
@@ -112,7 +119,8 @@ Error each(const ReduceArgs& a, double slope, F f) {
         if (each_grad) L::load(grad + i, n, g);
         for (int k = 0; k < L::count; ++k) {
           if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
-          if constexpr (inputs == 3) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
+          if constexpr (inputs == 3)
+            y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           if (scaled) y[k] = y[k] * (each_grad ? g[k] * V(factor) : V(factor));
         }
         L::leave(out + i, n, y, stream);
@@ -129,32 +137,44 @@ struct MakeReduce {
   static constexpr double slope = slope_of<Op>();
 
   static Error values(const ReduceArgs& a) {
-    return each<params, inputs, true>(a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return each<params, inputs, true>(
+        a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error sum(const ReduceArgs& a) {
-    return total<params, inputs>(a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return total<params, inputs>(a,
+                                 [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error d0(const ReduceArgs& a) {
-    return each<params, inputs, true>(a, slope, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
+    return each<params, inputs, true>(a, slope,
+                                      [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
   }
   static Error d1(const ReduceArgs& a) {
-    return each<params, inputs, false>(a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
+    return each<params, inputs, false>(
+        a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
   static Error second(const ReduceArgs& a) {
-    return each<params, inputs, false>(a, slope, [to_target = a.to_target](auto x, auto t, auto... p) {
-      return second_derivative<Op>(to_target, x, t, p...);
-    });
+    return each<params, inputs, false>(a, slope,
+                                       [to_target = a.to_target](auto x, auto t, auto... p) {
+                                         return second_derivative<Op>(to_target, x, t, p...);
+                                       });
   }
-  static constexpr ReduceRow row{Op::name, Op::params, &values, &sum, &d0, &d1, &second,
-                                 domain_of<Op>().low, domain_of<Op>().high};
+  static constexpr ReduceRow row{Op::name,
+                                 Op::params,
+                                 &values,
+                                 &sum,
+                                 &d0,
+                                 &d1,
+                                 &second,
+                                 domain_of<Op>().low,
+                                 domain_of<Op>().high};
 };
 template <>
 struct MakeReduce<Sum> {
   static Error sum(const ReduceArgs& a) {
     return total<0, 1>(a, [](auto x) { return Sum::value(x); });
   }
-  static constexpr ReduceRow row{Sum::name, Sum::params, nullptr, &sum,
-                                 nullptr,   nullptr,     nullptr, 0, 0};
+  static constexpr ReduceRow row{Sum::name, Sum::params, nullptr, &sum, nullptr,
+                                 nullptr,   nullptr,     0,       0};
 };
 
 template <class... Ops>

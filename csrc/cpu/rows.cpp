@@ -1,6 +1,7 @@
-// Softmax, log-softmax and cross-entropy over the middle dimension of (outer, n, inner). Where inner is 1 a row is
-// contiguous and walked in blocks that stay in the first-level cache, with a running maximum per block, so that memory
-// is read once; elsewhere a vector holds neighbouring rows and walks them all together.
+// Softmax, log-softmax and cross-entropy over the middle dimension of (outer, n, inner). Where
+// inner is 1 a row is contiguous and walked in blocks that stay in the first-level cache, with a
+// running maximum per block, so that memory is read once; elsewhere a vector holds neighbouring
+// rows and walks them all together.
 #include <cstdlib>
 
 #include "../formulas/softmax.h"
@@ -10,9 +11,9 @@
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 16384;     // elements a thread takes at least
-constexpr int64_t kMaxBlocks = 256;   // of one row
-constexpr int64_t kMinBlock = 2048;   // elements
+constexpr int64_t kGrain = 16384;    // elements a thread takes at least
+constexpr int64_t kMaxBlocks = 256;  // of one row
+constexpr int64_t kMinBlock = 2048;  // elements
 
 constexpr int kTogether = 4;  // vectors of a contiguous row whose exponentials are taken at once
 
@@ -60,8 +61,8 @@ FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body
   });
 }
 
-// Where the results of a row go, past the caches or not. A row that is streamed is walked so that its groups are aligned:
-// the first of each block ends after `head` elements.
+// Where the results of a row go, past the caches or not. A row that is streamed is walked so that
+// its groups are aligned: the first of each block ends after `head` elements.
 template <class L, class scalar_t>
 struct Out {
   scalar_t* row;
@@ -70,7 +71,9 @@ struct Out {
 
   // Row r of n elements, all of them at `rows`; null where there are none.
   FASTOPS_FN Out(scalar_t* rows, int64_t r, int64_t n, bool streamed)
-      : row(rows ? rows + r * n : nullptr), streamed(streamed), head(streamed ? (L::size - r * n % L::size) % L::size : 0) {}
+      : row(rows ? rows + r * n : nullptr),
+        streamed(streamed),
+        head(streamed ? (L::size - r * n % L::size) % L::size : 0) {}
   template <class N>
   FASTOPS_FN void leave(int64_t i, N count, const typename L::V (&v)[L::count]) const {
     L::leave(row + i, count, v, streamed);
@@ -87,8 +90,8 @@ FASTOPS_FN bool streams_rows(const scalar_t* out, int64_t rows, int64_t n, const
   return out && n >= 16 * L::size && streams<L>(out, rows * n, in);
 }
 
-// The exponentials of a row, where a thread keeps them: in memory of its own where they cannot be left in the result,
-// which is too narrow for them or is not to come near the caches.
+// The exponentials of a row, where a thread keeps them: in memory of its own where they cannot be
+// left in the result, which is too narrow for them or is not to come near the caches.
 template <class L>
 struct Kept {
   using real = typename L::real;
@@ -115,7 +118,8 @@ FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t 
   using V = typename L::V;
   constexpr real lowest = -std::numeric_limits<real>::infinity();
   constexpr int64_t four = 4 * L::size;
-  V peak[4] = {V(lowest), V(lowest), V(lowest), V(lowest)};  // four chains of maxima, which would else wait for each other
+  V peak[4] = {V(lowest), V(lowest), V(lowest),
+               V(lowest)};  // four chains of maxima, which would else wait for each other
   int64_t i = begin;
   for (; i + four <= end; i += four) {
     for (int j = 0; j < 4; ++j) {
@@ -131,7 +135,8 @@ FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t 
   return max_lanes(larger(larger(peak[0], peak[1]), larger(peak[2], peak[3])));
 }
 
-// What one visit of a contiguous row leaves: its maximum, the sum of exp(x - peak), and the maximum each block knew.
+// What one visit of a contiguous row leaves: its maximum, the sum of exp(x - peak), and the maximum
+// each block knew.
 template <class real>
 struct Visit {
   int64_t block;
@@ -140,7 +145,8 @@ struct Visit {
   real known[kMaxBlocks];
 };
 
-// Sees every group of a visit: block(base) before those of a block, group(i, count, x), done() after them.
+// Sees every group of a visit: block(base) before those of a block, group(i, count, x), done()
+// after them.
 struct Unseen {
   template <class real>
   FASTOPS_FN void block(real) {}
@@ -149,19 +155,19 @@ struct Unseen {
   FASTOPS_FN void done() {}
 };
 
-// The maximum of the first block of a row. Rows that follow each other are best seen one ahead: a processor has the
-// next row's maximum to look for while the sums of the row before it are joined.
+// The maximum of the first block of a row. Rows that follow each other are best seen one ahead: a
+// processor has the next row's maximum to look for while the sums of the row before it are joined.
 template <class L, class scalar_t>
 FASTOPS_FN typename L::real first_peak(const scalar_t* row, int64_t n) {
   const int64_t block = block_of(n);
   return peak_of<L>(row, 0, n < block ? n : block);
 }
 
-// Where `exponential` is given, exp(x - known[block]) is left there, in real. `first` is the row's first_peak(), and
-// becomes that of the `next` row, where there is one.
+// Where `exponential` is given, exp(x - known[block]) is left there, in real. `first` is the row's
+// first_peak(), and becomes that of the `next` row, where there is one.
 template <class L, class scalar_t, class real, class Also = Unseen>
-FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_t* next, real* exponential,
-                      Visit<real>& v, Also&& also = {}) {
+FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_t* next,
+                      real* exponential, Visit<real>& v, Also&& also = {}) {
   using V = typename L::V;
   constexpr int many = kTogether / L::count;  // groups whose exponentials are taken at once
   v.block = block_of(n);
@@ -169,7 +175,8 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_
   v.sum = 0;
   for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
     const int64_t end = begin + v.block < n ? begin + v.block : n;
-    const real peak = begin == 0 ? first : max(v.peak, peak_of<L>(row, begin, end)), base = LogSumExp<real>::origin(peak);
+    const real peak = begin == 0 ? first : max(v.peak, peak_of<L>(row, begin, end)),
+               base = LogSumExp<real>::origin(peak);
     if (begin > 0) v.sum *= static_cast<double>(exp(v.peak - base));
     v.peak = v.known[b] = peak;
     const V shift(base);
@@ -180,7 +187,8 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_
       V x[several][L::count];
       for (int g = 0; g < several; ++g) {
         L::load(row + i + g * L::size, count, x[g]);
-        __builtin_prefetch(row + i + g * L::size + v.block);  // the next block, or of shorter rows one that follows
+        __builtin_prefetch(row + i + g * L::size +
+                           v.block);  // the next block, or of shorter rows one that follows
         also.group(i + g * L::size, count, x[g]);
         for (auto& u : x[g]) u = u - shift;
       }
@@ -202,11 +210,12 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_
   if (next) first = first_peak<L>(next, n);
 }
 
-// Calls body(i, count, e, lag) with e lag = exp(x - v.peak) for every group of the row, as `out` wants them: from the
-// exponentials that visit() left, or from x where it left none.
+// Calls body(i, count, e, lag) with e lag = exp(x - v.peak) for every group of the row, as `out`
+// wants them: from the exponentials that visit() left, or from x where it left none.
 template <class L, class scalar_t, class real, class Body>
-FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential, const Out<L, scalar_t>& out, int64_t n,
-                                 const Visit<real>& v, Body body) {
+FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential,
+                                 const Out<L, scalar_t>& out, int64_t n, const Visit<real>& v,
+                                 Body body) {
   using V = typename L::V;
   const real base = LogSumExp<real>::origin(v.peak);
   for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
@@ -229,12 +238,13 @@ FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential, c
   }
 }
 
-// ------------------------------------------------------------------------------------------------ softmax
+// ------------------------------------------------------------------------------------------------
+// softmax
 
 // `first` and `next` as of visit().
 template <class Op, class L, class scalar_t, class real>
-FASTOPS_FN void softmax_row(const scalar_t* x, const Out<L, scalar_t>& y, const Kept<L>& kept, int64_t n, real& first,
-                            const scalar_t* next) {
+FASTOPS_FN void softmax_row(const scalar_t* x, const Out<L, scalar_t>& y, const Kept<L>& kept,
+                            int64_t n, real& first, const scalar_t* next) {
   using V = typename L::V;
   Visit<real> v;
   real* const exponential = Op::from_exponential ? kept.beside(y.row) : nullptr;
@@ -256,26 +266,28 @@ FASTOPS_FN void softmax_row(const scalar_t* x, const Out<L, scalar_t>& y, const 
 }
 
 template <class Op, class L, class scalar_t>
-FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, const Out<L, scalar_t>& dx, int64_t n) {
+FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy,
+                                     const Out<L, scalar_t>& dx, int64_t n) {
   using real = typename L::real;
   using V = typename L::V;
   double total = 0;
   [[maybe_unused]] WideSum<V> wide;
   for (int64_t begin = 0; begin < n; begin += kMinBlock) {
     V sum(real(0));
-    each_group<L>(y, begin, begin + kMinBlock < n ? begin + kMinBlock : n, [&](int64_t i, auto count, auto& vy) {
-      V g[L::count];
-      L::load(dy + i, count, g);
-      for (int j = 0; j < L::count; ++j) g[j] = Op::summand(vy[j], g[j]);
-      if (count < L::size) L::keep(count, 0, g);
-      for (int j = 0; j < L::count; ++j) {
-        if constexpr (Op::cancels) {
-          wide.add(g[j]);
-        } else {
-          sum = sum + g[j];
-        }
-      }
-    });
+    each_group<L>(y, begin, begin + kMinBlock < n ? begin + kMinBlock : n,
+                  [&](int64_t i, auto count, auto& vy) {
+                    V g[L::count];
+                    L::load(dy + i, count, g);
+                    for (int j = 0; j < L::count; ++j) g[j] = Op::summand(vy[j], g[j]);
+                    if (count < L::size) L::keep(count, 0, g);
+                    for (int j = 0; j < L::count; ++j) {
+                      if constexpr (Op::cancels) {
+                        wide.add(g[j]);
+                      } else {
+                        sum = sum + g[j];
+                      }
+                    }
+                  });
     total += sum_of_lanes(sum);
   }
   if constexpr (Op::cancels) total = wide.total();
@@ -289,9 +301,9 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy, cons
   });
 }
 
-// Neighbouring rows, as many as a vector has lanes or fewer: element j of each is beside the others' at j inner. Rows that
-// are short enough are kept side by side while they are worked on; their elements in memory may be apart by a power of two,
-// and push each other out of the caches.
+// Neighbouring rows, as many as a vector has lanes or fewer: element j of each is beside the
+// others' at j inner. Rows that are short enough are kept side by side while they are worked on;
+// their elements in memory may be apart by a power of two, and push each other out of the caches.
 template <class L, class scalar_t>
 struct Columns {
   using V = typename L::V;
@@ -335,11 +347,13 @@ struct Columns {
     if (kept) {
       add_exponentials<left>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { kept_of(j, v); });
     } else {
-      add_exponentials<false>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { L::load(x + j * inner, count, v); });
+      add_exponentials<false>(
+          n, base, sum, [&](int64_t j, V(&v)[L::count]) { L::load(x + j * inner, count, v); });
     }
   }
   template <bool left, class Read>
-  FASTOPS_FN void add_exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count], Read read) const {
+  FASTOPS_FN void add_exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count],
+                                   Read read) const {
     constexpr int several = kTogether / L::count;
     in_runs(n, [&](int64_t begin, int64_t end) {
       V few[L::count];
@@ -370,15 +384,18 @@ struct Columns {
   }
 };
 
-// Columns beside each other: where their elements are far apart many, which are read and written a run at a time, else
-// those of one vector.
+// Columns beside each other: where their elements are far apart many, which are read and written a
+// run at a time, else those of one vector.
 template <class L, class scalar_t>
 struct Tile {
   using V = typename L::V;
   using real = typename L::real;
-  static constexpr int64_t kNear = (64 << 10) / static_cast<int64_t>(sizeof(real));   // reals that are kept on the stack
-  static constexpr int64_t kTiled = (128 << 10) / static_cast<int64_t>(sizeof(real));  // and in a tile
-  static constexpr int64_t kAhead = 2;  // runs ahead that are asked for: a processor by itself stops at the end of a page
+  static constexpr int64_t kNear =
+      (64 << 10) / static_cast<int64_t>(sizeof(real));  // reals that are kept on the stack
+  static constexpr int64_t kTiled =
+      (128 << 10) / static_cast<int64_t>(sizeof(real));  // and in a tile
+  static constexpr int64_t kAhead =
+      2;  // runs ahead that are asked for: a processor by itself stops at the end of a page
   const scalar_t* x;
   int64_t n, inner, count;
   real* tile;  // or null
@@ -387,7 +404,8 @@ struct Tile {
   // How many rows of n elements make a tile.
   static FASTOPS_FN int64_t together(int64_t n, int64_t inner) {
     constexpr int64_t kPage = 4096, kFar = 2 << 20;  // bytes
-    const int64_t stride = inner * static_cast<int64_t>(sizeof(scalar_t)), most = kTiled / (n * L::size);
+    const int64_t stride = inner * static_cast<int64_t>(sizeof(scalar_t)),
+                  most = kTiled / (n * L::size);
     if (n < 16 || most < 4 || (stride % kPage != 0 && n * stride < kFar)) return L::size;
     return L::size * (most < 16 ? most : 16);
   }
@@ -425,8 +443,8 @@ struct Tile {
 };
 
 template <class Op, class L, class scalar_t>
-FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner, int64_t count,
-                                typename L::real* memory) {
+FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner,
+                                int64_t count, typename L::real* memory) {
   using V = typename L::V;
   Tile<L, scalar_t> tile(x, n, inner, count, memory);
   tile.each([&](int64_t i, const Columns<L, scalar_t>& c) {
@@ -449,11 +467,13 @@ FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64
 }
 
 template <class Op, class L, class scalar_t>
-FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, scalar_t* dx, int64_t n,
-                                         int64_t inner, int64_t count, typename L::real* memory) {
+FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, scalar_t* dx,
+                                         int64_t n, int64_t inner, int64_t count,
+                                         typename L::real* memory) {
   using V = typename L::V;
   Tile<L, scalar_t> outputs(y, n, inner, count, memory);
-  Tile<L, scalar_t> gradients(dy, n, inner, count, memory ? memory + Tile<L, scalar_t>::kTiled : nullptr);
+  Tile<L, scalar_t> gradients(dy, n, inner, count,
+                              memory ? memory + Tile<L, scalar_t>::kTiled : nullptr);
   gradients.each([&](int64_t i, const Columns<L, scalar_t>& gradient) {
     const Columns<L, scalar_t> output = outputs.columns(i);
     V total[L::count];
@@ -480,10 +500,12 @@ FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, 
   gradients.write(dx);
 }
 
-// Runs `rows(begin, end)` for ranges of contiguous rows, or over the threads `columns(o, i, count, memory)` for neighbouring
-// rows, those of a Tile, with memory for `tiles` of them where it is to be one.
+// Runs `rows(begin, end)` for ranges of contiguous rows, or over the threads `columns(o, i, count,
+// memory)` for neighbouring rows, those of a Tile, with memory for `tiles` of them where it is to
+// be one.
 template <class L, int tiles, class scalar_t, class RowsBody, class ColumnsBody>
-FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, const scalar_t*, RowsBody rows, ColumnsBody columns) {
+FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, const scalar_t*, RowsBody rows,
+                          ColumnsBody columns) {
   if (inner == 1) {
     cpu::parallel(outer, rows_per_thread(n), rows);
   } else {
@@ -491,11 +513,14 @@ FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, const scalar_
     const int64_t together = T::together(n, inner), across = (inner + together - 1) / together;
     cpu::parallel(outer * across, rows_per_thread(n * together), [=](int64_t begin, int64_t end) {
       constexpr size_t bytes = tiles * T::kTiled * sizeof(typename L::real);
-      auto* const memory = static_cast<typename L::real*>(together > L::size ? std::aligned_alloc(64, bytes) : nullptr);
+      auto* const memory = static_cast<typename L::real*>(
+          together > L::size ? std::aligned_alloc(64, bytes) : nullptr);
       const int64_t step = memory ? together : L::size;
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t left = t % across * together, right = left + together < inner ? left + together : inner;
-        for (int64_t i = left; i < right; i += step) columns(t / across, i, right - i < step ? right - i : step, memory);
+        const int64_t left = t % across * together,
+                      right = left + together < inner ? left + together : inner;
+        for (int64_t i = left; i < right; i += step)
+          columns(t / across, i, right - i < step ? right - i : step, memory);
       }
       std::free(memory);
     });
@@ -543,7 +568,8 @@ struct MakeSoftmax {
           a.outer, n, inner, y,
           [=](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r)
-              softmax_row_backward<Op, L>(y + r * n, dy + r * n, Out<L, scalar_t>(dx, r, n, streamed), n);
+              softmax_row_backward<Op, L>(y + r * n, dy + r * n,
+                                          Out<L, scalar_t>(dx, r, n, streamed), n);
             if (streamed) fence();
           },
           [=](int64_t o, int64_t i, int64_t count, typename L::real* memory) {
@@ -556,7 +582,8 @@ struct MakeSoftmax {
   static constexpr SoftmaxRow row{Op::name, &forward, &backward};
 };
 
-// ------------------------------------------------------------------------------------------------ cross-entropy
+// ------------------------------------------------------------------------------------------------
+// cross-entropy
 
 // The constants of a call, in real.
 constexpr int kMaxTargets = 2;
@@ -567,7 +594,8 @@ struct Target {
   real share[kMaxTargets];  // of the targets in the loss, where there are two
   const real* weight;
   int64_t ignore_index;
-  real smoothing, soft, scale, mass;  // soft = smoothing / n; scale of the gradient; mass = sum of the weights
+  real smoothing, soft, scale,
+      mass;  // soft = smoothing / n; scale of the gradient; mass = sum of the weights
   real z;
   real* lse;
 
@@ -590,10 +618,14 @@ struct Target {
     }
   }
   static FASTOPS_FN real part(double whole, const void* divisor) {
-    return static_cast<real>(divisor ? whole / static_cast<double>(*static_cast<const real*>(divisor)) : whole);
+    return static_cast<real>(
+        divisor ? whole / static_cast<double>(*static_cast<const real*>(divisor)) : whole);
   }
-  FASTOPS_FN real hard(int64_t t) const { return (real(1) - smoothing) * (weight ? weight[t] : real(1)); }
-  // Leaves row r's log(sum(exp(x))), adds what z_loss makes of it to the row's loss, and returns what it adds to `total`.
+  FASTOPS_FN real hard(int64_t t) const {
+    return (real(1) - smoothing) * (weight ? weight[t] : real(1));
+  }
+  // Leaves row r's log(sum(exp(x))), adds what z_loss makes of it to the row's loss, and returns
+  // what it adds to `total`.
   FASTOPS_FN real finish(int64_t r, real peak, real log_sum, real& loss) const {
     const real value = peak + log_sum;
     if (lse) lse[r] = value;
@@ -608,11 +640,14 @@ template <class real, int64_t lanes>
 struct Classes {
   int64_t t[kMaxTargets][lanes];
   real hard[kMaxTargets][lanes] = {}, x[kMaxTargets][lanes] = {};  // x: the logits of the classes
-  real share[lanes] = {}, nothing[lanes] = {}, live[lanes] = {};  // share: what the classes not ignored are of the loss
+  real share[lanes] = {}, nothing[lanes] = {},
+       live[lanes] = {};  // share: what the classes not ignored are of the loss
 
-  // Of `count` rows from row r on, whose logits are at `logits`, those of class j behind each other at j stride.
+  // Of `count` rows from row r on, whose logits are at `logits`, those of class j behind each other
+  // at j stride.
   template <class scalar_t>
-  FASTOPS_FN Classes(const Target<real>& q, int64_t r, int64_t count, const scalar_t* logits, int64_t stride) {
+  FASTOPS_FN Classes(const Target<real>& q, int64_t r, int64_t count, const scalar_t* logits,
+                     int64_t stride) {
     if (count == lanes) {
       read(q, r, std::integral_constant<int64_t, lanes>{}, logits, stride);
     } else {
@@ -620,14 +655,17 @@ struct Classes {
     }
   }
   template <class scalar_t, class N>
-  FASTOPS_FN void read(const Target<real>& q, int64_t r, N count, const scalar_t* logits, int64_t stride) {
+  FASTOPS_FN void read(const Target<real>& q, int64_t r, N count, const scalar_t* logits,
+                       int64_t stride) {
     for (int m = 0; m < q.targets; ++m) {
-      const real part = q.targets == 1 ? real(1) : q.share[m], keep = part * (real(1) - q.smoothing);
+      const real part = q.targets == 1 ? real(1) : q.share[m],
+                 keep = part * (real(1) - q.smoothing);
       bool all = true;  // most often: then the loops over lanes have no branches
       for (int64_t i = 0; i < count; ++i) t[m][i] = q.index[m][r + i];
       for (int64_t i = 0; i < count; ++i) all &= t[m][i] != q.ignore_index;
       if (all) {
-        for (int64_t i = 0; i < count; ++i) x[m][i] = static_cast<real>(logits[t[m][i] * stride + i]);
+        for (int64_t i = 0; i < count; ++i)
+          x[m][i] = static_cast<real>(logits[t[m][i] * stride + i]);
         for (int64_t i = 0; i < count; ++i) hard[m][i] = keep;
         for (int64_t i = 0; i < count; ++i) share[i] += part;
         for (int64_t i = 0; i < count; ++i) live[i] = 1;
@@ -657,8 +695,9 @@ struct Classes {
 
 // `first` and `next` as of visit().
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& grad, const Kept<L>& kept, real* loss,
-                                  int64_t n, int64_t r, const Target<real>& q, real& first, const scalar_t* next) {
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& grad,
+                                  const Kept<L>& kept, real* loss, int64_t n, int64_t r,
+                                  const Target<real>& q, real& first, const scalar_t* next) {
   using V = typename L::V;
   constexpr int64_t one = 1;
   const Classes<real, 1> of(q, r, one, x, 1);  // before grad, which may be x, is written
@@ -684,16 +723,17 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
       V sum(real(0));
       for (int64_t from = begin; from < end; from += run) {
         V few(real(0));
-        each_group<L>(x, from, from + run < end ? from + run : end, [&](int64_t i, auto count, auto& u) {
-          for (int k = 0; k < L::count; ++k) u[k] = V(peak) - u[k];
-          if (q.weight) {
-            V w[L::count];
-            load_real<L>(q.weight + i, count, w);
-            for (int k = 0; k < L::count; ++k) u[k] = u[k] * w[k];
-          }
-          if (count < L::size) L::keep(count, 0, u);
-          for (int k = 0; k < L::count; ++k) few = few + u[k];
-        });
+        each_group<L>(x, from, from + run < end ? from + run : end,
+                      [&](int64_t i, auto count, auto& u) {
+                        for (int k = 0; k < L::count; ++k) u[k] = V(peak) - u[k];
+                        if (q.weight) {
+                          V w[L::count];
+                          load_real<L>(q.weight + i, count, w);
+                          for (int k = 0; k < L::count; ++k) u[k] = u[k] * w[k];
+                        }
+                        if (count < L::size) L::keep(count, 0, u);
+                        for (int k = 0; k < L::count; ++k) few = few + u[k];
+                      });
         sum = sum + few;
       }
       depth += sum_of_lanes(sum);
@@ -711,19 +751,25 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     hard += of.hard[m][0];
     *loss += CrossEntropy::loss(log_sum, v.peak, of.x[m][0], of.hard[m][0]);
   }
-  if (q.soft != real(0)) *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, soft_part);
+  if (q.soft != real(0))
+    *loss = *loss + CrossEntropy::smooth_loss(log_sum, smooth_depth, q.mass, soft_part);
   const real slope = q.finish(r, v.peak, log_sum, *loss);
   if (!grad.row) return;
 
-  const V inverse(static_cast<real>(1 / v.sum)), total((hard + soft_part * q.mass + slope) * q.scale), none(real(0));
+  const V inverse(static_cast<real>(1 / v.sum)),
+      total((hard + soft_part * q.mass + slope) * q.scale), none(real(0));
   const V soft(soft_part * q.scale);
-  // The gradient where a target is, whose share is subtracted before the value is rounded to the dtype.
+  // The gradient where a target is, whose share is subtracted before the value is rounded to the
+  // dtype.
   V at_target[kMaxTargets][L::count];
   for (int m = 0; m < q.targets; ++m) {
     if (of.t[m][0] < 0) continue;
     const V p = exp(V(of.x[m][0]) - V(LogSumExp<real>::origin(v.peak))) * inverse;
-    const V soft_weight = q.soft == real(0) ? none : q.weight ? soft * V(q.weight[of.t[m][0]]) : soft;
-    for (auto& g : at_target[m]) g = CrossEntropy::gradient(p, total, soft_weight) - V(of.own(q, m, 0) * q.scale);
+    const V soft_weight = q.soft == real(0) ? none
+                          : q.weight        ? soft * V(q.weight[of.t[m][0]])
+                                            : soft;
+    for (auto& g : at_target[m])
+      g = CrossEntropy::gradient(p, total, soft_weight) - V(of.own(q, m, 0) * q.scale);
   }
   if (grad.streamed) {  // to change a value of it later it would have to be read again
     each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
@@ -731,7 +777,9 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
       if (q.weight) load_real<L>(q.weight + i, count, w);
       for (int k = 0; k < L::count; ++k)
         e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total,
-                                      q.soft == real(0) ? none : q.weight ? soft * w[k] : soft);
+                                      q.soft == real(0) ? none
+                                      : q.weight        ? soft * w[k]
+                                                        : soft);
       for (int m = 0; m < q.targets; ++m)
         if (of.t[m][0] >= i && of.t[m][0] < i + count) L::put(of.t[m][0] - i, at_target[m], e);
       grad.leave(i, count, e);
@@ -740,7 +788,8 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
   }
   if (q.soft == real(0)) {
     each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
-      for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, none);
+      for (int k = 0; k < L::count; ++k)
+        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, none);
       grad.leave(i, count, e);
     });
   } else {
@@ -757,8 +806,8 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
 }
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* grad, real* loss, int64_t r, int64_t n,
-                                      const Target<real>& q) {
+FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* grad, real* loss,
+                                      int64_t r, int64_t n, const Target<real>& q) {
   using V = typename L::V;
   constexpr int64_t size = L::size;
   const int64_t count = c.count;
@@ -792,7 +841,8 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* g
     V value = CrossEntropy::loss(log_sum, peak[k], V::loadu(of.x[0] + k * V::size()), h);
     if (q.targets == 2) {
       const V second = V::loadu(of.hard[1] + k * V::size());
-      value = value + CrossEntropy::loss(log_sum, peak[k], V::loadu(of.x[1] + k * V::size()), second);
+      value =
+          value + CrossEntropy::loss(log_sum, peak[k], V::loadu(of.x[1] + k * V::size()), second);
       h = h + second;
     }
     if (q.soft != real(0))
@@ -808,7 +858,8 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* g
     inverse[k] = V(real(1)) / sum[k];
     total[k] = (h + shared(V(q.soft * q.mass), k) + slope) * V(q.scale);
   }
-  for (int64_t i = 0; i < count; ++i) loss[i] = (of.live[i] != real(0) ? out[i] : real(0)) + of.nothing[i];
+  for (int64_t i = 0; i < count; ++i)
+    loss[i] = (of.live[i] != real(0) ? out[i] : real(0)) + of.nothing[i];
   if (q.lse)
     for (int64_t i = 0; i < count; ++i) q.lse[r + i] = of.live[i] != real(0) ? lse[i] : real(0);
   if (!grad) return;
@@ -817,14 +868,17 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* g
   for (int64_t j = 0; j < n; ++j) {
     V u[L::count];
     c.exponential(j, base, u);
-    const V soft_weight(q.soft == real(0) ? real(0) : q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
+    const V soft_weight(q.soft == real(0) ? real(0)
+                                          : q.soft * q.scale * (q.weight ? q.weight[j] : real(1)));
     for (int k = 0; k < L::count; ++k) {
       u[k] = CrossEntropy::gradient(u[k] * inverse[k], total[k], shared(soft_weight, k));
-      if (!all_live) u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));
+      if (!all_live)
+        u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));
     }
     c.leave(j, u, grad);
   }
-  // As in cross_entropy_row(): where a target is, its share is subtracted before the value is rounded.
+  // As in cross_entropy_row(): where a target is, its share is subtracted before the value is
+  // rounded.
   for (int m = 0; m < q.targets; ++m) {
     real soft_weight[size] = {}, both[size] = {};
     if (q.targets == 2)
@@ -832,7 +886,8 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* g
     const real* const own = q.targets == 2 ? both : of.hard[m];
     if (q.soft != real(0))
       for (int64_t i = 0; i < count; ++i)
-        if (of.t[m][i] >= 0) soft_weight[i] = q.soft * q.scale * (q.weight ? q.weight[of.t[m][i]] : real(1));
+        if (of.t[m][i] >= 0)
+          soft_weight[i] = q.soft * q.scale * (q.weight ? q.weight[of.t[m][i]] : real(1));
     V u[L::count];
     for (int k = 0; k < L::count; ++k) {
       const V p = exp(V::loadu(of.x[m] + k * V::size()) - base[k]) * inverse[k];
@@ -920,31 +975,36 @@ struct Expect {
 };
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q, const Out<L, scalar_t>& grad,
-                                  const Kept<L>& kept, real* loss, int64_t n, int64_t r, const Target<real>& target,
-                                  const Distribution<L, scalar_t>& distribution, real& first, const scalar_t* next) {
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q,
+                                  const Out<L, scalar_t>& grad, const Kept<L>& kept, real* loss,
+                                  int64_t n, int64_t r, const Target<real>& target,
+                                  const Distribution<L, scalar_t>& distribution, real& first,
+                                  const scalar_t* next) {
   using V = typename L::V;
   real* const exponential = grad.row ? kept.beside(grad.row) : nullptr;
   Visit<real> v;
   Expect<L, scalar_t> expect{distribution, q};
   visit<L>(x, n, first, next, exponential, v, expect);
   const real log_sum = static_cast<real>(log(v.sum));
-  *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass),
-                                    real(1));
+  *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth),
+                                    static_cast<real>(expect.row.mass), real(1));
   const real slope = target.finish(r, v.peak, log_sum, *loss), scale = target.scale;
   if (!grad.row) return;
-  const V inverse(static_cast<real>(1 / v.sum)), total((static_cast<real>(expect.row.mass) + slope) * scale), by(scale);
+  const V inverse(static_cast<real>(1 / v.sum)),
+      total((static_cast<real>(expect.row.mass) + slope) * scale), by(scale);
   each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
     V w[L::count];
     distribution.load(q, i, count, w);
-    for (int k = 0; k < L::count; ++k) e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, w[k] * by);
+    for (int k = 0; k < L::count; ++k)
+      e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, w[k] * by);
     grad.leave(i, count, e);
   });
 }
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, const scalar_t* q, scalar_t* grad, real* loss,
-                                      int64_t n, int64_t r, const Target<real>& target,
+FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, const scalar_t* q,
+                                      scalar_t* grad, real* loss, int64_t n, int64_t r,
+                                      const Target<real>& target,
                                       const Distribution<L, scalar_t>& distribution) {
   using V = typename L::V;
   const int64_t count = c.count;
@@ -1004,9 +1064,7 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, const scala
 
 template <class Op>
 struct MakeCrossEntropy {
-  static Error forward(const CrossEntropyArgs& a) {
-    return over<false>(a);
-  }
+  static Error forward(const CrossEntropyArgs& a) { return over<false>(a); }
   static Error forward_probability(const CrossEntropyArgs& a) { return over<true>(a); }
 
   template <bool distributions>
@@ -1031,8 +1089,8 @@ struct MakeCrossEntropy {
               const Out<L, scalar_t> g(grad, r, n, streamed);
               const scalar_t* const next = r + 1 < end ? x + (r + 1) * n : nullptr;
               if constexpr (distributions) {
-                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, kept, loss + r, n, r, target, distribution,
-                                     first, next);
+                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, kept, loss + r, n, r,
+                                     target, distribution, first, next);
               } else {
                 cross_entropy_row<L>(x + r * n, g, kept, loss + r, n, r, target, first, next);
               }
@@ -1046,7 +1104,8 @@ struct MakeCrossEntropy {
             tile.each([&](int64_t k, const Columns<L, scalar_t>& c) {
               scalar_t* const g = grad ? grad + at + k : nullptr;
               if constexpr (distributions) {
-                cross_entropy_columns<L>(c, distribution.q + at + k, g, loss + r + k, n, r + k, target, distribution);
+                cross_entropy_columns<L>(c, distribution.q + at + k, g, loss + r + k, n, r + k,
+                                         target, distribution);
               } else {
                 cross_entropy_columns<L>(c, g, loss + r + k, r + k, n, target);
               }
@@ -1092,8 +1151,9 @@ using CrossEntropyTable = Table<CrossEntropyRow, MakeCrossEntropy, CrossEntropie
 
 }  // namespace
 
-extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows, std::size(SoftmaxTable::rows)};
+extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows,
+                                                     std::size(SoftmaxTable::rows)};
 extern constinit const Rows<CrossEntropyRow> cross_entropy_rows{CrossEntropyTable::rows,
-                                                               std::size(CrossEntropyTable::rows)};
+                                                                std::size(CrossEntropyTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -1,5 +1,5 @@
-// The optimizer step over a list of tensors: all of them are cut into chunks, and one parallel region runs over the
-// chunks, so that a thousand small tensors cost as much as one large one.
+// The optimizer step over a list of tensors: all of them are cut into chunks, and one parallel
+// region runs over the chunks, so that a thousand small tensors cost as much as one large one.
 #include <cstring>
 
 #include "../formulas/optimizers.h"
@@ -11,16 +11,19 @@ namespace fastops::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kChunk = 16384;  // elements of one tensor that are worked on in one go
-constexpr int64_t kAhead = 256;    // elements ahead that are asked for: the processor by itself stops at the end of a page
-constexpr int64_t kNext = 2;       // tensors ahead whose beginning is asked for
-constexpr int64_t kGrain = 65536;  // elements a thread takes at least: less is over before another has woken up
+constexpr int64_t kAhead =
+    256;  // elements ahead that are asked for: the processor by itself stops at the end of a page
+constexpr int64_t kNext = 2;  // tensors ahead whose beginning is asked for
+constexpr int64_t kGrain =
+    65536;  // elements a thread takes at least: less is over before another has woken up
 
-// What elements of T are computed in; those of a group, of whatever dtype, are `count` vectors of it.
+// What elements of T are computed in; those of a group, of whatever dtype, are `count` vectors of
+// it.
 template <class T>
 using Real = typename Lanes<T>::real;
 
-// Calls body(j, offset, n) for the runs, each a vector of T, that the n elements of a group are made of; the j-th vector
-// of real is where a run begins.
+// Calls body(j, offset, n) for the runs, each a vector of T, that the n elements of a group are
+// made of; the j-th vector of real is where a run begins.
 template <class T, int count, class N, class Body>
 FASTOPS_FN void runs(N n, Body body) {
   using L = Lanes<T>;
@@ -58,7 +61,8 @@ struct Words {
   int64_t span[pairs];
   uint32_t word[pairs][kSpan + 64];  // a group may be read past its end
   explicit FASTOPS_FN Words(const StepNoise& n)
-      : noise{static_cast<uint32_t>(n.seed), static_cast<uint32_t>(n.seed >> 32), n.step, n.number} {
+      : noise{static_cast<uint32_t>(n.seed), static_cast<uint32_t>(n.seed >> 32), n.step,
+              n.number} {
     for (auto& s : span) s = -1;
   }
   // Those of element i and its successors in its span.
@@ -66,16 +70,16 @@ struct Words {
     const int pair = slot / 2;
     if (span[pair] != i / kSpan) {
       span[pair] = i / kSpan;
-      contiguous_words([&](U32 c0, U32 c1) { return noise.words(c0, c1, slot); }, offsets, i / kSpan * kSpan,
-                       word[pair]);
+      contiguous_words([&](U32 c0, U32 c1) { return noise.words(c0, c1, slot); }, offsets,
+                       i / kSpan * kSpan, word[pair]);
     }
     return word[pair] + i % kSpan;
   }
 };
 // Of element i and its successors, in slot `slot`.
 template <int count, class N>
-FASTOPS_FN void store_stochastically(c10::BFloat16* p, int64_t i, N n, const Vec<float> (&v)[count], Words& words,
-                                     int slot) {
+FASTOPS_FN void store_stochastically(c10::BFloat16* p, int64_t i, N n, const Vec<float> (&v)[count],
+                                     Words& words, int slot) {
   constexpr int size = count * Vec<float>::size();
   alignas(64) float value[size];
   for (int j = 0; j < count; ++j) v[j].store(value + j * Vec<float>::size());
@@ -91,12 +95,13 @@ FASTOPS_FN void store_stochastically(c10::BFloat16* p, int64_t i, N n, const Vec
 
 // Elements [begin, end) of one tensor.
 template <class Op, class scalar_t, class state_t, bool stochastic>
-FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, Real<scalar_t> inverse_scale,
-                           const StepNoise* noise) {
+FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end,
+                           Real<scalar_t> inverse_scale, const StepNoise* noise) {
   using real = Real<scalar_t>;
   using V = Vec<real>;
   // A group is a vector of the narrower dtype.
-  constexpr int64_t size = Vec<scalar_t>::size() > Vec<state_t>::size() ? Vec<scalar_t>::size() : Vec<state_t>::size();
+  constexpr int64_t size =
+      Vec<scalar_t>::size() > Vec<state_t>::size() ? Vec<scalar_t>::size() : Vec<state_t>::size();
   constexpr int count = size / V::size();
   typename Op::template Numbers<real> numbers;
   static_assert(sizeof numbers == Op::numbers * sizeof(real));
@@ -110,7 +115,8 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, Real
   const real weight = static_cast<real>(t.weight);
   const V scale(inverse_scale);
   const bool scaled = inverse_scale != real(1);
-  // Stores elements i and on of what has slot `slot`. `words` is a Words where the rounding is stochastic.
+  // Stores elements i and on of what has slot `slot`. `words` is a Words where the rounding is
+  // stochastic.
   auto put = [&](auto* to, int64_t i, auto n, const V(&v)[count], [[maybe_unused]] auto& words,
                  [[maybe_unused]] int slot) {
     if constexpr (stochastic && std::is_same_v<decltype(to), c10::BFloat16*>) {
@@ -157,12 +163,14 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end, Real
   }
 }
 
-// Asks for where a tensor begins: of small ones that is all there is, and the processor cannot guess where the next lies.
+// Asks for where a tensor begins: of small ones that is all there is, and the processor cannot
+// guess where the next lies.
 template <class Op, class scalar_t, class state_t>
 FASTOPS_FN void expect(const StepTensor& t) {
   const auto ask = [elements = t.n < kAhead ? t.n : kAhead](const void* data, size_t size) {
     const size_t bytes = static_cast<size_t>(elements) * size;
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(data) + at, 1);
+    for (size_t at = 0; at < bytes; at += 64)
+      __builtin_prefetch(static_cast<const char*>(data) + at, 1);
   };
   ask(t.p, sizeof(scalar_t));
   ask(t.g, sizeof(scalar_t));
@@ -178,18 +186,21 @@ void step_all(const StepArgs& a) {
   const StepTensor* tensors = a.tensors;
   const StepNoise* noise = a.noise;
   const int64_t count = a.count;
-  // The tensors, end to end, are one run of `total` elements; a thread takes a range of it, rounded to whole chunks of
-  // a tensor, and finds the tensors in it by walking the list.
+  // The tensors, end to end, are one run of `total` elements; a thread takes a range of it, rounded
+  // to whole chunks of a tensor, and finds the tensors in it by walking the list.
   const int64_t pieces = (total + kChunk - 1) / kChunk;
   cpu::parallel(pieces, kGrain / kChunk, [=](int64_t first, int64_t last) {
     const int64_t begin = first * kChunk, end = last * kChunk < total ? last * kChunk : total;
     int64_t offset = 0;
     for (int64_t k = 0; k < count && offset < end; offset += tensors[k].n, ++k) {
       const int64_t n = tensors[k].n;
-      if (offset + n > begin && k + kNext < count) expect<Op, scalar_t, state_t>(tensors[k + kNext]);
-      const int64_t from = begin > offset ? begin - offset : 0, to = end - offset < n ? end - offset : n;
+      if (offset + n > begin && k + kNext < count)
+        expect<Op, scalar_t, state_t>(tensors[k + kNext]);
+      const int64_t from = begin > offset ? begin - offset : 0,
+                    to = end - offset < n ? end - offset : n;
       if (from < to)
-        step_range<Op, scalar_t, state_t, stochastic>(tensors[k], from, to, inverse_scale, stochastic ? noise + k : nullptr);
+        step_range<Op, scalar_t, state_t, stochastic>(tensors[k], from, to, inverse_scale,
+                                                      stochastic ? noise + k : nullptr);
     }
   });
 }
@@ -198,7 +209,8 @@ template <class scalar_t>
 double squares(const scalar_t* g, int64_t n) {
   using L = Lanes<scalar_t>;
   using V = typename L::V;
-  constexpr int64_t kRun = 2 * kFew * L::size;  // elements that are added up in the lanes of two sums
+  constexpr int64_t kRun =
+      2 * kFew * L::size;  // elements that are added up in the lanes of two sums
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kRun) {
     V sum[2] = {V(0), V(0)};
@@ -218,7 +230,8 @@ Error sums_of_squares(const StepArgs& a, double* sums) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     int64_t pieces = 0, total = 0;
-    for (int64_t k = 0; k < a.count; ++k) pieces += norm_chunks(a.tensors[k].n), total += a.tensors[k].n;
+    for (int64_t k = 0; k < a.count; ++k)
+      pieces += norm_chunks(a.tensors[k].n), total += a.tensors[k].n;
     if (pieces == 0) return nullptr;
     const StepTensor* tensors = a.tensors;
     const int64_t mean = total / pieces < 1 ? 1 : total / pieces;
@@ -227,7 +240,8 @@ Error sums_of_squares(const StepArgs& a, double* sums) {
       for (int64_t k = 0; piece < end; piece += norm_chunks(tensors[k++].n)) {
         const int64_t n = tensors[k].n;
         const auto* g = static_cast<const scalar_t*>(tensors[k].g);
-        for (int64_t j = begin > piece ? begin - piece : 0; j < norm_chunks(n) && piece + j < end; ++j) {
+        for (int64_t j = begin > piece ? begin - piece : 0; j < norm_chunks(n) && piece + j < end;
+             ++j) {
           const int64_t at = j * kNormChunk;
           sums[piece + j] = squares(g + at, n - at < kNormChunk ? n - at : kNormChunk);
         }
@@ -257,7 +271,8 @@ struct MakeStep {
       const bool own = a.state_dtype == a.dtype || Op::states == 0;
       constexpr bool reduced = Lanes<scalar_t>::reduced;
       const bool in_float = reduced && !own && a.state_dtype == c10::ScalarType::Float;
-      const bool in_bfloat16 = std::is_same_v<scalar_t, float> && !own && a.state_dtype == c10::ScalarType::BFloat16;
+      const bool in_bfloat16 =
+          std::is_same_v<scalar_t, float> && !own && a.state_dtype == c10::ScalarType::BFloat16;
       if constexpr (std::is_same_v<scalar_t, BFloat16>) {
         if (a.noise && own) return step_all<Op, BFloat16, BFloat16, true>(a), nullptr;
         if (a.noise && in_float) return step_all<Op, BFloat16, float, true>(a), nullptr;

@@ -1,7 +1,7 @@
-// exp, log, tanh, erf, expm1, log1p, log1p_unit and logs of vectors of float, within 2 ulp and without branches, and
-// the normal distribution, for the instruction set that this is compiled for. math.h includes this
-// file inside its namespace CPU_CAPABILITY and provides Vec and FASTOPS_FN; vectors of double keep
-// at::vec's words (1 ulp).
+// exp, log, tanh, erf, expm1, log1p, log1p_unit and logs of vectors of float, within 2 ulp and
+// without branches, and the normal distribution, for the instruction set that this is compiled for.
+// math.h includes this file inside its namespace CPU_CAPABILITY and provides Vec and FASTOPS_FN;
+// vectors of double keep at::vec's words (1 ulp).
 //
 // The polynomials are minimax fits of our own: Lawson's iteratively reweighted least squares (1961)
 // on Chebyshev nodes, weighted so that the error is relative to the result; the coefficients were
@@ -104,10 +104,10 @@ FASTOPS_FN F scaled(F y, F shifted) {
 #endif
 }
 
-// exp: all floats; denormal results are rounded once, not flushed. Of several vectors part by part: a part's steps wait
-// for each other, and a processor that looks ahead for others finds those of the next vector at hand.
-// at most 0.92, 0.92, 1.19 ulp
-// exp(-inf) = 0, exp(inf) = exp(> 88.72284) = inf, exp(+-0) = 1, exp(nan) = nan
+// exp: all floats; denormal results are rounded once, not flushed. Of several vectors part by part:
+// a part's steps wait for each other, and a processor that looks ahead for others finds those of
+// the next vector at hand. at most 0.92, 0.92, 1.19 ulp exp(-inf) = 0, exp(inf) = exp(> 88.72284) =
+// inf, exp(+-0) = 1, exp(nan) = nan
 template <int m>
 FASTOPS_FN void exp(F (&x)[m]) {
   Reduced of[m];
@@ -192,8 +192,8 @@ FASTOPS_FN F log(F x) { return or_special(log_split(split(x)), x); }
 
 // of u = 1 + x
 FASTOPS_FN Split split_from_1(F x, F u) {
-  // u = 1 + x is rounded only to find n: f = x 2^-n + (2^-n - 1) rounds once, near 0 not at all. 2^-n
-  // is held as 2^(2-n), which is a normal number for every n.
+  // u = 1 + x is rounded only to find n: f = x 2^-n + (2^-n - 1) rounds once, near 0 not at all.
+  // 2^-n is held as 2^(2-n), which is a normal number for every n.
   const I n = exponent(u);
   const F s = (F)(0x40800000 - (n << 23));
   return {fma(x * .25f, s, fma(s, .25f, -1.f)), __builtin_convertvector(n, F)};
@@ -224,8 +224,9 @@ FASTOPS_FN Both logs(F x) {
 // at most 1.13, 1.13, 1.51 ulp
 // log1p_unit(0) = 0, log1p_unit(denormal) = itself, log1p_unit(nan) = nan
 FASTOPS_FN F log1p_unit(F x) {
-  constexpr float c[] = {-0x1.ffffd2p-2f, 0x1.554ddp-2f,  -0x1.ff23e8p-3f, 0x1.934b6ep-3f, -0x1.3a43ep-3f,
-                         0x1.b4b094p-4f,  -0x1.d6b76p-5f, 0x1.492126p-6f,  -0x1.af5e5p-9f};
+  constexpr float c[] = {-0x1.ffffd2p-2f, 0x1.554ddp-2f,  -0x1.ff23e8p-3f,
+                         0x1.934b6ep-3f,  -0x1.3a43ep-3f, 0x1.b4b094p-4f,
+                         -0x1.d6b76p-5f,  0x1.492126p-6f, -0x1.af5e5p-9f};
   return fma(x * x, polynomial(x, c), x);
 }
 
@@ -354,14 +355,25 @@ struct Tail {
 };
 FASTOPS_FN Tail normal(F x) {
   // 2^(n + r) = exp(-x^2 / 2). From n = -126 on the exponent that is added leaves a denormal, or 0.
-  constexpr float c[] = {1.f,           0x1.62e430p-1f, 0x1.ebfbdcp-3f, 0x1.c6af7ap-5f,
-                         0x1.3b2dd2p-7f, 0x1.5f0948p-10f, 0x1.417a9ap-13f};
+  constexpr float c[] = {1.f,
+                         0x1.62e430p-1f,
+                         0x1.ebfbdcp-3f,
+                         0x1.c6af7ap-5f,
+                         0x1.3b2dd2p-7f,
+                         0x1.5f0948p-10f,
+                         0x1.417a9ap-13f};
   const F y = max(x * x * -0x1.715476p-1f, -127.f);
   const F shifted = y + kRound;
   const F e = (F)((I)polynomial(y - (shifted - kRound), c) + ((I)shifted << 23));
   // Mills' ratio, cdf(-a) / exp(-a^2 / 2), in a / (1 + 0.335 a), which is accurate at 0 as well
-  constexpr float mills[] = {.5f,            -0x1.98846ep-2f, 0x1.dc9f5cp-4f,  -0x1.517062p-7f,
-                             -0x1.e9db7ap-10f, 0x1.c2a468p-15f, 0x1.48e598p-13f, -0x1.794c56p-16f};
+  constexpr float mills[] = {.5f,
+                             -0x1.98846ep-2f,
+                             0x1.dc9f5cp-4f,
+                             -0x1.517062p-7f,
+                             -0x1.e9db7ap-10f,
+                             0x1.c2a468p-15f,
+                             0x1.48e598p-13f,
+                             -0x1.794c56p-16f};
   const F a = min(magnitude(x), 14.f);
   const F below = polynomial(a / fma(a, 0x1.570a3ep-2f, 1.f), mills) * e;
   return {(I)x < 0 ? below : 1.f - below, e};
@@ -369,7 +381,8 @@ FASTOPS_FN Tail normal(F x) {
 #endif
 }  // namespace words
 
-// at::vec's vector is one register, or in DEFAULT an array of two. Of double, a word is at::vec's `of_double`.
+// at::vec's vector is one register, or in DEFAULT an array of two. Of double, a word is at::vec's
+// `of_double`.
 #define FASTOPS_WORD(word, of_double)               \
   FASTOPS_FN Vec<float> word(const Vec<float>& x) { \
     words::F f[sizeof(x) / sizeof(words::F)];       \

@@ -6,8 +6,9 @@
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
-// A vector of 32-bit words. interleave() turns the four words of `lanes` counters, vector by vector, into the order of
-// the elements that own them; it wants lane l to hold the counter base + offset(l), which saves the cross-lane moves.
+// A vector of 32-bit words. interleave() turns the four words of `lanes` counters, vector by
+// vector, into the order of the elements that own them; it wants lane l to hold the counter base +
+// offset(l), which saves the cross-lane moves.
 #if defined(CPU_CAPABILITY_AVX512)
 struct U32 {
   static constexpr int lanes = 16;
@@ -18,14 +19,17 @@ struct U32 {
   FASTOPS_FN void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
   friend FASTOPS_FN U32 operator^(U32 a, U32 b) { return _mm512_xor_si512(a.v, b.v); }
   friend FASTOPS_FN void wide_product(U32 a, U32 b, U32& high, U32& low) {
-    const __m512i even = _mm512_mul_epu32(a.v, b.v), odd = _mm512_mul_epu32(a.v, _mm512_srli_epi64(b.v, 32));
+    const __m512i even = _mm512_mul_epu32(a.v, b.v),
+                  odd = _mm512_mul_epu32(a.v, _mm512_srli_epi64(b.v, 32));
     high.v = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_ENUM(0xB1));
     low.v = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_ENUM(0xA0));
   }
   static FASTOPS_FN uint32_t offset(int lane) { return 4 * (lane % 4) + lane / 4; }
   static FASTOPS_FN void interleave(U32 (&w)[4]) {
-    const __m512i a = _mm512_unpacklo_epi32(w[0].v, w[1].v), b = _mm512_unpackhi_epi32(w[0].v, w[1].v);
-    const __m512i c = _mm512_unpacklo_epi32(w[2].v, w[3].v), d = _mm512_unpackhi_epi32(w[2].v, w[3].v);
+    const __m512i a = _mm512_unpacklo_epi32(w[0].v, w[1].v),
+                  b = _mm512_unpackhi_epi32(w[0].v, w[1].v);
+    const __m512i c = _mm512_unpacklo_epi32(w[2].v, w[3].v),
+                  d = _mm512_unpackhi_epi32(w[2].v, w[3].v);
     w[0].v = _mm512_unpacklo_epi64(a, c);
     w[1].v = _mm512_unpackhi_epi64(a, c);
     w[2].v = _mm512_unpacklo_epi64(b, d);
@@ -46,14 +50,17 @@ struct U32 {
   }
   friend FASTOPS_FN U32 operator^(U32 a, U32 b) { return _mm256_xor_si256(a.v, b.v); }
   friend FASTOPS_FN void wide_product(U32 a, U32 b, U32& high, U32& low) {
-    const __m256i even = _mm256_mul_epu32(a.v, b.v), odd = _mm256_mul_epu32(a.v, _mm256_srli_epi64(b.v, 32));
+    const __m256i even = _mm256_mul_epu32(a.v, b.v),
+                  odd = _mm256_mul_epu32(a.v, _mm256_srli_epi64(b.v, 32));
     high.v = _mm256_blend_epi32(_mm256_shuffle_epi32(even, 0xB1), odd, 0xAA);
     low.v = _mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xA0), 0xAA);
   }
   static FASTOPS_FN uint32_t offset(int lane) { return 2 * (lane % 4) + lane / 4; }
   static FASTOPS_FN void interleave(U32 (&w)[4]) {
-    const __m256i a = _mm256_unpacklo_epi32(w[0].v, w[1].v), b = _mm256_unpackhi_epi32(w[0].v, w[1].v);
-    const __m256i c = _mm256_unpacklo_epi32(w[2].v, w[3].v), d = _mm256_unpackhi_epi32(w[2].v, w[3].v);
+    const __m256i a = _mm256_unpacklo_epi32(w[0].v, w[1].v),
+                  b = _mm256_unpackhi_epi32(w[0].v, w[1].v);
+    const __m256i c = _mm256_unpacklo_epi32(w[2].v, w[3].v),
+                  d = _mm256_unpackhi_epi32(w[2].v, w[3].v);
     w[0].v = _mm256_unpacklo_epi64(a, c);
     w[1].v = _mm256_unpackhi_epi64(a, c);
     w[2].v = _mm256_unpacklo_epi64(b, d);
@@ -101,13 +108,14 @@ FASTOPS_FN U32 lane_offsets() {
   return U32::load(lane);
 }
 
-// The words of elements [i, i + kSpan) in row-major order; i is a multiple of kSpan. make(c0, c1) makes the Philox.
+// The words of elements [i, i + kSpan) in row-major order; i is a multiple of kSpan. make(c0, c1)
+// makes the Philox.
 template <class Make>
 FASTOPS_FN void contiguous_words(Make make, U32 offsets, int64_t i, uint32_t* word) {
   const uint64_t counter = static_cast<uint64_t>(i) / 4;
   // counter is a multiple of `lanes`, so adding a lane's offset never carries into the high half
-  Philox<U32> philox =
-      make(offsets ^ U32(static_cast<uint32_t>(counter)), U32(static_cast<uint32_t>(counter >> 32)));
+  Philox<U32> philox = make(offsets ^ U32(static_cast<uint32_t>(counter)),
+                            U32(static_cast<uint32_t>(counter >> 32)));
   U32::interleave(philox.word);
   for (int j = 0; j < 4; ++j) philox.word[j].store(word + j * U32::lanes);
 }

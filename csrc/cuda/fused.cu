@@ -14,11 +14,12 @@ struct Inputs {
   const scalar_t* p[inputs];
 };
 
-// out[i] = F(in[0][i], in[1][i % period], in[2][i]). Where rows are whole packs, `wide_row` says that in[1] is read in
-// packs too. out may be in[0]: no __restrict__.
+// out[i] = F(in[0][i], in[1][i % period], in[2][i]). Where rows are whole packs, `wide_row` says
+// that in[1] is read in packs too. out may be in[0]: no __restrict__.
 template <class F, class scalar_t, int inputs>
 __global__ void __launch_bounds__(kThreads, kResident)
-    fused_kernel(Cut cut, int64_t period, bool wide_row, scalar_t* out, Inputs<scalar_t, inputs> in) {
+    fused_kernel(Cut cut, int64_t period, bool wide_row, scalar_t* out,
+                 Inputs<scalar_t, inputs> in) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
   const auto f = [&](const real(&x)[inputs]) {
@@ -44,7 +45,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       [&](int64_t i) {
         real x[inputs];
 #pragma unroll
-        for (int m = 0; m < inputs; ++m) x[m] = static_cast<real>(load(in.p[m] + (m == 1 ? i % period : i)));
+        for (int m = 0; m < inputs; ++m)
+          x[m] = static_cast<real>(load(in.p[m] + (m == 1 ? i % period : i)));
         store(out + i, static_cast<scalar_t>(f(x)));
       });
 }
@@ -61,12 +63,13 @@ Error fused(const FusedArgs& a) {
     const Cut whole = cut(a.n, size, out, in.p[0], in.p[inputs == 3 ? 2 : 0]);
     const bool wide_row = wide_beside(whole, size, in.p[1], a.period);
     const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
-    return launch(fused_kernel<F, scalar_t, inputs>, grid_for(items, kThreads), kThreads, a.stream, whole, a.period,
-                  wide_row, out, in);
+    return launch(fused_kernel<F, scalar_t, inputs>, grid_for(items, kThreads), kThreads, a.stream,
+                  whole, a.period, wide_row, out, in);
   });
 }
 
-// The same of three inputs, and the sums of out over the rows of each strip: a thread goes down `width` columns of one.
+// The same of three inputs, and the sums of out over the rows of each strip: a thread goes down
+// `width` columns of one.
 template <class F, int width, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
     summed_kernel(int64_t rows, int64_t period, scalar_t* out, Inputs<scalar_t, 3> in,
@@ -96,10 +99,11 @@ Error summed(const FusedArgs& a) {
     Inputs<scalar_t, 3> in;
     for (int j = 0; j < 3; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
     const int64_t rows = a.n / a.period;
-    const bool wide = a.period % size == 0 && aligned(out, in.p[0], in.p[1], in.p[2]) && aligned(sums);
+    const bool wide =
+        a.period % size == 0 && aligned(out, in.p[0], in.p[1], in.p[2]) && aligned(sums);
     const int64_t items = strip_items(rows, a.period, wide, size);
-    return launch(wide ? summed_kernel<F, size, scalar_t> : summed_kernel<F, 1, scalar_t>, grid_for(items, kThreads),
-                  kThreads, a.stream, rows, a.period, out, in, sums);
+    return launch(wide ? summed_kernel<F, size, scalar_t> : summed_kernel<F, 1, scalar_t>,
+                  grid_for(items, kThreads), kThreads, a.stream, rows, a.period, out, in, sums);
   });
 }
 
@@ -122,7 +126,8 @@ template <class Op>
 struct MakeFused {
   static constexpr FusedRow row_of() {
     FusedRow row{Op::name, Op::activation, Op::broadcast, &fused<Forward<Op>, 2>, nullptr, nullptr};
-    if constexpr (Op::broadcast) row.backward = &fused<Backward<Op>, 3>, row.summed = &summed<Backward<Op>>;
+    if constexpr (Op::broadcast)
+      row.backward = &fused<Backward<Op>, 3>, row.summed = &summed<Backward<Op>>;
     return row;
   }
   static constexpr FusedRow row = row_of();

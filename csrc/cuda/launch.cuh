@@ -1,5 +1,5 @@
-// How every kernel is started: grid sizes, dtypes, parameters of formulas, and errors in the seam's convention. No
-// kernel.
+// How every kernel is started: grid sizes, dtypes, parameters of formulas, and errors in the seam's
+// convention. No kernel.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -16,27 +16,31 @@ namespace fastops::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
-// The blocks per multiprocessor that kernels ask for in their launch bounds. Without the 1, ptxas 13.0 spills a few
-// registers here and there to gain a step of occupancy.
+// The blocks per multiprocessor that kernels ask for in their launch bounds. Without the 1,
+// ptxas 13.0 spills a few registers here and there to gain a step of occupancy.
 constexpr int kResident = 1;
 
-// ------------------------------------------------------------------------------------------------ launches
+// ------------------------------------------------------------------------------------------------
+// launches
 
-// Starts kernel(arguments...). A launch that CUDA refuses is reported here, and not left for the next caller to find.
+// Starts kernel(arguments...). A launch that CUDA refuses is reported here, and not left for the
+// next caller to find.
 template <class... Parameters, class... Arguments>
-Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments&&... arguments) {
+Error launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+             Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   if (error == cudaSuccess) return nullptr;
   static_cast<void>(cudaGetLastError());
   return cudaGetErrorString(error);
 }
 
-// Blocks for a grid-stride loop over `items`, one to a thread at a time: what the device holds, four times over so that
-// an uneven last wave costs little, and no more.
+// Blocks for a grid-stride loop over `items`, one to a thread at a time: what the device holds,
+// four times over so that an uneven last wave costs little, and no more.
 inline int64_t grid_for(int64_t items, int threads) {
   int device = 0, multiprocessors = 0;
   cudaGetDevice(&device);
@@ -45,7 +49,8 @@ inline int64_t grid_for(int64_t items, int threads) {
   return std::clamp<int64_t>((items + threads - 1) / threads, 1, 4 * resident);
 }
 
-// ------------------------------------------------------------------------------------------------ dtypes
+// ------------------------------------------------------------------------------------------------
+// dtypes
 
 template <class F>
 Error dispatch(c10::ScalarType dtype, F f) {
@@ -63,7 +68,8 @@ Error dispatch(c10::ScalarType dtype, F f) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------ formulas
+// ------------------------------------------------------------------------------------------------
+// formulas
 
 // The parameters of a formula as a kernel takes them.
 template <int n, class real>

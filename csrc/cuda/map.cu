@@ -1,4 +1,5 @@
-// The elementwise loop: out[i] = f(in0[i], in1[i], ...), for every activation, forward, backward and second derivative.
+// The elementwise loop: out[i] = f(in0[i], in1[i], ...), for every activation, forward, backward
+// and second derivative.
 #include "../formulas/activations.h"
 #include "launch.cuh"
 #include "pack.cuh"
@@ -8,7 +9,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
 template <class scalar_t, int inputs>
 struct Inputs {
@@ -18,7 +20,8 @@ struct Inputs {
 // out may be in[0]: no __restrict__.
 template <class F, class scalar_t, int inputs, int params>
 __global__ void __launch_bounds__(kThreads, kResident)
-    map_kernel(Cut cut, scalar_t* out, Inputs<scalar_t, inputs> in, Params<params, real_of<scalar_t>> p) {
+    map_kernel(Cut cut, scalar_t* out, Inputs<scalar_t, inputs> in,
+               Params<params, real_of<scalar_t>> p) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
   const auto f = [&](const real(&x)[inputs]) {
@@ -49,7 +52,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       });
 }
 
-// ------------------------------------------------------------------------------------------------ launchers
+// ------------------------------------------------------------------------------------------------
+// launchers
 
 template <class F, int inputs, int params>
 Error map(const MapArgs& a) {
@@ -62,8 +66,8 @@ Error map(const MapArgs& a) {
     for (int j = 0; j < inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
     const Cut whole = cut(a.n, size, out, in.p[0], in.p[inputs > 1], in.p[inputs - 1]);
     const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
-    return launch(map_kernel<F, scalar_t, inputs, params>, grid_for(items, kThreads), kThreads, a.stream, whole, out,
-                  in, Params<params, real_of<scalar_t>>(a.params));
+    return launch(map_kernel<F, scalar_t, inputs, params>, grid_for(items, kThreads), kThreads,
+                  a.stream, whole, out, in, Params<params, real_of<scalar_t>>(a.params));
   });
 }
 
@@ -90,7 +94,8 @@ struct Second {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ table
+// ------------------------------------------------------------------------------------------------
+// table
 
 template <class Op>
 struct MakeMap {

@@ -1,5 +1,6 @@
-// Between memory of a dtype and registers of what it is computed in: 16-byte packs, their alignment, and the only two
-// functions through which kernels touch global memory. No formula, no launch.
+// Between memory of a dtype and registers of what it is computed in: 16-byte packs, their
+// alignment, and the only two functions through which kernels touch global memory. No formula, no
+// launch.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -30,7 +31,8 @@ struct alignas(n * sizeof(T)) Pack {
   T v[n];
 };
 
-// ------------------------------------------------------------------------------------------------ global memory
+// ------------------------------------------------------------------------------------------------
+// global memory
 
 template <class T>
 __device__ __forceinline__ T load(const T* p) {
@@ -113,7 +115,8 @@ __device__ __forceinline__ void store_columns(scalar_t* p, const real (&v)[n]) {
 
 // The first `count` of n elements, one by one; the others become `filler`.
 template <class real, class scalar_t, int n>
-__device__ __forceinline__ void load_narrow(const scalar_t* p, int64_t count, real (&v)[n], real filler = real(0)) {
+__device__ __forceinline__ void load_narrow(const scalar_t* p, int64_t count, real (&v)[n],
+                                            real filler = real(0)) {
 #pragma unroll
   for (int k = 0; k < n; ++k) v[k] = k < count ? static_cast<real>(load(p + k)) : filler;
 }
@@ -124,9 +127,11 @@ __device__ __forceinline__ void store_narrow(scalar_t* p, int64_t count, const r
     if (k < count) store(p + k, static_cast<scalar_t>(v[k]));
 }
 
-// n elements of a row of `period` that is repeated, from element i on; in packs where `wide` says that they are whole ones.
+// n elements of a row of `period` that is repeated, from element i on; in packs where `wide` says
+// that they are whole ones.
 template <class real, class scalar_t, int n>
-__device__ __forceinline__ void load_beside(const scalar_t* row, int64_t i, int64_t period, bool wide, real (&v)[n]) {
+__device__ __forceinline__ void load_beside(const scalar_t* row, int64_t i, int64_t period,
+                                            bool wide, real (&v)[n]) {
   if (wide) {
     load_wide(row + i % period, v);
   } else {
@@ -135,7 +140,8 @@ __device__ __forceinline__ void load_beside(const scalar_t* row, int64_t i, int6
   }
 }
 
-// ------------------------------------------------------------------------------------------------ alignment
+// ------------------------------------------------------------------------------------------------
+// alignment
 
 template <class... T>
 __host__ __device__ __forceinline__ bool aligned(const T*... pointers) {
@@ -147,9 +153,11 @@ struct Cut {
   int64_t n, head, packs;
 };
 
-// The cut that is right for all of these buffers at once; where their boundaries do not fall together, all is head.
+// The cut that is right for all of these buffers at once; where their boundaries do not fall
+// together, all is head.
 template <class scalar_t, class... T>
-__host__ __device__ __forceinline__ Cut cut(int64_t n, int size, const scalar_t* first, const T*... others) {
+__host__ __device__ __forceinline__ Cut cut(int64_t n, int size, const scalar_t* first,
+                                            const T*... others) {
   const uintptr_t over = reinterpret_cast<uintptr_t>(first) % kPackBytes;
   const int64_t head = over ? static_cast<int64_t>((kPackBytes - over) / sizeof(scalar_t)) : 0;
   if (head >= n || !aligned(first + head, others + head...)) return {n, n, 0};
@@ -158,11 +166,14 @@ __host__ __device__ __forceinline__ Cut cut(int64_t n, int size, const scalar_t*
 
 // Whether load_beside() of a row may be wide for every pack of the cut.
 template <class scalar_t>
-__host__ __device__ __forceinline__ bool wide_beside(const Cut& cut, int size, const scalar_t* row, int64_t period) {
-  return cut.packs > 0 && aligned(row + cut.head) && (period == cut.n || (period % size == 0 && cut.head == 0));
+__host__ __device__ __forceinline__ bool wide_beside(const Cut& cut, int size, const scalar_t* row,
+                                                     int64_t period) {
+  return cut.packs > 0 && aligned(row + cut.head) &&
+         (period == cut.n || (period % size == 0 && cut.head == 0));
 }
 
-// Calls pack(i) for the first element of every pack and single(i) for every other element, among `threads` threads.
+// Calls pack(i) for the first element of every pack and single(i) for every other element, among
+// `threads` threads.
 template <int size, class PackBody, class SingleBody>
 __device__ __forceinline__ void walk(const Cut& cut, int64_t thread, int64_t threads, PackBody pack,
                                      SingleBody single) {

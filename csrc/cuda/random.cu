@@ -1,5 +1,6 @@
-// Dropout: words from the counter-based generator, keep or drop. The word of an element depends on the seed and its
-// logical index alone, so the mask is the CPU's, bit for bit, for any grid, alignment and memory layout.
+// Dropout: words from the counter-based generator, keep or drop. The word of an element depends on
+// the seed and its logical index alone, so the mask is the CPU's, bit for bit, for any grid,
+// alignment and memory layout.
 #include "../formulas/dropout.h"
 #include "launch.cuh"
 #include "pack.cuh"
@@ -15,7 +16,8 @@ constexpr int kWords = 4;  // of one counter
 template <class scalar_t>
 constexpr int group_size = pack_size<scalar_t> > kWords ? pack_size<scalar_t> : kWords;
 
-// The second of three inputs is a row of `period` elements that is repeated; `wide_row`: read in packs as well.
+// The second of three inputs is a row of `period` elements that is repeated; `wide_row`: read in
+// packs as well.
 template <class scalar_t, int inputs>
 struct Inputs {
   const scalar_t* p[inputs];
@@ -40,7 +42,8 @@ struct Key {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
 // Calls body(first element of the group, number of its elements) for every group of this thread.
 template <int size, class Body>
@@ -51,8 +54,9 @@ __device__ __forceinline__ void groups(int64_t n, Body body) {
 }
 
 template <class Op, class scalar_t>
-__device__ __forceinline__ void keep_or_drop(const Inputs<scalar_t, Op::inputs>& in, scalar_t* out, int64_t i,
-                                             int64_t count, bool wide, const bool (&keep)[group_size<scalar_t>],
+__device__ __forceinline__ void keep_or_drop(const Inputs<scalar_t, Op::inputs>& in, scalar_t* out,
+                                             int64_t i, int64_t count, bool wide,
+                                             const bool (&keep)[group_size<scalar_t>],
                                              real_of<scalar_t> scale) {
   constexpr int size = group_size<scalar_t>;
   real_of<scalar_t> x[Op::inputs][size];
@@ -64,7 +68,8 @@ __device__ __forceinline__ void keep_or_drop(const Inputs<scalar_t, Op::inputs>&
     } else if (j == 1) {
 #pragma unroll
       for (int k = 0; k < size; ++k)
-        x[j][k] = k < count ? static_cast<real_of<scalar_t>>(load(in.p[j] + (i + k) % in.period)) : 0;
+        x[j][k] =
+            k < count ? static_cast<real_of<scalar_t>>(load(in.p[j] + (i + k) % in.period)) : 0;
     } else if (wide) {
       load_wide(in.p[j] + i, x[j]);
     } else {
@@ -86,8 +91,8 @@ __device__ __forceinline__ void keep_or_drop(const Inputs<scalar_t, Op::inputs>&
 // Memory order is logical order: the elements of a group share their counters.
 template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
-    contiguous_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide, Mask mask,
-                      real_of<scalar_t> scale) {
+    contiguous_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide,
+                      Mask mask, real_of<scalar_t> scale) {
   constexpr int size = group_size<scalar_t>;
   const Key key(mask.seed);
   groups<size>(n, [&](int64_t i, int64_t count) {
@@ -102,12 +107,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
   });
 }
 
-// Any other order: every element has a counter of its own. Coordinates are divided out once a group, and then walked.
+// Any other order: every element has a counter of its own. Coordinates are divided out once a
+// group, and then walked.
 template <class Op, class scalar_t, class index_t>
 __global__ void __launch_bounds__(kThreads, kResident)
     strided_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide, Mask mask,
-                   real_of<scalar_t> scale,
-                   const LogicalOrder __grid_constant__ order) {
+                   real_of<scalar_t> scale, const LogicalOrder __grid_constant__ order) {
   constexpr int size = group_size<scalar_t>;
   const Key key(mask.seed);
   groups<size>(n, [&](int64_t i, int64_t count) {
@@ -146,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   });
 }
 
-// Of contiguous rows, and the sums of the output over the rows of each strip: a thread goes down `width` columns of one.
+// Of contiguous rows, and the sums of the output over the rows of each strip: a thread goes down
+// `width` columns of one.
 template <class Op, int width, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
     summed_kernel(int64_t rows, int64_t period, scalar_t* out, const scalar_t* in, Mask mask,
@@ -162,14 +168,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
         x[0] = Op::forward(philox.word[i % kWords] >= mask.threshold, scale, x[0]);
       } else {
 #pragma unroll
-        for (int m = 0; m < kWords; ++m) x[j + m] = Op::forward(philox.word[m] >= mask.threshold, scale, x[j + m]);
+        for (int m = 0; m < kWords; ++m)
+          x[j + m] = Op::forward(philox.word[m] >= mask.threshold, scale, x[j + m]);
       }
     }
   };
   down_strips<width, kThreads>(rows, period, out, sums, [&](int64_t) { return compute; });
 }
 
-// ------------------------------------------------------------------------------------------------ launchers
+// ------------------------------------------------------------------------------------------------
+// launchers
 
 template <class Op>
 Error forward(const RandomArgs& a) {
@@ -181,22 +189,26 @@ Error forward(const RandomArgs& a) {
     Inputs<scalar_t, Op::inputs> in;
     for (int j = 0; j < Op::inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
     in.period = a.period;
-    in.wide_row = Op::inputs == 3 && a.period % group_size<scalar_t> == 0 && aligned(in.p[Op::inputs / 2]);
+    in.wide_row =
+        Op::inputs == 3 && a.period % group_size<scalar_t> == 0 && aligned(in.p[Op::inputs / 2]);
     const Mask mask{a.seed, a.threshold};
     const auto scale = static_cast<real_of<scalar_t>>(a.scale);
-    const int64_t blocks = grid_for((a.n + group_size<scalar_t> - 1) / group_size<scalar_t>, kThreads);
+    const int64_t blocks =
+        grid_for((a.n + group_size<scalar_t> - 1) / group_size<scalar_t>, kThreads);
     const bool wide = aligned(out, in.p[0], in.p[Op::inputs - 1]);
     if (a.order.dims == 1 && a.order.logical_stride[0] == 1)
-      return launch(contiguous_kernel<Op, scalar_t>, blocks, kThreads, a.stream, a.n, out, in, wide, mask, scale);
-    auto* kernel =
-        a.n < int64_t{1} << 31 ? strided_kernel<Op, scalar_t, uint32_t> : strided_kernel<Op, scalar_t, uint64_t>;
+      return launch(contiguous_kernel<Op, scalar_t>, blocks, kThreads, a.stream, a.n, out, in, wide,
+                    mask, scale);
+    auto* kernel = a.n < int64_t{1} << 31 ? strided_kernel<Op, scalar_t, uint32_t>
+                                          : strided_kernel<Op, scalar_t, uint64_t>;
     return launch(kernel, blocks, kThreads, a.stream, a.n, out, in, wide, mask, scale, a.order);
   });
 }
 
 template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
-    backward_kernel(Cut cut, scalar_t* dx, const scalar_t* y, const scalar_t* dy, real_of<scalar_t> scale) {
+    backward_kernel(Cut cut, scalar_t* dx, const scalar_t* y, const scalar_t* dy,
+                    real_of<scalar_t> scale) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
   walk<size>(
@@ -226,8 +238,8 @@ Error backward(const RandomArgs& a) {
     auto* dy = static_cast<const scalar_t*>(a.in[1]);
     const Cut whole = cut(a.n, size, dx, y, dy);
     const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
-    return launch(backward_kernel<Op, scalar_t>, grid_for(items, kThreads), kThreads, a.stream, whole, dx, y, dy,
-                  static_cast<real_of<scalar_t>>(a.scale));
+    return launch(backward_kernel<Op, scalar_t>, grid_for(items, kThreads), kThreads, a.stream,
+                  whole, dx, y, dy, static_cast<real_of<scalar_t>>(a.scale));
   });
 }
 
@@ -243,13 +255,14 @@ Error summed(const RandomArgs& a) {
     const int64_t rows = a.n / a.period;
     const bool wide = a.period % size == 0 && aligned(out, in) && aligned(sums);
     const int64_t items = strip_items(rows, a.period, wide, size);
-    return launch(wide ? summed_kernel<Op, size, scalar_t> : summed_kernel<Op, 1, scalar_t>, grid_for(items, kThreads),
-                  kThreads, a.stream, rows, a.period, out, in, Mask{a.seed, a.threshold},
-                  static_cast<real_of<scalar_t>>(a.scale), sums);
+    return launch(wide ? summed_kernel<Op, size, scalar_t> : summed_kernel<Op, 1, scalar_t>,
+                  grid_for(items, kThreads), kThreads, a.stream, rows, a.period, out, in,
+                  Mask{a.seed, a.threshold}, static_cast<real_of<scalar_t>>(a.scale), sums);
   });
 }
 
-// ------------------------------------------------------------------------------------------------ table
+// ------------------------------------------------------------------------------------------------
+// table
 
 template <class Op>
 struct MakeRandom {

@@ -1,5 +1,6 @@
-// Elementwise losses and their sums: values, total, first and second derivatives. A sum is taken in two stages over
-// chunks whose order n alone decides, without atomics, so that it has the same bits on every device and in every run.
+// Elementwise losses and their sums: values, total, first and second derivatives. A sum is taken in
+// two stages over chunks whose order n alone decides, without atomics, so that it has the same bits
+// on every device and in every run.
 #include "../formulas/losses.h"
 #include "launch.cuh"
 #include "pack.cuh"
@@ -10,8 +11,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// ------------------------------------------------------------------------------------------------ kernels: each
-// element
+// ------------------------------------------------------------------------------------------------
+// kernels: each element
 
 template <class scalar_t>
 struct EachArgs {
@@ -26,8 +27,9 @@ struct EachArgs {
 
 // F of one to three inputs; where it is one of several derivatives, of `to_target` as well.
 template <class F, int inputs, class real, int params>
-__device__ __forceinline__ real value_of(const Params<params, real>& p, real x, [[maybe_unused]] real t,
-                                         [[maybe_unused]] real w, [[maybe_unused]] int to_target = 0) {
+__device__ __forceinline__ real value_of(const Params<params, real>& p, real x,
+                                         [[maybe_unused]] real t, [[maybe_unused]] real w,
+                                         [[maybe_unused]] int to_target = 0) {
   if constexpr (requires { typename F::of_several; }) {
     if constexpr (inputs == 2) return apply<F>(p, to_target, x, t);
     if constexpr (inputs == 3) return apply<F>(p, to_target, x, t, w);
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
         if (a.each_grad) load_wide(a.grad + i, g);
 #pragma unroll
         for (int k = 0; k < size; ++k)
-          x[k] = value_of<F, inputs>(p, x[k], t[k], w[k], a.to_target) * (a.each_grad ? g[k] * factor : factor);
+          x[k] = value_of<F, inputs>(p, x[k], t[k], w[k], a.to_target) *
+                 (a.each_grad ? g[k] * factor : factor);
         store_wide(a.out + i, x);
       },
       [&](int64_t i) {
@@ -68,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       });
 }
 
-// ------------------------------------------------------------------------------------------------ kernels: sums
+// ------------------------------------------------------------------------------------------------
+// kernels: sums
 
 // What becomes of a finished sum.
 template <class real>
@@ -83,13 +87,13 @@ struct Finish {
   }
 };
 
-// One block per chunk. A thread takes the same elements in the same order whatever the alignment, adds them in real,
-// and the threads are added in double. A lone chunk is finished at once.
+// One block per chunk. A thread takes the same elements in the same order whatever the alignment,
+// adds them in real, and the threads are added in double. A lone chunk is finished at once.
 template <class F, class scalar_t, int inputs, int params>
 __global__ void __launch_bounds__(kThreads, kResident)
-    chunk_kernel(int64_t n, const scalar_t* x, const scalar_t* t, const scalar_t* w, int64_t period, bool wide,
-                 bool wide_w, double* partial,
-                 Finish<real_of<scalar_t>> finish, Params<params, real_of<scalar_t>> p) {
+    chunk_kernel(int64_t n, const scalar_t* x, const scalar_t* t, const scalar_t* w, int64_t period,
+                 bool wide, bool wide_w, double* partial, Finish<real_of<scalar_t>> finish,
+                 Params<params, real_of<scalar_t>> p) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
   const int64_t begin = int64_t{blockIdx.x} * kReduceChunk;
@@ -130,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (threadIdx.x == 0) finish(sum);
 }
 
-// ------------------------------------------------------------------------------------------------ launchers
+// ------------------------------------------------------------------------------------------------
+// launchers
 
 template <class F, int inputs, int params>
 Error each(const ReduceArgs& a) {
@@ -152,8 +157,8 @@ Error each(const ReduceArgs& a) {
     e.cut = cut(a.n, size, e.out, e.x, e.t, e.each_grad ? e.grad : e.x);
     e.wide_w = inputs == 3 && wide_beside(e.cut, size, e.w, e.period);
     const int64_t items = std::max(e.cut.packs, a.n - e.cut.packs * size);
-    return launch(each_kernel<F, scalar_t, inputs, params>, grid_for(items, kThreads), kThreads, a.stream, e,
-                  Params<params, real>(a.params));
+    return launch(each_kernel<F, scalar_t, inputs, params>, grid_for(items, kThreads), kThreads,
+                  a.stream, e, Params<params, real>(a.params));
   });
 }
 
@@ -168,11 +173,13 @@ Error total(const ReduceArgs& a) {
     constexpr int size = pack_size<scalar_t>;
     const bool wide_w = inputs == 3 && aligned(w) && (a.period == a.n || a.period % size == 0);
     auto* partial = static_cast<double*>(a.workspace);
-    const Finish<real> finish{static_cast<real*>(a.out), static_cast<const real*>(a.divisor), a.scale};
+    const Finish<real> finish{static_cast<real*>(a.out), static_cast<const real*>(a.divisor),
+                              a.scale};
     const int64_t chunks = (a.n + kReduceChunk - 1) / kReduceChunk;
     if (chunks > 0) {
-      const Error error = launch(chunk_kernel<F, scalar_t, inputs, params>, chunks, kThreads, a.stream, a.n, x, t, w,
-                                 a.period, aligned(x, t), wide_w, partial, finish, Params<params, real>(a.params));
+      const Error error = launch(chunk_kernel<F, scalar_t, inputs, params>, chunks, kThreads,
+                                 a.stream, a.n, x, t, w, a.period, aligned(x, t), wide_w, partial,
+                                 finish, Params<params, real>(a.params));
       if (error || chunks == 1) return error;
     }
     return launch(join_kernel<real>, 1, kThreads, a.stream, chunks, partial, finish);
@@ -219,7 +226,8 @@ struct Identity {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ table
+// ------------------------------------------------------------------------------------------------
+// table
 
 template <class Op>
 struct MakeReduce {
@@ -236,8 +244,8 @@ struct MakeReduce {
 };
 template <>
 struct MakeReduce<Identity> {
-  static constexpr ReduceRow row{"sum",   "",      nullptr, &total<Identity, 1, 0>, nullptr, nullptr,
-                                 nullptr, 0, 0};
+  static constexpr ReduceRow row{"sum",   "", nullptr, &total<Identity, 1, 0>, nullptr, nullptr,
+                                 nullptr, 0,  0};
 };
 
 template <class... Ops>

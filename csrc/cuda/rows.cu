@@ -1,6 +1,7 @@
-// Softmax, log-softmax and cross-entropy over the middle dimension of (outer, n, inner). Where inner is 1 a row is
-// contiguous: a warp takes a short one and a block a long one, held in registers between its visits while it fits, read
-// again where it does not. Elsewhere neighbouring threads take neighbouring rows, so that every access is coalesced.
+// Softmax, log-softmax and cross-entropy over the middle dimension of (outer, n, inner). Where
+// inner is 1 a row is contiguous: a warp takes a short one and a block a long one, held in
+// registers between its visits while it fits, read again where it does not. Elsewhere neighbouring
+// threads take neighbouring rows, so that every access is coalesced.
 #include "../formulas/softmax.h"
 #include "launch.cuh"
 #include "pack.cuh"
@@ -9,12 +10,13 @@
 namespace fastops::cuda {
 namespace {
 
-constexpr int kWarpBlock = 128;    // threads of a block whose warps take a row each
-constexpr int kRowBlock = 512;     // threads of a block that takes a row and holds it
-constexpr int kColumnBlock = 256;  // threads of a block that takes up to 32 columns
+constexpr int kWarpBlock = 128;         // threads of a block whose warps take a row each
+constexpr int kRowBlock = 512;          // threads of a block that takes a row and holds it
+constexpr int kColumnBlock = 256;       // threads of a block that takes up to 32 columns
 constexpr int64_t kDivisorRows = 8192;  // targets that a block adds up
 
-// Threads of a block that takes a row and reads it again: exp and log in double want more registers than 512 can have.
+// Threads of a block that takes a row and reads it again: exp and log in double want more registers
+// than 512 can have.
 template <class scalar_t>
 constexpr int kLongRowBlock = sizeof(scalar_t) == 8 ? 256 : 512;
 
@@ -22,11 +24,13 @@ constexpr int kLongRowBlock = sizeof(scalar_t) == 8 ? 256 : 512;
 template <class scalar_t>
 constexpr int kHeld = sizeof(scalar_t) == 8 ? 8 : 32;
 
-// ------------------------------------------------------------------------------------------------ rows
+// ------------------------------------------------------------------------------------------------
+// rows
 
-// A row of n elements cut at the 16-byte boundaries of its memory: pack j holds elements j * size - shift and on, the
-// first and last pack may be partly outside. `shift` is that of the buffer it was made for; others are read and written
-// in packs too where `wide` says that their boundaries fall together with it.
+// A row of n elements cut at the 16-byte boundaries of its memory: pack j holds elements j * size -
+// shift and on, the first and last pack may be partly outside. `shift` is that of the buffer it was
+// made for; others are read and written in packs too where `wide` says that their boundaries fall
+// together with it.
 template <class scalar_t, class index_t>
 struct Row {
   static constexpr int size = pack_size<scalar_t>;
@@ -42,16 +46,19 @@ struct Row {
   __device__ __forceinline__ bool whole(index_t i) const { return i >= 0 && i + size <= n; }
 
   template <class real>
-  __device__ __forceinline__ void get(const scalar_t* p, bool wide, index_t i, real (&v)[size], real filler) const {
+  __device__ __forceinline__ void get(const scalar_t* p, bool wide, index_t i, real (&v)[size],
+                                      real filler) const {
     if (wide && whole(i)) {
       load_wide(p + i, v);
     } else {
 #pragma unroll
-      for (int k = 0; k < size; ++k) v[k] = has(i + k) ? static_cast<real>(load(p + i + k)) : filler;
+      for (int k = 0; k < size; ++k)
+        v[k] = has(i + k) ? static_cast<real>(load(p + i + k)) : filler;
     }
   }
   template <class real>
-  __device__ __forceinline__ void put(scalar_t* p, bool wide, index_t i, const real (&v)[size]) const {
+  __device__ __forceinline__ void put(scalar_t* p, bool wide, index_t i,
+                                      const real (&v)[size]) const {
     if (wide && whole(i)) {
       store_wide(p + i, v);
     } else {
@@ -67,8 +74,8 @@ __host__ __device__ __forceinline__ bool together(const scalar_t* a, const scala
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kPackBytes == 0;
 }
 
-// The packs of `inputs` rows of one shape that this thread works on. Where `held` they are read once; each() then goes
-// over registers. Elements outside the row are fillers.
+// The packs of `inputs` rows of one shape that this thread works on. Where `held` they are read
+// once; each() then goes over registers. Elements outside the row are fillers.
 template <class scalar_t, int threads, bool held, int inputs>
 struct Walk {
   using real = real_of<scalar_t>;
@@ -84,8 +91,8 @@ struct Walk {
   int rank;
   Values v[slots];
 
-  __device__ __forceinline__ Walk(int64_t n, const scalar_t* first, const scalar_t* second, bool wide, real filler,
-                                  int rank)
+  __device__ __forceinline__ Walk(int64_t n, const scalar_t* first, const scalar_t* second,
+                                  bool wide, real filler, int rank)
       : row(first, n), wide(wide), filler(filler), rank(rank) {
     p[0] = first;
     if constexpr (inputs == 2) p[1] = second;
@@ -117,13 +124,13 @@ struct Walk {
   }
 };
 
-// The maximum of the row and the sum of exp(x - maximum). Each thread keeps its own maximum, and threads are joined
-// once at the end: joining pack by pack costs twice the instructions. also(i, values, base) sees every pack with the base
-// that the thread's exponentials have at that time. Where the row is held and `leave` is set, x becomes exp(x -
-// maximum).
+// The maximum of the row and the sum of exp(x - maximum). Each thread keeps its own maximum, and
+// threads are joined once at the end: joining pack by pack costs twice the instructions. also(i,
+// values, base) sees every pack with the base that the thread's exponentials have at that time.
+// Where the row is held and `leave` is set, x becomes exp(x - maximum).
 template <bool leave, int threads, class scalar_t, bool held, int inputs, class Also>
-__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(Walk<scalar_t, threads, held, inputs>& walk,
-                                                              const Team<threads>& team, Also also) {
+__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(
+    Walk<scalar_t, threads, held, inputs>& walk, const Team<threads>& team, Also also) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
   LogSumExp<real> mine;
@@ -166,13 +173,15 @@ __device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(Walk<scalar_t, thr
   return mine;
 }
 
-// ------------------------------------------------------------------------------------------------ kernels: softmax
+// ------------------------------------------------------------------------------------------------
+// kernels: softmax
 
 // Row by row for teams of 32 threads, several in a block, or of the whole block.
 template <int threads, class Body>
 __device__ __forceinline__ void each_row(int64_t rows, Body body) {
   const int64_t teams = blockDim.x / threads, step = int64_t{gridDim.x} * teams;
-  for (int64_t r = int64_t{blockIdx.x} * teams + threadIdx.x / threads; r < rows; r += step) body(r);
+  for (int64_t r = int64_t{blockIdx.x} * teams + threadIdx.x / threads; r < rows; r += step)
+    body(r);
 }
 
 template <class Op, class scalar_t, int threads, bool held>
@@ -199,8 +208,8 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
 
 template <class Op, class scalar_t, int threads, bool held>
 __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
-    softmax_backward_kernel(int64_t rows, int64_t n, const scalar_t* y, const scalar_t* dy, scalar_t* dx, bool wide_dy,
-                            bool wide_dx) {
+    softmax_backward_kernel(int64_t rows, int64_t n, const scalar_t* y, const scalar_t* dy,
+                            scalar_t* dx, bool wide_dy, bool wide_dx) {
   using real = real_of<scalar_t>;
   const Team<threads> team;
   each_row<threads>(rows, [&](int64_t r) {
@@ -219,16 +228,19 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   });
 }
 
-// ------------------------------------------------------------------------------------------------ kernels: columns
+// ------------------------------------------------------------------------------------------------
+// kernels: columns
 
-// A block takes `width` (a power of two, at most 32) neighbouring rows of (outer, n, inner), and kColumnBlock / width
-// threads share each: thread t has column t % width and elements t / width, t / width + slices, ...
+// A block takes `width` (a power of two, at most 32) neighbouring rows of (outer, n, inner), and
+// kColumnBlock / width threads share each: thread t has column t % width and elements t / width, t
+// / width + slices, ...
 struct Tiles {
   int64_t outer, n, inner;
   int width;
 
   __host__ __device__ int64_t per_outer() const { return (inner + width - 1) / width; }
-  // body(index of the row among outer * inner, offset of its first element, whether there is such a row)
+  // body(index of the row among outer * inner, offset of its first element, whether there is such a
+  // row)
   template <class Body>
   __device__ __forceinline__ void each(Body body) const {
     const int64_t count = outer * per_outer();
@@ -266,7 +278,8 @@ struct Tiles {
 };
 
 template <class scalar_t, class Also>
-__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit_column(const Tiles& tiles, const scalar_t* x, bool live,
+__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit_column(const Tiles& tiles,
+                                                                     const scalar_t* x, bool live,
                                                                      Also also) {
   using real = real_of<scalar_t>;
   LogSumExp<real> mine;
@@ -305,7 +318,8 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
 
 template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kColumnBlock, kResident)
-    softmax_columns_backward_kernel(Tiles tiles, const scalar_t* y, const scalar_t* dy, scalar_t* dx) {
+    softmax_columns_backward_kernel(Tiles tiles, const scalar_t* y, const scalar_t* dy,
+                                    scalar_t* dx) {
   using real = real_of<scalar_t>;
   tiles.each([&](int64_t, int64_t offset, bool live) {
     real total = 0;
@@ -322,18 +336,22 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
   });
 }
 
-// ------------------------------------------------------------------------------------------------ kernels:
-// cross-entropy
+// ------------------------------------------------------------------------------------------------
+// kernels: cross-entropy
 
-// Ends the launch with torch's "device-side assert triggered". Out of line, and known not to return: the registers of
-// the kernel are not kept for it.
-[[noreturn]] __device__ __noinline__ void out_of_range(long long t, long long r, long long classes, long long ignored) {
+// Ends the launch with torch's "device-side assert triggered". Out of line, and known not to
+// return: the registers of the kernel are not kept for it.
+[[noreturn]] __device__ __noinline__ void out_of_range(long long t, long long r, long long classes,
+                                                       long long ignored) {
 #if defined(FASTOPS_EMULATION)
-  emulation::fail("cross_entropy: target %lld at row %lld is out of range for %lld classes (ignore_index=%lld)", t, r,
-                  classes, ignored);
+  emulation::fail(
+      "cross_entropy: target %lld at row %lld is out of range for %lld classes (ignore_index=%lld)",
+      t, r, classes, ignored);
 #else
-  printf("cross_entropy: target %lld at row %lld is out of range for %lld classes (ignore_index=%lld)\n", t, r, classes,
-         ignored);
+  printf(
+      "cross_entropy: target %lld at row %lld is out of range for %lld classes "
+      "(ignore_index=%lld)\n",
+      t, r, classes, ignored);
   __assert_fail("target in range", __FILE__, __LINE__, "cross_entropy");
 #endif
 }
@@ -347,19 +365,26 @@ struct Targets {
   real smoothing, soft;  // soft = smoothing / classes
   real scale;            // of the gradient
   const real* divisor[2];
-  real lam[2];  // the targets' parts, where they are a pair: then the divisors are theirs, and divide the loss as well
+  real lam[2];  // the targets' parts, where they are a pair: then the divisors are theirs, and
+                // divide the loss as well
   real* loss;
   real* lse;
   real z;
   const scalar_t* probability;
 
-  __device__ __forceinline__ real weight_of(int64_t j) const { return weight ? load(weight + j) : real(1); }
-  __device__ __forceinline__ real hard(int64_t t) const { return (real(1) - smoothing) * weight_of(t); }
+  __device__ __forceinline__ real weight_of(int64_t j) const {
+    return weight ? load(weight + j) : real(1);
+  }
+  __device__ __forceinline__ real hard(int64_t t) const {
+    return (real(1) - smoothing) * weight_of(t);
+  }
   __device__ __forceinline__ real divided(real whole, int m) const {
     return divisor[m] ? whole / load(divisor[m]) : whole;
   }
   __device__ __forceinline__ bool pair() const { return index[1] != nullptr; }
-  __device__ __forceinline__ real gradient_scale() const { return pair() ? scale : divided(scale, 0); }
+  __device__ __forceinline__ real gradient_scale() const {
+    return pair() ? scale : divided(scale, 0);
+  }
   // What the distribution with q at class j has there.
   __device__ __forceinline__ real mix(real q, int64_t j) const {
     return (q * (real(1) - smoothing) + soft) * weight_of(j);
@@ -369,7 +394,8 @@ struct Targets {
     store(loss + r, nothing);
     if (lse) store(lse + r, real(0));
   }
-  // Leaves row r's loss, to which z_loss is still to be added, and its log(sum(exp(x))), which is `value`.
+  // Leaves row r's loss, to which z_loss is still to be added, and its log(sum(exp(x))), which is
+  // `value`.
   template <class Op>
   __device__ __forceinline__ void finish(int64_t r, real loss_of_row, real value) const {
     store(loss + r, z == real(0) ? loss_of_row : loss_of_row + Op::z_loss(value, z));
@@ -388,18 +414,20 @@ struct Targets {
   }
 };
 
-// What the classes of row r, one or two, ask of its kernel; a class that is ignored, or that there is not, is -1.
+// What the classes of row r, one or two, ask of its kernel; a class that is ignored, or that there
+// is not, is -1.
 template <class scalar_t>
 struct Classes {
   using real = real_of<scalar_t>;
   int64_t t[2] = {-1, -1};
   real hard[2] = {}, x[2] = {};
-  real share = 0, nothing = 0;  // share: the sum of those of the classes not ignored; nothing: 0, or NaN
+  real share = 0,
+       nothing = 0;  // share: the sum of those of the classes not ignored; nothing: 0, or NaN
   bool live = false;
 
   // The row's elements are `stride` apart. Reads no target where there is no such row.
-  __device__ __forceinline__ Classes(const Targets<scalar_t>& q, int64_t r, const scalar_t* row, int64_t stride,
-                                     bool exists = true) {
+  __device__ __forceinline__ Classes(const Targets<scalar_t>& q, int64_t r, const scalar_t* row,
+                                     int64_t stride, bool exists = true) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       if (m == 1 && !q.pair()) break;
@@ -432,7 +460,8 @@ __device__ __forceinline__ void join(Expectation<real>& of, const Everyone& ever
 }
 
 template <class Op, class real, class scalar_t>
-__device__ __forceinline__ real loss_of(LogSumExp<real> total, real log_sum, const Classes<scalar_t>& of, real soft,
+__device__ __forceinline__ real loss_of(LogSumExp<real> total, real log_sum,
+                                        const Classes<scalar_t>& of, real soft,
                                         const Expectation<real>& smooth) {
   real loss = of.nothing;
 #pragma unroll
@@ -475,13 +504,15 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
     if (smoothing) join(smooth, team, base);
     const real log_sum = log(total.sum), soft_part = of.share * targets.soft;
     if (team.rank == 0)
-      targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth), total.peak + log_sum);
+      targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth),
+                                  total.peak + log_sum);
     if (!grad) return;
 
     team.sync();  // x[t] has been read by all before grad, which may be x, is written
     const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
     const real slope = targets.template slope<Op>(total.peak + log_sum);
-    const real all = (of.hard[0] + of.hard[1] + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
+    const real all = (of.hard[0] + of.hard[1] + soft_part * smooth.mass + slope) * scale,
+               soft = soft_part * scale;
     walk.each([&](auto i, auto& v) {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
@@ -498,24 +529,27 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
 
 template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kColumnBlock, kResident)
-    cross_entropy_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad, Targets<scalar_t> targets) {
+    cross_entropy_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad,
+                                 Targets<scalar_t> targets) {
   using real = real_of<scalar_t>;
   const bool smoothing = targets.soft != real(0);
   tiles.each([&](int64_t r, int64_t offset, bool exists) {
     const Classes<scalar_t> of(targets, r, x + offset, tiles.inner, exists);
     const bool live = of.live;
     Expectation<real> smooth;
-    const LogSumExp<real> total = visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
-      if (!smoothing) return;
-      smooth.move(base);
-      smooth.add(targets.weight_of(j), u);
-    });
+    const LogSumExp<real> total =
+        visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
+          if (!smoothing) return;
+          smooth.move(base);
+          smooth.add(targets.weight_of(j), u);
+        });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, tiles, base);
     const real log_sum = log(total.sum), soft_part = of.share * targets.soft;
     if (exists && tiles.first() == 0) {
       if (live) {
-        targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth), total.peak + log_sum);
+        targets.template finish<Op>(r, loss_of<Op>(total, log_sum, of, soft_part, smooth),
+                                    total.peak + log_sum);
       } else {
         targets.ignore(r, of.nothing);
       }
@@ -523,7 +557,8 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     if (!grad) return;
     const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
     const real slope = targets.template slope<Op>(total.peak + log_sum);
-    const real all = (of.hard[0] + of.hard[1] + soft_part * smooth.mass + slope) * scale, soft = soft_part * scale;
+    const real all = (of.hard[0] + of.hard[1] + soft_part * smooth.mass + slope) * scale,
+               soft = soft_part * scale;
     for (int64_t j = tiles.first(); exists && j < tiles.n; j += tiles.slices()) {
       const int64_t at = offset + j * tiles.inner;
       real dx = 0;
@@ -540,13 +575,14 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
 // As cross_entropy_kernel, with a distribution per row. grad may be x.
 template <class Op, class scalar_t, int threads, bool held>
 __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResident)
-    probability_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide_q, bool wide_grad,
-                       Targets<scalar_t> targets) {
+    probability_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide_q,
+                       bool wide_grad, Targets<scalar_t> targets) {
   using real = real_of<scalar_t>;
   const Team<threads> team;
   each_row<threads>(rows, [&](int64_t r) {
     const real lowest = c<real>(-std::numeric_limits<double>::infinity());
-    Walk<scalar_t, threads, held, 2> walk(n, x + r * n, targets.probability + r * n, wide_q, lowest, team.rank);
+    Walk<scalar_t, threads, held, 2> walk(n, x + r * n, targets.probability + r * n, wide_q, lowest,
+                                          team.rank);
     Expectation<real> of;
     const LogSumExp<real> total = visit<true>(walk, team, [&](auto i, auto& v, real base) {
       of.move(base);
@@ -584,17 +620,20 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
 
 template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kColumnBlock, kResident)
-    probability_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad, Targets<scalar_t> targets) {
+    probability_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* grad,
+                               Targets<scalar_t> targets) {
   using real = real_of<scalar_t>;
   tiles.each([&](int64_t r, int64_t offset, bool live) {
     const auto mixed = [&](int64_t j) {
-      return targets.mix(static_cast<real>(load(targets.probability + offset + j * tiles.inner)), j);
+      return targets.mix(static_cast<real>(load(targets.probability + offset + j * tiles.inner)),
+                         j);
     };
     Expectation<real> of;
-    const LogSumExp<real> total = visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
-      of.move(base);
-      of.add(mixed(j), u);
-    });
+    const LogSumExp<real> total =
+        visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
+          of.move(base);
+          of.add(mixed(j), u);
+        });
     const real base = LogSumExp<real>::origin(total.peak);
     join(of, tiles, base);
     const real log_sum = log(total.sum), value = total.peak + log_sum;
@@ -611,8 +650,8 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
   });
 }
 
-// A block per kDivisorRows rows, whose sums join_divisor_kernel adds, one after the other: the order of summation is the
-// same in every run.
+// A block per kDivisorRows rows, whose sums join_divisor_kernel adds, one after the other: the
+// order of summation is the same in every run.
 template <class scalar_t>
 __global__ void __launch_bounds__(kRowBlock, kResident)
     divisor_kernel(int64_t rows, int64_t each, Targets<scalar_t> targets, real_of<scalar_t>* out) {
@@ -627,35 +666,41 @@ __global__ void __launch_bounds__(kRowBlock, kResident)
 }
 
 template <class real>
-__global__ void __launch_bounds__(kRowBlock, kResident) join_divisor_kernel(int64_t count, const real* part, real* out) {
+__global__ void __launch_bounds__(kRowBlock, kResident)
+    join_divisor_kernel(int64_t count, const real* part, real* out) {
   double sum = 0;
-  for (int64_t k = threadIdx.x; k < count; k += kRowBlock) sum += static_cast<double>(load(part + k));
+  for (int64_t k = threadIdx.x; k < count; k += kRowBlock)
+    sum += static_cast<double>(load(part + k));
   sum = Team<kRowBlock>().sum(sum);
   if (threadIdx.x == 0) store(out, static_cast<real>(sum));
 }
 
-// ------------------------------------------------------------------------------------------------ launchers
+// ------------------------------------------------------------------------------------------------
+// launchers
 
 // Who takes rows of n elements, the first at x: run(threads of the team, whether they hold it).
 template <class scalar_t, class Run>
 Error by_length(int64_t n, const scalar_t* x, Run run) {
   constexpr int64_t held = kHeld<scalar_t>, size = pack_size<scalar_t>;
-  const int64_t spare = aligned(x) && n % size == 0 ? 0 : size - 1;  // for a row that starts within a pack
+  const int64_t spare =
+      aligned(x) && n % size == 0 ? 0 : size - 1;  // for a row that starts within a pack
   if (n + spare <= kWarp * held) return run(std::integral_constant<int, kWarp>{}, std::true_type{});
-  if (n + spare <= kRowBlock * held) return run(std::integral_constant<int, kRowBlock>{}, std::true_type{});
+  if (n + spare <= kRowBlock * held)
+    return run(std::integral_constant<int, kRowBlock>{}, std::true_type{});
   return run(std::integral_constant<int, kLongRowBlock<scalar_t>>{}, std::false_type{});
 }
 
 template <int threads, class... Parameters, class... Arguments>
-Error launch_rows(void (*kernel)(Parameters...), void* stream, int64_t rows, Arguments... arguments) {
+Error launch_rows(void (*kernel)(Parameters...), void* stream, int64_t rows,
+                  Arguments... arguments) {
   constexpr int block = threads == kWarp ? kWarpBlock : threads, teams = block / threads;
   const int64_t blocks = std::min<int64_t>((rows + teams - 1) / teams, INT32_MAX);
   return launch(kernel, blocks, block, stream, rows, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
-Error launch_columns(void (*kernel)(Parameters...), void* stream, int64_t outer, int64_t n, int64_t inner,
-                     Arguments... arguments) {
+Error launch_columns(void (*kernel)(Parameters...), void* stream, int64_t outer, int64_t n,
+                     int64_t inner, Arguments... arguments) {
   Tiles tiles{outer, n, inner, 1};
   while (tiles.width < kWarp && tiles.width < inner) tiles.width *= 2;
   const int64_t blocks = std::min<int64_t>(outer * tiles.per_outer(), INT32_MAX);
@@ -669,10 +714,12 @@ Error softmax(const SoftmaxArgs& a) {
     using scalar_t = decltype(zero);
     auto* x = static_cast<const scalar_t*>(a.in[0]);
     auto* y = static_cast<scalar_t*>(a.out);
-    if (a.inner > 1) return launch_columns(softmax_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, y);
+    if (a.inner > 1)
+      return launch_columns(softmax_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner,
+                            x, y);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
-      return launch_rows<threads>(softmax_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, y,
-                                  together<scalar_t>(x, y));
+      return launch_rows<threads>(softmax_kernel<Op, scalar_t, threads, held>, a.stream, a.outer,
+                                  a.n, x, y, together<scalar_t>(x, y));
     });
   });
 }
@@ -686,10 +733,12 @@ Error softmax_backward(const SoftmaxArgs& a) {
     auto* dy = static_cast<const scalar_t*>(a.in[1]);
     auto* dx = static_cast<scalar_t*>(a.out);
     if (a.inner > 1)
-      return launch_columns(softmax_columns_backward_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, y, dy, dx);
+      return launch_columns(softmax_columns_backward_kernel<Op, scalar_t>, a.stream, a.outer, a.n,
+                            a.inner, y, dy, dx);
     return by_length<scalar_t>(a.n, y, [&](auto threads, auto held) {
-      return launch_rows<threads>(softmax_backward_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, y, dy,
-                                  dx, together(y, dy), together<scalar_t>(y, dx));
+      return launch_rows<threads>(softmax_backward_kernel<Op, scalar_t, threads, held>, a.stream,
+                                  a.outer, a.n, y, dy, dx, together(y, dy),
+                                  together<scalar_t>(y, dx));
     });
   });
 }
@@ -726,11 +775,11 @@ Error cross_entropy(const CrossEntropyArgs& a) {
     auto* grad = static_cast<scalar_t*>(a.grad);
     const Targets<scalar_t> targets = targets_of<scalar_t>(a);
     if (a.inner > 1)
-      return launch_columns(cross_entropy_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
-                            targets);
+      return launch_columns(cross_entropy_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n,
+                            a.inner, x, grad, targets);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
-      return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
-                                  together<scalar_t>(x, grad), targets);
+      return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held>, a.stream,
+                                  a.outer, a.n, x, grad, together<scalar_t>(x, grad), targets);
     });
   });
 }
@@ -744,11 +793,12 @@ Error cross_entropy_probability(const CrossEntropyArgs& a) {
     auto* grad = static_cast<scalar_t*>(a.grad);
     const Targets<scalar_t> targets = targets_of<scalar_t>(a);
     if (a.inner > 1)
-      return launch_columns(probability_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n, a.inner, x, grad,
-                            targets);
+      return launch_columns(probability_columns_kernel<Op, scalar_t>, a.stream, a.outer, a.n,
+                            a.inner, x, grad, targets);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
-      return launch_rows<threads>(probability_kernel<Op, scalar_t, threads, held>, a.stream, a.outer, a.n, x, grad,
-                                  together(x, targets.probability), together<scalar_t>(x, grad), targets);
+      return launch_rows<threads>(probability_kernel<Op, scalar_t, threads, held>, a.stream,
+                                  a.outer, a.n, x, grad, together(x, targets.probability),
+                                  together<scalar_t>(x, grad), targets);
     });
   });
 }
@@ -758,18 +808,20 @@ Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     using real = real_of<scalar_t>;
-    const int64_t rows = a.outer * a.inner, each = a.loss ? kDivisorRows : std::max<int64_t>(rows, 1);
+    const int64_t rows = a.outer * a.inner,
+                  each = a.loss ? kDivisorRows : std::max<int64_t>(rows, 1);
     const int64_t blocks = std::max<int64_t>((rows + each - 1) / each, 1);
     auto* out = static_cast<real*>(divisor_out);
     auto* part = blocks == 1 ? out : static_cast<real*>(a.loss);  // which holds nothing yet
-    const Error error =
-        launch(divisor_kernel<scalar_t>, blocks, kRowBlock, a.stream, rows, each, targets_of<scalar_t>(a), part);
+    const Error error = launch(divisor_kernel<scalar_t>, blocks, kRowBlock, a.stream, rows, each,
+                               targets_of<scalar_t>(a), part);
     if (error || blocks == 1) return error;
     return launch(join_divisor_kernel<real>, 1, kRowBlock, a.stream, blocks, part, out);
   });
 }
 
-// ------------------------------------------------------------------------------------------------ tables
+// ------------------------------------------------------------------------------------------------
+// tables
 
 template <class Op>
 struct MakeSoftmax {
@@ -777,14 +829,16 @@ struct MakeSoftmax {
 };
 template <class Op>
 struct MakeCrossEntropy {
-  static constexpr CrossEntropyRow row{Op::name, &cross_entropy<Op>, &cross_entropy_probability<Op>, &divisor};
+  static constexpr CrossEntropyRow row{Op::name, &cross_entropy<Op>, &cross_entropy_probability<Op>,
+                                       &divisor};
 };
 using SoftmaxTable = Table<SoftmaxRow, MakeSoftmax, Softmaxes>;
 using CrossEntropyTable = Table<CrossEntropyRow, MakeCrossEntropy, CrossEntropies>;
 
 }  // namespace
 
-extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows, std::size(SoftmaxTable::rows)};
+extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows,
+                                                     std::size(SoftmaxTable::rows)};
 extern constinit const Rows<CrossEntropyRow> cross_entropy_rows{CrossEntropyTable::rows,
                                                                 std::size(CrossEntropyTable::rows)};
 

@@ -1,7 +1,7 @@
-// The optimizer step over a list of tensors: all of them are cut into chunks, and one launch runs over the chunks, its
-// table of pointers among the kernel's parameters, so that nothing is copied or allocated and a graph can capture it.
-// Where step counts or options are in device memory, a launch of one thread per tensor makes the numbers before. And the
-// norm of all gradients.
+// The optimizer step over a list of tensors: all of them are cut into chunks, and one launch runs
+// over the chunks, its table of pointers among the kernel's parameters, so that nothing is copied
+// or allocated and a graph can capture it. Where step counts or options are in device memory, a
+// launch of one thread per tensor makes the numbers before. And the norm of all gradients.
 #include <cstring>
 
 #include "../formulas/optimizers.h"
@@ -23,10 +23,11 @@ constexpr size_t kParameterBytes = 32764;  // sm_70 and newer, since CUDA 12.1
 constexpr size_t kParameterBytes = 4096;
 #endif
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
-// What the tensors of one group are stepped with. Extended kernels, apart so that the others pay nothing for it, can also
-// round stochastically and read the numbers from device memory.
+// What the tensors of one group are stepped with. Extended kernels, apart so that the others pay
+// nothing for it, can also round stochastically and read the numbers from device memory.
 template <class Op, class real, bool extended>
 struct Numbers {
   typename Op::template Numbers<real> of_op;
@@ -49,13 +50,15 @@ struct Extension<Op, real, true, capacity> {
 };
 
 constexpr int tensors_that_fit(size_t per_tensor, size_t numbers) {
-  return static_cast<int>((kParameterBytes - kGroups * numbers - 3 * sizeof(void*) - 96) / per_tensor);
+  return static_cast<int>((kParameterBytes - kGroups * numbers - 3 * sizeof(void*) - 96) /
+                          per_tensor);
 }
 
-// As many tensors as fit among the parameters. Block b works on the tensor t with first[t] <= b < first[t + 1].
+// As many tensors as fit among the parameters. Block b works on the tensor t with first[t] <= b <
+// first[t + 1].
 template <class Op, class real, class scalar_t, class state_t, bool extended,
-          int capacity_ = tensors_that_fit((3 + state_slots<Op>) * sizeof(void*) + sizeof(int64_t) + sizeof(int) + 1 +
-                                               (extended ? sizeof(uint32_t) : 0),
+          int capacity_ = tensors_that_fit((3 + state_slots<Op>)*sizeof(void*) + sizeof(int64_t) +
+                                               sizeof(int) + 1 + (extended ? sizeof(uint32_t) : 0),
                                            sizeof(Numbers<Op, real, extended>))>
 struct Batch : Extension<Op, real, extended, capacity_> {
   using N = Numbers<Op, real, extended>;
@@ -81,7 +84,8 @@ struct Batch : Extension<Op, real, extended, capacity_> {
   }
 };
 
-// Where the elements of one tensor's chunk are stored. Elements are counted within the tensor; `begin` is the chunk's.
+// Where the elements of one tensor's chunk are stored. Elements are counted within the tensor;
+// `begin` is the chunk's.
 template <bool rounds>
 struct Stores {
   template <class real, class scalar_t, int n>
@@ -101,7 +105,8 @@ struct Stores<true> {
   static __device__ __forceinline__ c10::BFloat16 rounded(float v, uint32_t word, int slot) {
     uint32_t bits;
     memcpy(&bits, &v, sizeof bits);
-    return {static_cast<uint16_t>(round_stochastically(bits, word, slot)), c10::BFloat16::from_bits()};
+    return {static_cast<uint16_t>(round_stochastically(bits, word, slot)),
+            c10::BFloat16::from_bits()};
   }
   __device__ __forceinline__ Philox<uint32_t> words(int64_t i, int slot) const {
     const int64_t counter = (begin + i) / 4;
@@ -144,7 +149,8 @@ template <class Op, class real, class scalar_t, class state_t, bool extended>
 __global__ void __launch_bounds__(kThreads, kResident)
     step_kernel(const Batch<Op, real, scalar_t, state_t, extended> __grid_constant__ batch) {
   constexpr int states = Op::states, slots = state_slots<Op>;
-  constexpr int size = pack_size<scalar_t> > pack_size<state_t> ? pack_size<scalar_t> : pack_size<state_t>;
+  constexpr int size =
+      pack_size<scalar_t> > pack_size<state_t> ? pack_size<scalar_t> : pack_size<state_t>;
   if (batch.found_inf && load(batch.found_inf) != 0.0f) return;
   real scale = 1;
   if (batch.grad_scale) scale = real(1) / static_cast<real>(load(batch.grad_scale));
@@ -172,7 +178,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int j = 0; j < states; ++j)
     if (!aligned(s[j] + whole.head)) whole = {whole.n, whole.n, 0};
 
-  constexpr bool rounds = extended && (std::is_same_v<scalar_t, c10::BFloat16> || std::is_same_v<state_t, c10::BFloat16>);
+  constexpr bool rounds = extended && (std::is_same_v<scalar_t, c10::BFloat16> ||
+                                       std::is_same_v<state_t, c10::BFloat16>);
   Stores<rounds> put;
   if constexpr (rounds) {
     put.noise = numbers.noise;
@@ -227,7 +234,8 @@ template <class Op, class real>
 struct Derivation {
   StepOnDevice from;
   const float* found_inf;
-  Numbers<Op, real, true> given[2];  // of tensors before and at their first step: what does not depend on the step
+  Numbers<Op, real, true>
+      given[2];  // of tensors before and at their first step: what does not depend on the step
   Numbers<Op, real, true>* made;
   int count;
   void* counts[kDerived];
@@ -241,7 +249,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (tensor >= d.count || (d.found_inf && load(d.found_inf) != 0.0f)) return;
   double options[kMaxOptions], step = 0;
 #pragma unroll
-  for (int k = 0; k < kMaxOptions; ++k) options[k] = d.from.option_at[k] ? load(d.from.option_at[k]) : d.from.options[k];
+  for (int k = 0; k < kMaxOptions; ++k)
+    options[k] = d.from.option_at[k] ? load(d.from.option_at[k]) : d.from.options[k];
   if (d.counts[tensor] && d.from.counts_in_double) {
     auto* at = static_cast<double*>(d.counts[tensor]);
     store(at, step = load(at) + 1);
@@ -256,12 +265,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
   Numbers<Op, real, true> made = d.given[first];
 #pragma unroll
   for (int k = 0; k < Op::numbers; ++k)
-    reinterpret_cast<real*>(&made.of_op)[k] = static_cast<real>(reinterpret_cast<const double*>(&derived)[k]);
+    reinterpret_cast<real*>(&made.of_op)[k] =
+        static_cast<real>(reinterpret_cast<const double*>(&derived)[k]);
   if (d.counts[tensor]) made.noise.step = static_cast<uint32_t>(step);
   store(d.made + tensor, made);
 }
 
-// The gradients whose norm is taken. Block b adds up the chunk b - first[t] of the tensor t, found as above.
+// The gradients whose norm is taken. Block b adds up the chunk b - first[t] of the tensor t, found
+// as above.
 template <class scalar_t>
 struct Gradients {
   static constexpr int capacity =
@@ -307,7 +318,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 template <class real>
-__global__ void __launch_bounds__(kThreads, kResident) clip_kernel(const ClipArgs __grid_constant__ a) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    clip_kernel(const ClipArgs __grid_constant__ a) {
   double sum = 0;
   for (int64_t k = threadIdx.x; k < a.count; k += kThreads) sum += load(a.sums + k);
   sum = Team<kThreads>().sum(sum);
@@ -317,7 +329,8 @@ __global__ void __launch_bounds__(kThreads, kResident) clip_kernel(const ClipArg
   store(a.divisor, static_cast<real>(made.divisor));
 }
 
-// ------------------------------------------------------------------------------------------------ launchers
+// ------------------------------------------------------------------------------------------------
+// launchers
 
 template <class Op, class real, bool extended>
 void fill(Numbers<Op, real, extended>& made, const StepTensor& t, const StepNoise* noise) {
@@ -327,7 +340,8 @@ void fill(Numbers<Op, real, extended>& made, const StepTensor& t, const StepNois
   made.weight = static_cast<real>(t.weight);
   if constexpr (extended)
     if (noise)
-      made.noise = {static_cast<uint32_t>(noise->seed), static_cast<uint32_t>(noise->seed >> 32), noise->step, 0};
+      made.noise = {static_cast<uint32_t>(noise->seed), static_cast<uint32_t>(noise->seed >> 32),
+                    noise->step, 0};
 }
 
 // The group that holds these numbers, added if there is room; else kGroups.
@@ -355,7 +369,8 @@ Error derive_all(const StepArgs& a, int64_t begin, int64_t end, Numbers<Op, real
     d.first[k] = a.on_device->first[tensor];
     fill(d.given[d.first[k]], a.tensors[tensor], a.noise ? a.noise + tensor : nullptr);
   }
-  return launch(derive_kernel<Op, real>, (d.count + kThreads - 1) / kThreads, kThreads, a.stream, d);
+  return launch(derive_kernel<Op, real>, (d.count + kThreads - 1) / kThreads, kThreads, a.stream,
+                d);
 }
 
 template <class Op, class scalar_t, class state_t, bool extended>
@@ -405,7 +420,8 @@ Error step_all(const StepArgs& a) {
       }
     }
     if (blocks == 0) continue;
-    const Error error = launch(step_kernel<Op, real, scalar_t, state_t, extended>, blocks, kThreads, a.stream, batch);
+    const Error error = launch(step_kernel<Op, real, scalar_t, state_t, extended>, blocks, kThreads,
+                               a.stream, batch);
     if (error) return error;
   }
   return nullptr;
@@ -460,7 +476,8 @@ Error sums_of_squares(const StepArgs& a, double* sums) {
 
 Error clip(const ClipArgs& a) { return launch(clip_kernel<float>, 1, kThreads, a.stream, a); }
 
-// ------------------------------------------------------------------------------------------------ table
+// ------------------------------------------------------------------------------------------------
+// table
 
 template <class Op>
 void derive(const double* options, double step, bool first, double* numbers) {

@@ -1,5 +1,6 @@
-// The threads that work on one row or chunk together, a warp or a whole block, and what they do together: sums, maxima,
-// waiting. The order of every sum is fixed. No memory but a little shared, no formula.
+// The threads that work on one row or chunk together, a warp or a whole block, and what they do
+// together: sums, maxima, waiting. The order of every sum is fixed. No memory but a little shared,
+// no formula.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -9,8 +10,8 @@
 
 namespace fastops::cuda {
 
-// All threads of the team must call each member, and get the same result. `threads` is 32 (a warp: the block may hold
-// several), or the size of the block.
+// All threads of the team must call each member, and get the same result. `threads` is 32 (a warp:
+// the block may hold several), or the size of the block.
 template <int threads>
 struct Team {
   static_assert(threads % kWarp == 0 && threads <= 1024);

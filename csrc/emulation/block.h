@@ -1,6 +1,6 @@
-// Runs a kernel's grid on the CPU: one block after another, a fiber per thread of the block, all on the calling thread.
-// Barriers, warp operations, shared memory, launch limits, and the errors that a GPU would leave undefined. What
-// kernels call is in cuda_runtime.h; nothing here knows a kernel.
+// Runs a kernel's grid on the CPU: one block after another, a fiber per thread of the block, all on
+// the calling thread. Barriers, warp operations, shared memory, launch limits, and the errors that
+// a GPU would leave undefined. What kernels call is in cuda_runtime.h; nothing here knows a kernel.
 #pragma once
 #include <algorithm>
 #include <cstdarg>
@@ -27,9 +27,11 @@ struct dim3 {
 
 namespace fastops::emulation {
 
-// ------------------------------------------------------------------------------------------------ state
+// ------------------------------------------------------------------------------------------------
+// state
 
-// What a run has done so far. Loads and stores are those made through load() and store() of csrc/cuda/pack.cuh.
+// What a run has done so far. Loads and stores are those made through load() and store() of
+// csrc/cuda/pack.cuh.
 struct Counters {
   uint64_t launches, blocks, threads;
   uint64_t loads, loaded_bytes, wide_loads;  // wide: 16 bytes in one instruction
@@ -37,7 +39,8 @@ struct Counters {
 };
 inline Counters counters;
 
-// Where a launch went: the device that was current, and the stream. Kept while there is a list to keep them in.
+// Where a launch went: the device that was current, and the stream. Kept while there is a list to
+// keep them in.
 struct Launched {
   int device;
   const void* stream;
@@ -45,7 +48,8 @@ struct Launched {
 inline std::vector<Launched>* launched = nullptr;
 inline int (*current_device)() = [] { return 0; };
 
-// While there is one, launches are kept in it instead of being run, as on a stream that is captured.
+// While there is one, launches are kept in it instead of being run, as on a stream that is
+// captured.
 struct Graph {
   std::vector<std::function<bool()>> work;  // each: whether it ran well
 };
@@ -56,7 +60,8 @@ enum class Order : int { kForward, kReverse, kShuffled };
 inline Order order = Order::kForward;
 inline uint64_t seed = 1;  // of Order::kShuffled
 
-inline int multiprocessors = 2;  // what kernels are told: few, so that grid-stride loops go round at small sizes
+inline int multiprocessors =
+    2;  // what kernels are told: few, so that grid-stride loops go round at small sizes
 
 enum class State : uint8_t { kReady = 1, kAtBarrier, kAtWarp, kDone };
 enum class WarpOp : uint8_t { kShuffle, kBallot, kSync };
@@ -72,7 +77,8 @@ struct Thread : Fiber {
   int source;      // lane that a shuffle reads
   uint64_t value;  // handed in to, and back by, a barrier or warp operation
   const char* site;
-  char* meeting;  // where the threads of one barrier or warp operation synchronise, for ThreadSanitizer
+  char* meeting;  // where the threads of one barrier or warp operation synchronise, for
+                  // ThreadSanitizer
 };
 
 constexpr unsigned kMaxThreads = 1024;
@@ -91,8 +97,8 @@ struct Machine {
   uint3 block_index;
   unsigned size = 0, alive = 0, waiting = 0;  // threads of a block: all, not returned, at a barrier
   Thread threads[kMaxThreads];                // by turn
-  State states[kMaxThreads];                  // by turn, apart from `threads` so that a memchr finds who is next
-  unsigned turn_of[kMaxThreads];              // linear -> turn
+  State states[kMaxThreads];  // by turn, apart from `threads` so that a memchr finds who is next
+  unsigned turn_of[kMaxThreads];  // linear -> turn
   Thread* current = nullptr;
   Fiber launcher;
   bool fresh = false;  // the launcher has just switched to the first thread of a block
@@ -111,7 +117,8 @@ struct Machine {
 };
 inline Machine machine;
 
-// ------------------------------------------------------------------------------------------------ errors
+// ------------------------------------------------------------------------------------------------
+// errors
 
 struct Place {
   char text[96];
@@ -120,12 +127,14 @@ FASTOPS_UNSANITIZED inline Place place(const Thread* t) {
   Place p;
   const uint3 b = machine.block_index, i = t->index;
   const Unwatched unwatched;
-  std::snprintf(p.text, sizeof p.text, "block (%u,%u,%u) thread (%u,%u,%u)", b.x, b.y, b.z, i.x, i.y, i.z);
+  std::snprintf(p.text, sizeof p.text, "block (%u,%u,%u) thread (%u,%u,%u)", b.x, b.y, b.z, i.x,
+                i.y, i.z);
   return p;
 }
 
 // Ends the launch: its threads are abandoned where they are. The first message is kept.
-[[noreturn]] FASTOPS_UNSANITIZED __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+[[noreturn]] FASTOPS_UNSANITIZED __attribute__((format(printf, 1, 2))) inline void fail(
+    const char* format, ...) {
   if (!machine.error[0]) {
     const Unwatched unwatched;
     va_list arguments;
@@ -139,7 +148,8 @@ FASTOPS_UNSANITIZED inline Place place(const Thread* t) {
   __builtin_unreachable();
 }
 
-// ------------------------------------------------------------------------------------------------ scheduling
+// ------------------------------------------------------------------------------------------------
+// scheduling
 
 // Hands the turn to the next thread that can go on, or back to the launcher once all have returned.
 FASTOPS_UNSANITIZED inline void next() {
@@ -167,18 +177,21 @@ FASTOPS_UNSANITIZED inline void next() {
   }
   for (unsigned i = 0; i < m.size; ++i) {
     const Thread* t = &m.threads[i];
-    if (states[i] == State::kAtBarrier) fail("deadlock: %s waits at __syncthreads %s", place(t).text, t->site);
+    if (states[i] == State::kAtBarrier)
+      fail("deadlock: %s waits at __syncthreads %s", place(t).text, t->site);
     if (states[i] != State::kAtWarp) continue;
     for (unsigned lane = t->linear & ~31u, k = 0; k < 32 && lane + k < m.size; ++k)
       if (t->mask >> k & 1 && states[m.turn_of[lane + k]] == State::kDone)
         fail("warp mask %08x names lane %u, which has returned: %s", t->mask, k, place(t).text);
-    fail("deadlock: %s waits at a warp operation for the lanes of mask %08x", place(t).text, t->mask);
+    fail("deadlock: %s waits at a warp operation for the lanes of mask %08x", place(t).text,
+         t->mask);
   }
   fail("deadlock");
 }
 
-// A place for one barrier or warp operation to synchronise at. Never used again during a launch: a thread that runs
-// ahead and arrives at the next one must not lend its later writes to those that still leave this one.
+// A place for one barrier or warp operation to synchronise at. Never used again during a launch: a
+// thread that runs ahead and arrives at the next one must not lend its later writes to those that
+// still leave this one.
 FASTOPS_UNSANITIZED inline char* new_meeting() {
 #if defined(__SANITIZE_THREAD__)
   const Unwatched unwatched;
@@ -198,14 +211,17 @@ FASTOPS_UNSANITIZED inline void entry() {
   release(&m.finish);
   m.states[m.current->turn] = State::kDone;
   --m.alive;
-  if (m.waiting && m.waiting == m.alive) fail("__syncthreads is waited at but %s has returned", place(m.current).text);
+  if (m.waiting && m.waiting == m.alive)
+    fail("__syncthreads is waited at but %s has returned", place(m.current).text);
   next();
   __builtin_unreachable();
 }
 
-// ------------------------------------------------------------------------------------------------ barrier and warp
+// ------------------------------------------------------------------------------------------------
+// barrier and warp
 
-FASTOPS_UNSANITIZED __attribute__((noinline)) inline int barrier(BarrierOp op, bool predicate, const char* site) {
+FASTOPS_UNSANITIZED __attribute__((noinline)) inline int barrier(BarrierOp op, bool predicate,
+                                                                 const char* site) {
   Machine& m = machine;
   Thread* t = m.current;
   t->barrier_op = op;
@@ -216,7 +232,8 @@ FASTOPS_UNSANITIZED __attribute__((noinline)) inline int barrier(BarrierOp op, b
     if (m.states[i] != State::kAtBarrier) continue;
     const Thread* other = &m.threads[i];
     if (other->barrier_op != op || std::strcmp(other->site, site) != 0)
-      fail("divergent barrier: %s is at %s, %s at %s", place(t).text, site, place(other).text, other->site);
+      fail("divergent barrier: %s is at %s, %s at %s", place(t).text, site, place(other).text,
+           other->site);
     break;  // those that wait already agree among themselves
   }
   char* meeting = m.meeting;
@@ -226,12 +243,15 @@ FASTOPS_UNSANITIZED __attribute__((noinline)) inline int barrier(BarrierOp op, b
     unsigned votes = 0;
     for (unsigned i = 0; i < m.size; ++i) votes += m.threads[i].value != 0;
     for (unsigned i = 0; i < m.size; ++i) {
-      m.threads[i].value = op == BarrierOp::kOr ? votes > 0 : op == BarrierOp::kAnd ? votes == m.size : votes;
+      m.threads[i].value = op == BarrierOp::kOr    ? votes > 0
+                           : op == BarrierOp::kAnd ? votes == m.size
+                                                   : votes;
       m.states[i] = State::kReady;
     }
     m.waiting = 0;
   } else if (m.waiting == m.alive) {
-    fail("__syncthreads is waited at by %s but other threads of the block have returned", place(t).text);
+    fail("__syncthreads is waited at by %s but other threads of the block have returned",
+         place(t).text);
   } else {
     next();
   }
@@ -239,14 +259,15 @@ FASTOPS_UNSANITIZED __attribute__((noinline)) inline int barrier(BarrierOp op, b
   return static_cast<int>(t->value);
 }
 
-// All lanes of `mask` meet; a shuffle then gets the value of lane `source`, a ballot one bit a lane. Only kSync orders
-// memory: shuffles and votes do not on a GPU either.
-FASTOPS_UNSANITIZED __attribute__((noinline)) inline uint64_t warp(WarpOp op, unsigned mask, uint64_t value,
-                                                                   int source) {
+// All lanes of `mask` meet; a shuffle then gets the value of lane `source`, a ballot one bit a
+// lane. Only kSync orders memory: shuffles and votes do not on a GPU either.
+FASTOPS_UNSANITIZED __attribute__((noinline)) inline uint64_t warp(WarpOp op, unsigned mask,
+                                                                   uint64_t value, int source) {
   Machine& m = machine;
   Thread* t = m.current;
   const unsigned lane = t->linear & 31, first = t->linear & ~31u;
-  if (!(mask >> lane & 1)) fail("warp operation with mask %08x, which lacks its caller, %s", mask, place(t).text);
+  if (!(mask >> lane & 1))
+    fail("warp operation with mask %08x, which lacks its caller, %s", mask, place(t).text);
   t->warp_op = op;
   t->mask = mask;
   t->value = value;
@@ -257,15 +278,18 @@ FASTOPS_UNSANITIZED __attribute__((noinline)) inline uint64_t warp(WarpOp op, un
   for (unsigned l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     if (first + l >= m.size)
-      fail("warp mask %08x names lane %u, which the block does not have: %s", mask, l, place(t).text);
+      fail("warp mask %08x names lane %u, which the block does not have: %s", mask, l,
+           place(t).text);
     lanes[l] = &m.threads[m.turn_of[first + l]];
     const State state = m.states[lanes[l]->turn];
-    if (state == State::kDone) fail("warp mask %08x names lane %u, which has returned: %s", mask, l, place(t).text);
+    if (state == State::kDone)
+      fail("warp mask %08x names lane %u, which has returned: %s", mask, l, place(t).text);
     if (lanes[l] == t || (state == State::kAtWarp && lanes[l]->mask == mask)) {
       here |= 1u << l;
       if (lanes[l]->meeting) t->meeting = lanes[l]->meeting;
       if (lanes[l]->warp_op != op)
-        fail("lanes of one warp meet in different operations: %s and %s", place(t).text, place(lanes[l]).text);
+        fail("lanes of one warp meet in different operations: %s and %s", place(t).text,
+             place(lanes[l]).text);
     }
   }
   if (op == WarpOp::kSync) {
@@ -283,7 +307,8 @@ FASTOPS_UNSANITIZED __attribute__((noinline)) inline uint64_t warp(WarpOp op, un
       if (!(mask >> l & 1)) continue;
       const int from = lanes[l]->source;
       if (op == WarpOp::kShuffle && !(mask >> from & 1))
-        fail("%s shuffles from lane %d, which is not in its mask %08x", place(lanes[l]).text, from, mask);
+        fail("%s shuffles from lane %d, which is not in its mask %08x", place(lanes[l]).text, from,
+             mask);
       results[l] = op == WarpOp::kShuffle ? lanes[from]->value : votes;
     }
     for (unsigned l = 0; l < 32; ++l) {
@@ -298,10 +323,11 @@ FASTOPS_UNSANITIZED __attribute__((noinline)) inline uint64_t warp(WarpOp op, un
   return t->value;
 }
 
-// ------------------------------------------------------------------------------------------------ shared memory
+// ------------------------------------------------------------------------------------------------
+// shared memory
 
-// The block's array for `key` (one per declaration). It ends against a page that cannot be touched, starts behind one,
-// and holds 0xff, which is a NaN in every floating type, until it is written.
+// The block's array for `key` (one per declaration). It ends against a page that cannot be touched,
+// starts behind one, and holds 0xff, which is a NaN in every floating type, until it is written.
 FASTOPS_UNSANITIZED inline void* shared(const void* key, size_t bytes) {
   Machine& m = machine;
   SharedArray* array = nullptr;
@@ -313,24 +339,28 @@ FASTOPS_UNSANITIZED inline void* shared(const void* key, size_t bytes) {
     if (m.array_count == std::size(m.arrays)) fail("too many shared arrays for the emulator");
     const size_t room = (bytes + kPage - 1) / kPage * kPage;
     void* pages = mmap(nullptr, room + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (pages == MAP_FAILED || mprotect(static_cast<char*>(pages) + kPage, room, PROT_READ | PROT_WRITE) != 0)
+    if (pages == MAP_FAILED ||
+        mprotect(static_cast<char*>(pages) + kPage, room, PROT_READ | PROT_WRITE) != 0)
       fail("the emulator has no memory for a shared array");
     array = &m.arrays[m.array_count++];
     char* start = static_cast<char*>(pages);
-    *array = {key, start, start + kPage + room - (bytes + 15) / 16 * 16, bytes, room + 2 * kPage, 0};
+    *array = {key, start, start + kPage + room - (bytes + 15) / 16 * 16, bytes, room + 2 * kPage,
+              0};
 #if defined(__SANITIZE_ADDRESS__)
     __asan_poison_memory_region(array->pages + kPage, room);
     __asan_unpoison_memory_region(array->data, bytes);
 #endif
   }
   m.shared_bytes += bytes;
-  if (m.shared_bytes > kStaticSharedLimit + m.dynamic_bytes) fail("more than 48 KB of static shared memory");
+  if (m.shared_bytes > kStaticSharedLimit + m.dynamic_bytes)
+    fail("more than 48 KB of static shared memory");
   std::memset(array->data, 0xff, bytes);
   array->filled_for = m.block_number;
   return array->data;
 }
 
-// Under ThreadSanitizer the next block gets arrays at other addresses, or it would seem to race with this one.
+// Under ThreadSanitizer the next block gets arrays at other addresses, or it would seem to race
+// with this one.
 FASTOPS_UNSANITIZED inline void retire_shared() {
 #if defined(__SANITIZE_THREAD__)
   Machine& m = machine;
@@ -339,7 +369,8 @@ FASTOPS_UNSANITIZED inline void retire_shared() {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------ launch
+// ------------------------------------------------------------------------------------------------
+// launch
 
 FASTOPS_UNSANITIZED inline uint64_t next_random() {
   uint64_t& r = machine.random;
@@ -382,16 +413,19 @@ FASTOPS_UNSANITIZED inline void run_block() {
 inline const char* refuse(dim3 grid, dim3 block, size_t dynamic_bytes, size_t parameter_bytes) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || grid.x == 0 || grid.y == 0 || grid.z == 0) return "an empty grid or block";
-  if (threads > kMaxThreads || block.z > 64) return "more than 1024 threads in a block, or more than 64 in z";
-  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "a grid beyond (2^31 - 1, 65535, 65535)";
+  if (threads > kMaxThreads || block.z > 64)
+    return "more than 1024 threads in a block, or more than 64 in z";
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return "a grid beyond (2^31 - 1, 65535, 65535)";
   if (dynamic_bytes > kDynamicSharedLimit) return "more than 227 KB of dynamic shared memory";
   if (parameter_bytes > kParameterLimit) return "more than 32764 bytes of kernel parameters";
   return nullptr;
 }
 
-// Runs body(argument) once per thread. False, with machine.error set, where a thread did what it must not.
-FASTOPS_UNSANITIZED inline bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, void (*body)(void*),
-                                         void* argument) {
+// Runs body(argument) once per thread. False, with machine.error set, where a thread did what it
+// must not.
+FASTOPS_UNSANITIZED inline bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes,
+                                         void (*body)(void*), void* argument) {
   Machine& m = machine;
   m.grid = grid;
   m.block = block;
@@ -401,11 +435,13 @@ FASTOPS_UNSANITIZED inline bool run_grid(dim3 grid, dim3 block, size_t dynamic_b
   m.argument = argument;
   m.error[0] = 0;
   m.random = seed * 0x9E3779B97F4A7C15ull + 1;
-  for (unsigned i = 0; i < m.size; ++i) m.turn_of[i] = order == Order::kReverse ? m.size - 1 - i : i;
+  for (unsigned i = 0; i < m.size; ++i)
+    m.turn_of[i] = order == Order::kReverse ? m.size - 1 - i : i;
   new_launch();
   release(&m.start);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  // An odd step that is prime to the number of blocks walks all of them in a mixed order, without a table.
+  // An odd step that is prime to the number of blocks walks all of them in a mixed order, without a
+  // table.
   uint64_t step = 1, at = 0;
   if (order == Order::kShuffled) {
     at = next_random() % blocks;
@@ -415,7 +451,8 @@ FASTOPS_UNSANITIZED inline bool run_grid(dim3 grid, dim3 block, size_t dynamic_b
   for (uint64_t i = 0; i < blocks && !m.error[0]; ++i) {
     const uint64_t b = order == Order::kReverse ? blocks - 1 - i : at;
     at = (at + step) % blocks;
-    m.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
+    m.block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y),
+                     unsigned(b / grid.x / grid.y)};
     run_block();
   }
   acquire(&m.finish);
@@ -425,7 +462,8 @@ FASTOPS_UNSANITIZED inline bool run_grid(dim3 grid, dim3 block, size_t dynamic_b
 #if defined(__SANITIZE_ADDRESS__)
   // Frames of abandoned threads never unpoison what they poisoned.
   if (m.error[0])
-    for (unsigned i = 0; i < m.size; ++i) __asan_unpoison_memory_region(m.threads[i].stack, kStackBytes);
+    for (unsigned i = 0; i < m.size; ++i)
+      __asan_unpoison_memory_region(m.threads[i].stack, kStackBytes);
 #endif
   return !m.error[0];
 }

@@ -1,5 +1,6 @@
-// Stands in for CUDA's header of this name when g++ compiles csrc/cuda for the emulator: the part of the language and
-// of the runtime that the kernels use, and no more. See README.md for what it models.
+// Stands in for CUDA's header of this name when g++ compiles csrc/cuda for the emulator: the part
+// of the language and of the runtime that the kernels use, and no more. See README.md for what it
+// models.
 #pragma once
 #if !defined(FASTOPS_EMULATION)
 #error "csrc/emulation is for builds with -DFASTOPS_EMULATION only"
@@ -12,7 +13,8 @@
 #include "block.h"
 #include "memory.h"
 
-// ------------------------------------------------------------------------------------------------ language
+// ------------------------------------------------------------------------------------------------
+// language
 
 #define __global__
 #define __device__
@@ -20,14 +22,16 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
-#define __grid_constant__ &  // `const T __grid_constant__ t`: the parameter itself rather than a copy per thread
+#define __grid_constant__ \
+  &  // `const T __grid_constant__ t`: the parameter itself rather than a copy per thread
 
 #define threadIdx (::fastops::emulation::machine.current->index)
 inline const uint3& blockIdx = ::fastops::emulation::machine.block_index;
 inline const dim3& blockDim = ::fastops::emulation::machine.block;
 inline const dim3& gridDim = ::fastops::emulation::machine.grid;
 
-// `__shared__ T name[n]` cannot be given its meaning by a macro of that name; csrc/cuda/pack.cuh calls this one.
+// `__shared__ T name[n]` cannot be given its meaning by a macro of that name; csrc/cuda/pack.cuh
+// calls this one.
 #define FASTOPS_EMULATED_SHARED(T, name, n) \
   static char name##_key;                   \
   T(&name)[n] = *static_cast<T(*)[n]>(::fastops::emulation::shared(&name##_key, sizeof(T) * (n)))
@@ -35,8 +39,9 @@ inline const dim3& gridDim = ::fastops::emulation::machine.grid;
 #define FASTOPS_EMULATION_TEXT_(x) #x
 #define FASTOPS_EMULATION_TEXT(x) FASTOPS_EMULATION_TEXT_(x)
 #define FASTOPS_EMULATION_SITE __FILE__ ":" FASTOPS_EMULATION_TEXT(__LINE__)
-#define FASTOPS_EMULATION_BARRIER(op, predicate) \
-  ::fastops::emulation::barrier(::fastops::emulation::BarrierOp::op, (predicate) != 0, FASTOPS_EMULATION_SITE)
+#define FASTOPS_EMULATION_BARRIER(op, predicate)                                       \
+  ::fastops::emulation::barrier(::fastops::emulation::BarrierOp::op, (predicate) != 0, \
+                                FASTOPS_EMULATION_SITE)
 #define __syncthreads() static_cast<void>(FASTOPS_EMULATION_BARRIER(kPlain, 0))
 #define __syncthreads_or(predicate) FASTOPS_EMULATION_BARRIER(kOr, predicate)
 #define __syncthreads_and(predicate) FASTOPS_EMULATION_BARRIER(kAnd, predicate)
@@ -75,7 +80,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
       ::fastops::emulation::warp(::fastops::emulation::WarpOp::kBallot, mask, predicate != 0, 0));
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == mask;
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
@@ -113,7 +120,8 @@ T atomicMax(T* p, std::type_identity_t<T> value) {
   return ::fastops::emulation::exchange(p, [=](T old) { return old > value ? old : value; });
 }
 
-// ------------------------------------------------------------------------------------------------ runtime
+// ------------------------------------------------------------------------------------------------
+// runtime
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -136,16 +144,19 @@ namespace fastops::emulation {
 inline cudaError_t last_error = cudaSuccess;
 }
 
-// Runs the kernel to its end. As on a device, a kernel that faults leaves its error for cudaGetLastError.
+// Runs the kernel to its end. As on a device, a kernel that faults leaves its error for
+// cudaGetLastError.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   namespace emulation = ::fastops::emulation;
   const std::lock_guard lock(emulation::machine.mutex);
   using Copies = std::tuple<std::decay_t<Parameters>...>;
-  const char* refusal = emulation::refuse(config->gridDim, config->blockDim, config->dynamicSmemBytes, sizeof(Copies));
+  const char* refusal = emulation::refuse(config->gridDim, config->blockDim,
+                                          config->dynamicSmemBytes, sizeof(Copies));
   if (refusal) {
-    std::snprintf(emulation::machine.error, sizeof emulation::machine.error, "bad launch configuration: %s", refusal);
+    std::snprintf(emulation::machine.error, sizeof emulation::machine.error,
+                  "bad launch configuration: %s", refusal);
     return emulation::last_error = cudaErrorInvalidConfiguration;
   }
   ++emulation::counters.launches;
@@ -157,20 +168,25 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     Call& c = *static_cast<Call*>(argument);
     std::apply(c.kernel, c.copies);
   };
-  if (emulation::launched) emulation::launched->push_back({emulation::current_device(), config->stream});
+  if (emulation::launched)
+    emulation::launched->push_back({emulation::current_device(), config->stream});
   if (emulation::graph) {
     emulation::graph->work.push_back([config = *config, body, call]() mutable {
       const std::lock_guard lock(emulation::machine.mutex);
-      return emulation::run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, body, &call);
+      return emulation::run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, body,
+                                 &call);
     });
     return cudaSuccess;
   }
-  const bool ran = emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, body, &call);
+  const bool ran =
+      emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, body, &call);
   return ran ? cudaSuccess : emulation::last_error = cudaErrorLaunchFailure;
 }
 
 inline cudaError_t cudaPeekAtLastError() { return ::fastops::emulation::last_error; }
-inline cudaError_t cudaGetLastError() { return ::std::exchange(::fastops::emulation::last_error, cudaSuccess); }
+inline cudaError_t cudaGetLastError() {
+  return ::std::exchange(::fastops::emulation::last_error, cudaSuccess);
+}
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : ::fastops::emulation::machine.error;
 }

@@ -1,5 +1,6 @@
-// One thread of a block as a fiber: a stack, and the switch from one stack to another (x86-64 by hand, elsewhere by
-// ucontext), told to AddressSanitizer and ThreadSanitizer. Nothing of CUDA is in here.
+// One thread of a block as a fiber: a stack, and the switch from one stack to another (x86-64 by
+// hand, elsewhere by ucontext), told to AddressSanitizer and ThreadSanitizer. Nothing of CUDA is in
+// here.
 #pragma once
 #include <sys/mman.h>
 
@@ -35,9 +36,11 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace fastops::emulation {
 
-// ------------------------------------------------------------------------------------------------ sanitizers
+// ------------------------------------------------------------------------------------------------
+// sanitizers
 
-// While one of these lives, ThreadSanitizer ignores what this fiber touches (library calls made by the scheduler).
+// While one of these lives, ThreadSanitizer ignores what this fiber touches (library calls made by
+// the scheduler).
 struct Unwatched {
 #if defined(__SANITIZE_THREAD__)
   FASTOPS_UNSANITIZED Unwatched() {
@@ -65,9 +68,11 @@ inline void acquire([[maybe_unused]] void* point) {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------ fibers
+// ------------------------------------------------------------------------------------------------
+// fibers
 
-constexpr size_t kStackBytes = 256 << 10;  // reserved, not committed: a page is only taken once it is touched
+constexpr size_t kStackBytes =
+    256 << 10;  // reserved, not committed: a page is only taken once it is touched
 
 struct Fiber {
   char* stack = nullptr;  // null for the fiber that is the launching thread itself
@@ -88,9 +93,10 @@ struct Fiber {
 };
 
 #if FASTOPS_EMULATION_BY_HAND
-// Saves the callee-saved registers on the running stack and takes those of the other: 20 times faster than
-// swapcontext, which makes a system call for the signal mask.
-__attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** save, [[maybe_unused]] void* to) {
+// Saves the callee-saved registers on the running stack and takes those of the other: 20 times
+// faster than swapcontext, which makes a system call for the signal mask.
+__attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** save,
+                                                          [[maybe_unused]] void* to) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -106,8 +112,9 @@ FASTOPS_UNSANITIZED inline char* new_stack() {
   return static_cast<char*>(stack);
 }
 
-// ThreadSanitizer would take two threads of different blocks on one stack, or in one fiber, for ordered or for racing:
-// during a launch each has its own. They are slow to make, so the next launch takes them over.
+// ThreadSanitizer would take two threads of different blocks on one stack, or in one fiber, for
+// ordered or for racing: during a launch each has its own. They are slow to make, so the next
+// launch takes them over.
 #if defined(__SANITIZE_THREAD__)
 struct Spare {
   char* stack;
@@ -133,7 +140,8 @@ FASTOPS_UNSANITIZED inline void prepare(Fiber& fiber, void (*entry)()) {
   if (!fiber.stack) fiber.stack = new_stack();
 #endif
 #if FASTOPS_EMULATION_BY_HAND
-  // As if `entry` had been called with its return address (null) at the top of a 16-byte aligned frame.
+  // As if `entry` had been called with its return address (null) at the top of a 16-byte aligned
+  // frame.
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
   top[1] = nullptr;
   top[0] = reinterpret_cast<void*>(entry);
@@ -184,8 +192,8 @@ FASTOPS_UNSANITIZED inline void switch_fiber(Fiber& from, Fiber& to) {
 #endif
 }
 
-// To be called first on a fresh fiber, before any instrumented code; `from` is the launching thread where that was the
-// one to switch here, null else.
+// To be called first on a fresh fiber, before any instrumented code; `from` is the launching thread
+// where that was the one to switch here, null else.
 FASTOPS_UNSANITIZED inline void arrived([[maybe_unused]] Fiber* from) {
 #if defined(__SANITIZE_ADDRESS__)
   const void* bottom;

@@ -1,5 +1,6 @@
-// Activations: y = forward(x), and dx = backward(s, dy) with s the input, or the output where `from_output`.
-// Parameters follow as values of T, in the order that `params` declares. No loop, no dtype, no second derivative.
+// Activations: y = forward(x), and dx = backward(s, dy) with s the input, or the output where
+// `from_output`. Parameters follow as values of T, in the order that `params` declares. No loop, no
+// dtype, no second derivative.
 #pragma once
 #include "relu.h"
 
@@ -62,7 +63,8 @@ struct ELU {
 struct SELU {
   static constexpr const char *name = "selu", *params = "";
   static constexpr bool from_output = false;
-  static constexpr double kScale = 1.0507009873554804934193349852946, kAlpha = 1.6732632423543772848170429916717;
+  static constexpr double kScale = 1.0507009873554804934193349852946,
+                          kAlpha = 1.6732632423543772848170429916717;
   template <class T>
   static FASTOPS_FN T forward(T x) {
     return c<T>(kScale) * ELU::forward(x, c<T>(kAlpha));
@@ -169,7 +171,8 @@ struct SiLU {
   }
 };
 
-// x tanh(softplus(x)) (Misra, 2019). With n = exp(x), tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2): no tanh, no log.
+// x tanh(softplus(x)) (Misra, 2019). With n = exp(x), tanh(log(1 + n)) = n (n + 2) / (n (n + 2) +
+// 2): no tanh, no log.
 struct Mish {
   static constexpr const char *name = "mish", *params = "";
   static constexpr bool from_output = false;
@@ -216,7 +219,8 @@ struct Hardswish {
   }
 };
 
-// x Phi(x), with Phi the normal distribution's cumulative distribution function (Hendrycks and Gimpel, 2016).
+// x Phi(x), with Phi the normal distribution's cumulative distribution function (Hendrycks and
+// Gimpel, 2016).
 struct GELU {
   static constexpr const char *name = "gelu", *params = "";
   static constexpr bool from_output = false;
@@ -234,8 +238,9 @@ struct GELU {
 struct GELUTanh {
   static constexpr const char *name = "gelu_tanh", *params = "";
   static constexpr bool from_output = false;
-  // With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 (1 + tanh(u)) is the logistic function of 2 u; from exp(-|2 u|) it and
-  // its slope come without the cancellation that 1 + tanh and 1 - tanh^2 have.
+  // With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 (1 + tanh(u)) is the logistic function of 2 u;
+  // from exp(-|2 u|) it and its slope come without the cancellation that 1 + tanh and 1 - tanh^2
+  // have.
   template <class T>
   static FASTOPS_FN T twice_u(T x) {
     return c<T>(1.5957691216057308) * (x + c<T>(0.044715) * x * x * x);
@@ -268,7 +273,8 @@ struct SquarePlus {
   }
 };
 
-using Activations = List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh, LogSigmoid, Softplus, Softsign,
-                         SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh, SquarePlus>;
+using Activations =
+    List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh, LogSigmoid, Softplus,
+         Softsign, SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh, SquarePlus>;
 
 }  // namespace fastops

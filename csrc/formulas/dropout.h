@@ -1,12 +1,13 @@
-// Dropout. Its random numbers are Philox 4x32-10 keyed by (seed, logical element index), so that the mask is the same on
-// every back end, thread count, instruction set and memory layout.
+// Dropout. Its random numbers are Philox 4x32-10 keyed by (seed, logical element index), so that
+// the mask is the same on every back end, thread count, instruction set and memory layout.
 #pragma once
 #include "philox.h"
 #include "relu.h"
 
 namespace fastops {
 
-// An element is dropped when its word is below threshold = round(p 2^32); p = 1 never reaches a kernel.
+// An element is dropped when its word is below threshold = round(p 2^32); p = 1 never reaches a
+// kernel.
 struct Dropout {
   static constexpr const char* name = "dropout";
   static constexpr int inputs = 1;
@@ -20,7 +21,8 @@ struct Dropout {
 struct ReLUDropout {
   static constexpr const char* name = "relu_dropout";
   static constexpr int inputs = 1;
-  static constexpr bool from_output = true, own_derivative = false;  // what was dropped is 0, as what was not positive
+  static constexpr bool from_output = true,
+                        own_derivative = false;  // what was dropped is 0, as what was not positive
   template <class T, class Mask>
   static FASTOPS_FN T forward(Mask keep, T scale, T x) {
     return Dropout::forward(keep, scale, ReLU::forward(x));

@@ -1,5 +1,6 @@
-// An activation joined to the addition before it: y = forward(x, t), and dx = dt = backward(x, t, dy), which an Op that
-// is told by its output leaves to its activation's. `broadcast`: t is one row, repeated along x.
+// An activation joined to the addition before it: y = forward(x, t), and dx = dt = backward(x, t,
+// dy), which an Op that is told by its output leaves to its activation's. `broadcast`: t is one
+// row, repeated along x.
 #pragma once
 #include "activations.h"
 

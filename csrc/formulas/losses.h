@@ -1,6 +1,7 @@
-// Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target, which the loop multiplies by
-// `slope`, where a formula has one. What `params` declares, numbers and tensors, stands behind x and t. The reduction is the
-// loop's affair; second derivatives are taken of d0 and d1 by Dual, see second_derivative().
+// Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target, which
+// the loop multiplies by `slope`, where a formula has one. What `params` declares, numbers and
+// tensors, stands behind x and t. The reduction is the loop's affair; second derivatives are taken
+// of d0 and d1 by Dual, see second_derivative().
 #pragma once
 #include "../math.h"
 
@@ -8,7 +9,8 @@ namespace fastops {
 
 struct MSE {
   static constexpr const char *name = "mse_loss", *params = "";
-  static constexpr double slope = 2;  // twice a large difference would be inf where twice its share of the mean is not
+  static constexpr double slope =
+      2;  // twice a large difference would be inf where twice its share of the mean is not
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
     return (x - t) * (x - t);
@@ -77,8 +79,8 @@ struct Huber {
   }
 };
 
-// Cross-entropy of Bernoulli distributions. Logarithms are kept above -100, and what divides the gradient above 1e-12, as
-// torch keeps them. An input outside [0, 1] gives a NaN.
+// Cross-entropy of Bernoulli distributions. Logarithms are kept above -100, and what divides the
+// gradient above 1e-12, as torch keeps them. An input outside [0, 1] gives a NaN.
 struct BCE {
   static constexpr const char *name = "binary_cross_entropy", *params = "";
   static constexpr bool linear_in_target = true;
@@ -125,7 +127,8 @@ struct BCEWithLogits {
 
 // The same with the share of the positive examples, -t log(sigmoid(x)), times w.
 struct BCEWithLogitsPosWeight {
-  static constexpr const char *name = "binary_cross_entropy_with_logits_pos_weight", *params = "Tensor pos_weight";
+  static constexpr const char *name = "binary_cross_entropy_with_logits_pos_weight",
+                              *params = "Tensor pos_weight";
   static constexpr bool linear_in_target = true;
   template <class T>
   static FASTOPS_FN T value(T x, T t, T w) {
@@ -147,7 +150,8 @@ struct BCEWithLogitsPosWeight {
 
 // What a loss takes as input: all numbers, unless it says otherwise.
 struct Domain {
-  double low = -std::numeric_limits<double>::infinity(), high = std::numeric_limits<double>::infinity();
+  double low = -std::numeric_limits<double>::infinity(),
+         high = std::numeric_limits<double>::infinity();
 };
 template <class Op>
 constexpr Domain domain_of() {
@@ -161,9 +165,9 @@ constexpr double slope_of() {
   return 1;
 }
 
-// The second derivative of the value, to x twice (to_target = 0: d00, where a formula has one), to x and t (1), or to t
-// twice (2). The last is 0 of what is `linear_in_target`, and is not computed: where a logarithm is infinite it would be 0
-// times that.
+// The second derivative of the value, to x twice (to_target = 0: d00, where a formula has one), to
+// x and t (1), or to t twice (2). The last is 0 of what is `linear_in_target`, and is not computed:
+// where a logarithm is infinite it would be 0 times that.
 template <class Op, class T, class... P>
 FASTOPS_FN T second_derivative(int to_target, T x, T t, P... p) {
   using D = Dual<T>;
@@ -172,7 +176,8 @@ FASTOPS_FN T second_derivative(int to_target, T x, T t, P... p) {
   if constexpr (requires { Op::d00(x, t); })
     if (to_target == 0) return Op::d00(x, t);
   const D by_x(x, to_target == 0 ? c<T>(1) : c<T>(0)), by_t(t, to_target == 0 ? c<T>(0) : c<T>(1));
-  return to_target == 2 ? Op::d1(by_x, by_t, D(p, c<T>(0))...).d : Op::d0(by_x, by_t, D(p, c<T>(0))...).d;
+  return to_target == 2 ? Op::d1(by_x, by_t, D(p, c<T>(0))...).d
+                        : Op::d0(by_x, by_t, D(p, c<T>(0))...).d;
 }
 
 using Losses = List<MSE, L1, SmoothL1, Huber, BCE, BCEWithLogits, BCEWithLogitsPosWeight>;

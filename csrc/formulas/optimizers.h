@@ -1,6 +1,6 @@
-// Optimizers: one struct each. derive() makes the numbers of one step of one tensor from the options and the step count;
-// step() updates a parameter p and its states s from a gradient g with them. The order of operations is that of
-// torch.optim's for-loop.
+// Optimizers: one struct each. derive() makes the numbers of one step of one tensor from the
+// options and the step count; step() updates a parameter p and its states s from a gradient g with
+// them. The order of operations is that of torch.optim's for-loop.
 #pragma once
 #include "../math.h"
 
@@ -22,16 +22,17 @@ template <class T>
 FASTOPS_FN T subgradient(T p, T l1) {
   return select(p > c<T>(0), l1, select(p < c<T>(0), -l1, c<T>(0)));
 }
-// The same by its proximal operator, soft thresholding: what lies within `threshold` of 0 becomes 0, the rest moves
-// towards 0 by as much. (Parikh and Boyd, "Proximal algorithms", 2014, 6.5.2; with the threshold scaled per coordinate
-// as the step of an adaptive method is: Yun, Lozano and Yang, "Adaptive proximal gradient methods", NeurIPS 2021.)
+// The same by its proximal operator, soft thresholding: what lies within `threshold` of 0 becomes
+// 0, the rest moves towards 0 by as much. (Parikh and Boyd, "Proximal algorithms", 2014, 6.5.2;
+// with the threshold scaled per coordinate as the step of an adaptive method is: Yun, Lozano and
+// Yang, "Adaptive proximal gradient methods", NeurIPS 2021.)
 template <class T>
 FASTOPS_FN T soft_threshold(T p, T threshold) {
   return select(p > threshold, p - threshold, select(p < -threshold, p + threshold, p * c<T>(0)));
 }
 
-// Clipping by the norm of all gradients (Pascanu, Mikolov and Bengio, 2013), as torch.nn.utils.clip_grad_norm_ does it;
-// `scale` is what the gradients are multiples by.
+// Clipping by the norm of all gradients (Pascanu, Mikolov and Bengio, 2013), as
+// torch.nn.utils.clip_grad_norm_ does it; `scale` is what the gradients are multiples by.
 struct Clip {
   float norm, divisor;
   FASTOPS_FN Clip(double sum_of_squares, float scale, float max_norm) {
@@ -41,24 +42,25 @@ struct Clip {
   }
 };
 
-// Adam (Kingma and Ba, 2014), AdamW with decoupled weight decay (Loshchilov and Hutter, 2017), and with AMSGrad the
-// running maximum of the second moment (Reddi et al., 2018) as a third state.
+// Adam (Kingma and Ba, 2014), AdamW with decoupled weight decay (Loshchilov and Hutter, 2017), and
+// with AMSGrad the running maximum of the second moment (Reddi et al., 2018) as a third state.
 template <bool amsgrad>
 struct Adam {
   static constexpr const char* name = amsgrad ? "adam_amsgrad" : "adam";
   static constexpr const char* options =
       "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize=False, "
       "bool decoupled_weight_decay=False, float l1=0.0, bool proximal=False";
-  static constexpr const char* state_names = amsgrad ? "exp_avg exp_avg_sq max_exp_avg_sq" : "exp_avg exp_avg_sq";
+  static constexpr const char* state_names =
+      amsgrad ? "exp_avg exp_avg_sq max_exp_avg_sq" : "exp_avg exp_avg_sq";
   static constexpr bool counts = true;
   static constexpr int states = amsgrad ? 3 : 2;
   static constexpr int numbers = 11;
 
   template <class real>
   struct Numbers {
-    real sign;              // -1 to maximize
-    real weight_decay;      // coupled: added to the gradient
-    real keep;              // decoupled: 1 - lr weight_decay
+    real sign;          // -1 to maximize
+    real weight_decay;  // coupled: added to the gradient
+    real keep;          // decoupled: 1 - lr weight_decay
     real one_minus_beta1;
     real beta2;
     real one_minus_beta2;
@@ -101,13 +103,14 @@ struct Adam {
   }
 };
 
-// Stochastic gradient descent, and with momentum (Sutskever et al., 2013) as torch defines it: the first buffer is the
-// gradient itself.
+// Stochastic gradient descent, and with momentum (Sutskever et al., 2013) as torch defines it: the
+// first buffer is the gradient itself.
 template <bool with_momentum>
 struct SGD {
   static constexpr const char* name = with_momentum ? "sgd_momentum" : "sgd";
   static constexpr const char* options =
-      "float lr, float momentum, float dampening, float weight_decay, bool nesterov=False, bool maximize=False, "
+      "float lr, float momentum, float dampening, float weight_decay, bool nesterov=False, bool "
+      "maximize=False, "
       "float l1=0.0, bool proximal=False";
   static constexpr const char* state_names = with_momentum ? "momentum_buffer" : "";
   static constexpr bool counts = false;
@@ -116,25 +119,27 @@ struct SGD {
 
   template <class real>
   struct Numbers {
-    real sign;          // -1 to maximize
+    real sign;  // -1 to maximize
     real weight_decay;
     real lr;
     real momentum;
-    real fresh;         // what of the gradient goes into the buffer: 1 - dampening, at first all of it
-    real nesterov;      // momentum, or 0
+    real fresh;     // what of the gradient goes into the buffer: 1 - dampening, at first all of it
+    real nesterov;  // momentum, or 0
     real l1, threshold;  // as Adam's
   };
 
   static FASTOPS_FN Numbers<double> derive(const double* o, double, bool first) {
     const bool proximal = o[7] != 0;
-    return {.sign = o[5] != 0 ? -1.0 : 1.0,
-            .weight_decay = o[3],
-            .lr = o[0],
-            .momentum = first ? 0.0 : o[1],  // also where a parameter that is listed twice has its first two
-            .fresh = first ? 1.0 : 1.0 - o[2],
-            .nesterov = o[4] != 0 ? o[1] : 0.0,
-            .l1 = proximal ? 0.0 : o[6],
-            .threshold = proximal ? o[0] * o[6] : 0.0};
+    return {
+        .sign = o[5] != 0 ? -1.0 : 1.0,
+        .weight_decay = o[3],
+        .lr = o[0],
+        .momentum =
+            first ? 0.0 : o[1],  // also where a parameter that is listed twice has its first two
+        .fresh = first ? 1.0 : 1.0 - o[2],
+        .nesterov = o[4] != 0 ? o[1] : 0.0,
+        .l1 = proximal ? 0.0 : o[6],
+        .threshold = proximal ? o[0] * o[6] : 0.0};
   }
 
   template <class real, class T>
@@ -151,13 +156,16 @@ struct SGD {
   }
 };
 
-// RMSprop (Tieleman and Hinton, 2012), with momentum, and centered (Graves, 2013): the variance for the second moment.
+// RMSprop (Tieleman and Hinton, 2012), with momentum, and centered (Graves, 2013): the variance for
+// the second moment.
 template <bool with_momentum, bool centered>
 struct RMSprop {
-  static constexpr const char* name = centered ? (with_momentum ? "rmsprop_centered_momentum" : "rmsprop_centered")
-                                               : (with_momentum ? "rmsprop_momentum" : "rmsprop");
+  static constexpr const char* name =
+      centered ? (with_momentum ? "rmsprop_centered_momentum" : "rmsprop_centered")
+               : (with_momentum ? "rmsprop_momentum" : "rmsprop");
   static constexpr const char* options =
-      "float lr, float alpha, float eps, float weight_decay, float momentum, bool maximize=False, float l1=0.0, "
+      "float lr, float alpha, float eps, float weight_decay, float momentum, bool maximize=False, "
+      "float l1=0.0, "
       "bool proximal=False";
   static constexpr const char* state_names =
       centered ? (with_momentum ? "square_avg momentum_buffer grad_avg" : "square_avg grad_avg")
@@ -168,7 +176,7 @@ struct RMSprop {
 
   template <class real>
   struct Numbers {
-    real sign;          // -1 to maximize
+    real sign;  // -1 to maximize
     real weight_decay;
     real lr;
     real alpha;
@@ -211,7 +219,7 @@ struct RMSprop {
   }
 };
 
-using Optimizers = List<Adam<false>, Adam<true>, SGD<false>, SGD<true>, RMSprop<false, false>, RMSprop<true, false>,
-                        RMSprop<false, true>, RMSprop<true, true>>;
+using Optimizers = List<Adam<false>, Adam<true>, SGD<false>, SGD<true>, RMSprop<false, false>,
+                        RMSprop<true, false>, RMSprop<false, true>, RMSprop<true, true>>;
 
 }  // namespace fastops

@@ -1,12 +1,14 @@
-// Random numbers: Philox 4x32-10, and rounding that is decided by them. Both depend on a seed and on the place of an
-// element alone, whatever computes them. Written over U: uint32_t or a vector of them.
+// Random numbers: Philox 4x32-10, and rounding that is decided by them. Both depend on a seed and
+// on the place of an element alone, whatever computes them. Written over U: uint32_t or a vector of
+// them.
 #pragma once
 #include "../math.h"
 
 namespace fastops {
 
-// Four random words for the counter (c0, c1, c2, c3) under the key (k0, k1): Salmon et al., "Parallel random numbers: as
-// easy as 1, 2, 3" (SC 2011). Element i of a tensor owns word i % 4 of counter i / 4, which is (c0, c1).
+// Four random words for the counter (c0, c1, c2, c3) under the key (k0, k1): Salmon et al.,
+// "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Element i of a tensor owns word i % 4 of
+// counter i / 4, which is (c0, c1).
 template <class U>
 struct Philox {
   U word[4];
@@ -29,8 +31,8 @@ struct Philox {
   }
 };
 
-// Of one tensor's rounding at one step. What is stored of an element has a slot (the parameter 0, its states 1, 2, ...);
-// two slots share the element's word of one counter, half of it each.
+// Of one tensor's rounding at one step. What is stored of an element has a slot (the parameter 0,
+// its states 1, 2, ...); two slots share the element's word of one counter, half of it each.
 struct Noise {
   uint32_t k0, k1;  // the seed
   uint32_t step;
@@ -41,9 +43,10 @@ struct Noise {
   }
 };
 
-// The bfloat16 above or below a float32, with the probability of its distance to the other, so that the mean of the
-// results is the float32 itself (Croci et al., "Stochastic rounding: implementation, error analysis and applications",
-// 2022). bits: the float32's; result: the bfloat16's. An infinity stays one, and so does a NaN.
+// The bfloat16 above or below a float32, with the probability of its distance to the other, so that
+// the mean of the results is the float32 itself (Croci et al., "Stochastic rounding:
+// implementation, error analysis and applications", 2022). bits: the float32's; result: the
+// bfloat16's. An infinity stays one, and so does a NaN.
 FASTOPS_FN uint32_t round_stochastically(uint32_t bits, uint32_t word, int slot) {
   const uint32_t noise = slot % 2 ? word >> 16 : word & 0xFFFFu;
   const uint32_t nan = 0u - (((bits & 0x7FFFFFFFu) + 0x007FFFFFu) >> 31);

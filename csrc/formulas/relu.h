@@ -1,4 +1,5 @@
-// The activation that other kinds are fused with, apart from the rest so that an edit there leaves those alone.
+// The activation that other kinds are fused with, apart from the rest so that an edit there leaves
+// those alone.
 #pragma once
 #include "../math.h"
 

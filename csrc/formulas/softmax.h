@@ -1,13 +1,15 @@
-// Softmax and what follows from it: the running (maximum, sum of exponentials) of a row, and the epilogues of softmax,
-// log-softmax and cross-entropy, forward and backward. How a row is walked and joined is the loop's affair.
+// Softmax and what follows from it: the running (maximum, sum of exponentials) of a row, and the
+// epilogues of softmax, log-softmax and cross-entropy, forward and backward. How a row is walked
+// and joined is the loop's affair.
 #pragma once
 #include "../math.h"
 
 namespace fastops {
 
-// log(sum(exp(x))) of what was seen so far, as (peak, sum of exp(x - peak)). merge() is associative: lanes, threads and
-// blocks all combine with it. A peak of -inf (nothing, or only -inf, seen) counts as 0 in the exponent, so that
-// exp(-inf - -inf) cannot make a NaN of an empty half.
+// log(sum(exp(x))) of what was seen so far, as (peak, sum of exp(x - peak)). merge() is
+// associative: lanes, threads and blocks all combine with it. A peak of -inf (nothing, or only
+// -inf, seen) counts as 0 in the exponent, so that exp(-inf - -inf) cannot make a NaN of an empty
+// half.
 template <class T>
 struct LogSumExp {
   T peak = c<T>(-std::numeric_limits<double>::infinity());
@@ -24,9 +26,10 @@ struct LogSumExp {
   FASTOPS_FN T log_sum() const { return peak + log(sum); }
 };
 
-// forward(v, peak, k): v is exp(x - peak) where from_exponential (a loop that has it at hand need not take it again) and
-// x elsewhere; k = constant(sum) of the row. backward(y, dy, total): total is the row's sum of summand(y, dy); where it
-// `cancels`, little may be left of large terms but their rounding.
+// forward(v, peak, k): v is exp(x - peak) where from_exponential (a loop that has it at hand need
+// not take it again) and x elsewhere; k = constant(sum) of the row. backward(y, dy, total): total
+// is the row's sum of summand(y, dy); where it `cancels`, little may be left of large terms but
+// their rounding.
 struct Softmax {
   static constexpr const char* name = "softmax";
   static constexpr bool cancels = false;
@@ -73,12 +76,14 @@ struct LogSoftmax {
 
 using Softmaxes = List<Softmax, LogSoftmax>;
 
-// Cross-entropy of a row x against the distribution q with q[j] = hard [j == target] + soft w[j], where
-// hard = (1 - label_smoothing) w[target] and soft = label_smoothing / classes; w is 1 where no weight is given.
+// Cross-entropy of a row x against the distribution q with q[j] = hard [j == target] + soft w[j],
+// where hard = (1 - label_smoothing) w[target] and soft = label_smoothing / classes; w is 1 where
+// no weight is given.
 struct CrossEntropy {
   static constexpr const char* name = "cross_entropy";
-  // log_sum is log(sum(exp(x - peak))). With label smoothing (soft != 0) only: `depth` is sum(w[j] (peak - x[j])) and
-  // `mass` sum(w[j]). Distances from the peak, not logits, are what is added: large logits cost no digits.
+  // log_sum is log(sum(exp(x - peak))). With label smoothing (soft != 0) only: `depth` is sum(w[j]
+  // (peak - x[j])) and `mass` sum(w[j]). Distances from the peak, not logits, are what is added:
+  // large logits cost no digits.
   template <class T>
   static FASTOPS_FN T loss(T log_sum, T peak, T x_target, T hard) {
     return hard * (peak - x_target + log_sum);
@@ -87,8 +92,9 @@ struct CrossEntropy {
   static FASTOPS_FN T smooth_loss(T log_sum, T depth, T mass, T soft) {
     return soft * (depth + mass * log_sum);
   }
-  // What z_loss, a factor, adds to a row's loss (Chowdhery et al., 2022, section 5), and how steeply that rises with lse,
-  // the row's log(sum(exp(x))), whose own derivative is p: it belongs to `total` below.
+  // What z_loss, a factor, adds to a row's loss (Chowdhery et al., 2022, section 5), and how
+  // steeply that rises with lse, the row's log(sum(exp(x))), whose own derivative is p: it belongs
+  // to `total` below.
   template <class T>
   static FASTOPS_FN T z_loss(T lse, T z) {
     return z * lse * lse;
@@ -97,15 +103,15 @@ struct CrossEntropy {
   static FASTOPS_FN T z_slope(T lse, T z) {
     return c<T>(2) * z * lse;
   }
-  // d loss / d x[j] for j != target, with p = softmax(x)[j], total = hard + soft mass and soft_weight = soft w[j]; at
-  // the target it is less by `hard`.
+  // d loss / d x[j] for j != target, with p = softmax(x)[j], total = hard + soft mass and
+  // soft_weight = soft w[j]; at the target it is less by `hard`.
   template <class T>
   static FASTOPS_FN T gradient(T p, T total, T soft_weight) {
     return p * total - soft_weight;
   }
 };
-// What a row's loss needs of its target distribution w[j] q[j], whatever that is: mass = sum(w q) and
-// depth = sum(w q (base - x)), where the base is moved as the running maximum is.
+// What a row's loss needs of its target distribution w[j] q[j], whatever that is: mass = sum(w q)
+// and depth = sum(w q (base - x)), where the base is moved as the running maximum is.
 template <class T>
 struct Expectation {
   T mass = c<T>(0), depth = c<T>(0), base = c<T>(0);

@@ -48,7 +48,8 @@ struct KindNode final : Node {
     for (const auto& g : grads) any |= g.defined();
     if (!any) return variable_list(num_outputs());
     const auto mask = needed();
-    auto result = backward(grads, {tensors, attributes, mask, last_use && !at::GradMode::is_enabled()});
+    auto result =
+        backward(grads, {tensors, attributes, mask, last_use && !at::GradMode::is_enabled()});
     result.resize(num_outputs());
     return result;
   }
@@ -59,7 +60,8 @@ struct KindNode final : Node {
     for (const auto& a : attributes) args.collect(a);
   }
 
-  variable_list apply_with_saved(const variable_list& grads, ca::SwapSavedVariables& swap) override {
+  variable_list apply_with_saved(const variable_list& grads,
+                                 ca::SwapSavedVariables& swap) override {
     for (auto& s : saved) swap.before(s);
     std::vector<c10::IValue> packed;
     std::vector<at::TypePtr> types;
@@ -85,11 +87,13 @@ struct KindNode final : Node {
   }
 
  private:
-  // The name under which the compiler knows this node's backward, as a function of gradients and packed arguments.
+  // The name under which the compiler knows this node's backward, as a function of gradients and
+  // packed arguments.
   std::string bound(ca::SwapSavedVariables& swap, const std::vector<at::TypePtr>& types) const {
     static std::mutex mutex;
     static std::unordered_map<std::string, std::string> names;
-    const std::string key = label + "_" + std::to_string(saved.size()) + "_" + std::to_string(num_outputs());
+    const std::string key =
+        label + "_" + std::to_string(saved.size()) + "_" + std::to_string(num_outputs());
     std::lock_guard<std::mutex> lock(mutex);
     if (const auto found = names.find(key); found != names.end()) return found->second;
     const size_t tensors = saved.size(), values = attributes.size(), outputs = num_outputs();
@@ -98,18 +102,21 @@ struct KindNode final : Node {
       std::vector<at::Tensor> t;
       std::vector<c10::IValue> a;
       std::vector<bool> wanted;
-      for (size_t k = 0; k < tensors; ++k) t.push_back(packed[k].isNone() ? at::Tensor() : packed[k].toTensor());
+      for (size_t k = 0; k < tensors; ++k)
+        t.push_back(packed[k].isNone() ? at::Tensor() : packed[k].toTensor());
       for (size_t k = 0; k < values; ++k) a.push_back(packed[tensors + k]);
       for (size_t k = 0; k < outputs; ++k) wanted.push_back(packed[tensors + values + k].toBool());
       auto result = function(grads, {t, a, wanted, /*last_use=*/false});
       result.resize(outputs);
       return result;
     };
-    return names[key] = ca::getPyCompilerInterface()->bind_function(swap.get_py_compiler(), key, replay, types);
+    return names[key] = ca::getPyCompilerInterface()->bind_function(swap.get_py_compiler(), key,
+                                                                    replay, types);
   }
 };
 
-c10::intrusive_ptr<KindNode> make_node(const char* name, Backward backward, torch::autograd::edge_list&& edges,
+c10::intrusive_ptr<KindNode> make_node(const char* name, Backward backward,
+                                       torch::autograd::edge_list&& edges,
                                        std::vector<c10::IValue>&& attributes) {
   auto node = c10::make_intrusive<KindNode>();
   node->label = name;
@@ -132,27 +139,31 @@ torch::autograd::edge_list edges_of(const std::vector<at::Tensor>& inputs) {
   torch::autograd::edge_list edges;
   edges.reserve(inputs.size());
   for (const auto& t : inputs)
-    edges.push_back(t.defined() ? torch::autograd::impl::gradient_edge(t) : torch::autograd::Edge());
+    edges.push_back(t.defined() ? torch::autograd::impl::gradient_edge(t)
+                                : torch::autograd::Edge());
   return edges;
 }
 
 void record(const char* name, Backward backward, std::vector<at::Tensor> outputs,
-            const std::vector<at::Tensor>& inputs, std::vector<Save> saves, std::vector<c10::IValue> attributes) {
+            const std::vector<at::Tensor>& inputs, std::vector<Save> saves,
+            std::vector<c10::IValue> attributes) {
   auto node = make_node(name, backward, edges_of(inputs), std::move(attributes));
   for (auto& out : outputs) torch::autograd::set_history(out, node);
   save(*node, saves);  // after set_history: an output is saved as what it has become
 }
 
-void record_inplace(const char* name, Backward backward, at::Tensor& self, torch::autograd::edge_list edges,
-                    std::vector<Save> saves, std::vector<c10::IValue> attributes) {
+void record_inplace(const char* name, Backward backward, at::Tensor& self,
+                    torch::autograd::edge_list edges, std::vector<Save> saves,
+                    std::vector<c10::IValue> attributes) {
   auto node = make_node(name, backward, std::move(edges), std::move(attributes));
   torch::autograd::rebase_history(self, node);
   save(*node, saves, self.is_view());
 }
 
 void record_overwriting(const char* name, Backward backward, std::vector<at::Tensor> outputs,
-                        torch::autograd::edge_list edges, std::vector<Save> saves, std::vector<c10::IValue> attributes,
-                        at::Tensor& overwritten, const char* message) {
+                        torch::autograd::edge_list edges, std::vector<Save> saves,
+                        std::vector<c10::IValue> attributes, at::Tensor& overwritten,
+                        const char* message) {
   auto refusal = c10::make_intrusive<torch::autograd::Error>(
       message, torch::autograd::edge_list{torch::autograd::impl::gradient_edge(overwritten)});
   auto node = make_node(name, backward, std::move(edges), std::move(attributes));
@@ -165,7 +176,8 @@ void check_inplace(const at::Tensor& self, bool requires_grad) {
   torch::autograd::check_inplace(self, requires_grad);
 }
 
-void record_not_implemented(const char* name, const at::Tensor& output, const std::vector<at::Tensor>& inputs) {
+void record_not_implemented(const char* name, const at::Tensor& output,
+                            const std::vector<at::Tensor>& inputs) {
   auto node = c10::make_intrusive<torch::autograd::NotImplemented>(name, edges_of(inputs));
   torch::autograd::set_history(output, node);
 }

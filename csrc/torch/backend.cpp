@@ -62,9 +62,10 @@ void* stream_of([[maybe_unused]] const at::Tensor& t) {
 
 void check_dtype(const char* op, const at::Tensor& t) {
   const auto dtype = t.scalar_type();
-  TORCH_CHECK_NOT_IMPLEMENTED(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
-                              "\"", op, "\" not implemented for '", c10::toString(dtype),
-                              "': give it a float64, float32, bfloat16 or float16 tensor");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+      "\"", op, "\" not implemented for '", c10::toString(dtype),
+      "': give it a float64, float32, bfloat16 or float16 tensor");
 }
 
 namespace cpu {

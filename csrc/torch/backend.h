@@ -9,8 +9,8 @@
 
 namespace fastops {
 
-// The tables of the CPU's best instruction set (at::get_cpu_capability(), so ATEN_CPU_CAPABILITY counts) or of CUDA.
-// Raises NotImplementedError for a device that has none.
+// The tables of the CPU's best instruction set (at::get_cpu_capability(), so ATEN_CPU_CAPABILITY
+// counts) or of CUDA. Raises NotImplementedError for a device that has none.
 const Tables& tables(c10::DeviceType device);
 
 // "DEFAULT", "AVX2" or "AVX512": what tables(CPU) is made of.
@@ -20,11 +20,10 @@ bool cuda_built();
 // The current stream of the tensor's device, null on CPU.
 void* stream_of(const at::Tensor& t);
 
-inline void check(const char* op, Error error) {
-  TORCH_CHECK(error == nullptr, op, ": ", error);
-}
+inline void check(const char* op, Error error) { TORCH_CHECK(error == nullptr, op, ": ", error); }
 
-// Raises NotImplementedError, as torch's own kernels do, for what is not float64, float32, bfloat16 or float16.
+// Raises NotImplementedError, as torch's own kernels do, for what is not float64, float32, bfloat16
+// or float16.
 void check_dtype(const char* op, const at::Tensor& t);
 
 // float64 for float64, else float32: what a kernel computes in.

@@ -1,5 +1,5 @@
-// What module.cpp calls: each kind adds its functions to the extension module. What a function's kernels do not take is
-// handed to torch's function here, for all kinds.
+// What module.cpp calls: each kind adds its functions to the extension module. What a function's
+// kernels do not take is handed to torch's function here, for all kinds.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
@@ -11,12 +11,14 @@
 
 namespace fastops {
 
-// Lets other Python threads run while a kernel does, where it takes long enough to be worth the two switches.
+// Lets other Python threads run while a kernel does, where it takes long enough to be worth the two
+// switches.
 class Unlocked {
  public:
   template <class... A>
   explicit Unlocked(const at::Tensor& t, const A&...) {
-    if (t.defined() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && t.numel() >= kWorthwhile)
+    if (t.defined() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
+        t.numel() >= kWorthwhile)
       released_.emplace();
   }
 
@@ -32,22 +34,26 @@ void bind_rows(pybind11::module_& m);
 void bind_random(pybind11::module_& m);
 void bind_step(pybind11::module_& m);
 
-// What fastops/_op.py makes of (name, arguments) of a call that was refused; NotImplemented where it has nothing better.
+// What fastops/_op.py makes of (name, arguments) of a call that was refused; NotImplemented where
+// it has nothing better.
 void set_hand_over(pybind11::function f);
 pybind11::object hand_over(const char* name, const pybind11::tuple& arguments);
 // A copy of the name that lives as long as the module.
 const char* kept(const std::string& name);
 
-// Adds f to the module as `name`. Where it raises NotImplementedError (a dtype, a layout, a device or a kind of tensor
-// that has no kernels) the call goes to hand_over: that costs a call that is not refused nothing.
+// Adds f to the module as `name`. Where it raises NotImplementedError (a dtype, a layout, a device
+// or a kind of tensor that has no kernels) the call goes to hand_over: that costs a call that is
+// not refused nothing.
 template <class F, class R, class... A, class... Extra>
-void def(pybind11::module_& m, const std::string& name, F f, R (F::*)(A...) const, const Extra&... extra) {
+void def(pybind11::module_& m, const std::string& name, F f, R (F::*)(A...) const,
+         const Extra&... extra) {
   m.def(
       name.c_str(),
       [name = kept(name), f](A... a) -> R {
         const auto handed_over = [&](auto refuse) -> R {
           const pybind11::object result = hand_over(name, pybind11::make_tuple(a...));
-          if (result.is(pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented))) refuse();
+          if (result.is(pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented)))
+            refuse();
           return result.cast<R>();
         };
         try {

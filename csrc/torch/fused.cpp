@@ -1,4 +1,5 @@
-// Activations fused with the addition before them, as torch sees them: schemas, checks and derivatives.
+// Activations fused with the addition before them, as torch sees them: schemas, checks and
+// derivatives.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
@@ -25,16 +26,18 @@ const FusedRow& cpu_row(size_t row) { return table(c10::DeviceType::CPU).data[ro
 struct Ops {
   c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&)> forward;
   c10::TypedOperatorHandle<void(Tensor&, const Tensor&)> inplace;
-  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&)> activation_backward;  // (input or output, grad)
+  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&)>
+      activation_backward;  // (input or output, grad)
 };
 const Ops& ops(size_t row) {
   static const auto all = [] {
     std::vector<Ops> found;
     for (const auto& r : table(c10::DeviceType::CPU)) {
       const std::string n = r.name;
-      found.push_back({find_op<Tensor(const Tensor&, const Tensor&)>(n),
-                       find_op<void(Tensor&, const Tensor&)>(n + "_"),
-                       find_op<Tensor(const Tensor&, const Tensor&)>(std::string(r.activation) + "_backward")});
+      found.push_back(
+          {find_op<Tensor(const Tensor&, const Tensor&)>(n),
+           find_op<void(Tensor&, const Tensor&)>(n + "_"),
+           find_op<Tensor(const Tensor&, const Tensor&)>(std::string(r.activation) + "_backward")});
     }
     return found;
   }();
@@ -46,12 +49,12 @@ void check_inputs(size_t row, const Tensor& input, const Tensor& other) {
   check_dtype(r.name, input);
   check_like(r.name, r.broadcast ? "bias" : "second tensor", other, input);
   if (r.broadcast) return check_row(r.name, "bias", other, input);
-  TORCH_CHECK(input.sizes() == other.sizes(), r.name, ": expected two tensors of one shape, got ", input.sizes(),
-              " and ", other.sizes());
+  TORCH_CHECK(input.sizes() == other.sizes(), r.name, ": expected two tensors of one shape, got ",
+              input.sizes(), " and ", other.sizes());
 }
 
-void run(size_t row, FusedKernel FusedRow::*kernel, const Tensor& out, std::initializer_list<const Tensor*> in,
-         const Tensor& sums = Tensor()) {
+void run(size_t row, FusedKernel FusedRow::* kernel, const Tensor& out,
+         std::initializer_list<const Tensor*> in, const Tensor& sums = Tensor()) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const FusedRow& r = table(out.device().type()).data[row];
@@ -68,13 +71,16 @@ void run(size_t row, FusedKernel FusedRow::*kernel, const Tensor& out, std::init
 }
 
 // The input in a memory order in which `other` can be walked beside it.
-Tensor walkable(size_t row, const Tensor& t) { return cpu_row(row).broadcast ? t.contiguous() : dense(t); }
+Tensor walkable(size_t row, const Tensor& t) {
+  return cpu_row(row).broadcast ? t.contiguous() : dense(t);
+}
 
 struct Forward {
   size_t row;
   Tensor operator()(const Tensor& input, const Tensor& other) {
     check_inputs(row, input, other);
-    const Tensor x = walkable(row, input), t = matching(other, cpu_row(row).broadcast ? other.contiguous() : x);
+    const Tensor x = walkable(row, input),
+                 t = matching(other, cpu_row(row).broadcast ? other.contiguous() : x);
     Tensor y = x.is_same(input) ? output_like(x) : x;
     run(row, &FusedRow::forward, y, {&x, &t});
     return y;
@@ -87,15 +93,17 @@ struct Inplace {
     check_inputs(row, self, other);
     at::assert_no_internal_overlap(self);
     at::assert_no_partial_overlap(self, other);
-    const Tensor x = walkable(row, self), t = matching(other, cpu_row(row).broadcast ? other.contiguous() : x);
+    const Tensor x = walkable(row, self),
+                 t = matching(other, cpu_row(row).broadcast ? other.contiguous() : x);
     run(row, &FusedRow::forward, x, {&x, &t});
     if (!x.is_same(self)) self.copy_(x);
   }
 };
 
-// d activation(x + t) / d (x + t) applied to dy, and what of it flows to t where that is wanted; saved: the output, or x
-// and t.
-std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy, const std::vector<Tensor>& saved, bool wanted) {
+// d activation(x + t) / d (x + t) applied to dy, and what of it flows to t where that is wanted;
+// saved: the output, or x and t.
+std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy,
+                                      const std::vector<Tensor>& saved, bool wanted) {
   Tensor dx;
   if (!cpu_row(row).broadcast) {
     dx = ops(row).activation_backward.call(saved[0], dy);
@@ -105,7 +113,8 @@ std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy, const std::v
   if (!are_plain(dy, x, t)) {
     dx = ops(row).activation_backward.call(at::add(x, t), dy);
   } else {
-    const Tensor a = resolved(x).contiguous(), b = resolved(t).contiguous(), g = resolved(dy).contiguous();
+    const Tensor a = resolved(x).contiguous(), b = resolved(t).contiguous(),
+                 g = resolved(dy).contiguous();
     dx = output_like(a);
     if (wanted && has_rows(a)) {
       const Tensor strips = strips_beside(a);
@@ -118,14 +127,16 @@ std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy, const std::v
 }
 
 variable_list vjp(const variable_list& grads, const BackwardContext& c) {
-  const auto [dx, dt] = derivatives(static_cast<size_t>(c.attributes[0].toInt()), grads[0], c.saved, c.needed[1]);
+  const auto [dx, dt] =
+      derivatives(static_cast<size_t>(c.attributes[0].toInt()), grads[0], c.saved, c.needed[1]);
   return {c.needed[0] ? dx : Tensor(), c.needed[1] ? dt : Tensor()};
 }
 
 Tensor forward_tangent(size_t row, const Tensor& y, const Tensor& input, const Tensor& other) {
   Tensor t;
   if (is_dual(input)) t = tangent(input);
-  if (is_dual(other)) t = t.defined() ? at::add(t, tangent(other)) : tangent(other).expand_as(input);
+  if (is_dual(other))
+    t = t.defined() ? at::add(t, tangent(other)) : tangent(other).expand_as(input);
   if (!t.defined()) return t;
   if (!cpu_row(row).broadcast) return ops(row).activation_backward.call(y, t);
   return ops(row).activation_backward.call(at::add(primal(input), primal(other)), t);
@@ -147,8 +158,8 @@ struct ForwardAutograd {
       } else {
         saves = {{y, true}};
       }
-      record((std::string("fastops::") + cpu_row(row).name).c_str(), &vjp, {y}, {input, other}, saves,
-             {static_cast<int64_t>(row)});
+      record((std::string("fastops::") + cpu_row(row).name).c_str(), &vjp, {y}, {input, other},
+             saves, {static_cast<int64_t>(row)});
     }
     return y;
   }
@@ -173,7 +184,8 @@ struct InplaceAutograd {
     }
     if (dual) {
       const Tensor s = by_input ? at::add(primal(original), primal(other)) : primal(self);
-      self._set_fw_grad(ops(row).activation_backward.call(s, t), /*level=*/0, /*is_inplace_op=*/true);
+      self._set_fw_grad(ops(row).activation_backward.call(s, t), /*level=*/0,
+                        /*is_inplace_op=*/true);
     }
     if (!wanted) return;
     std::vector<Save> saves;
@@ -182,8 +194,8 @@ struct InplaceAutograd {
     } else {
       saves = {{self, true}};
     }
-    record_inplace((std::string("fastops::") + cpu_row(row).name + "_").c_str(), &vjp, self, std::move(edges), saves,
-                   {static_cast<int64_t>(row)});
+    record_inplace((std::string("fastops::") + cpu_row(row).name + "_").c_str(), &vjp, self,
+                   std::move(edges), saves, {static_cast<int64_t>(row)});
   }
 };
 
@@ -224,7 +236,9 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 void bind_fused(pybind11::module_& m) {
   size_t i = 0;
   for (const FusedRow& r : table(c10::DeviceType::CPU)) {
-    def(m, r.name, [i](const Tensor& input, const Tensor& other) { return ops(i).forward.call(input, other); });
+    def(m, r.name, [i](const Tensor& input, const Tensor& other) {
+      return ops(i).forward.call(input, other);
+    });
     def(m, std::string(r.name) + "_", [i](Tensor& self, const Tensor& other) {
       ops(i).inplace.call(self, other);
       return self;

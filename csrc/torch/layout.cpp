@@ -2,10 +2,10 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
@@ -24,7 +24,8 @@ void resolve_and_write_back(const c10::OperatorHandle& op, torch::jit::Stack* st
   at::Tensor given, work;
   for (size_t k = 0; k < n; ++k) {
     c10::IValue& argument = *(stack->end() - static_cast<std::ptrdiff_t>(n - k));
-    if (!argument.isTensor() || !argument.toTensor().defined() || !argument.toTensor().is_neg()) continue;
+    if (!argument.isTensor() || !argument.toTensor().defined() || !argument.toTensor().is_neg())
+      continue;
     const at::Tensor t = argument.toTensor();
     argument = t.resolve_neg();
     if (k == 0) given = t, work = argument.toTensor();
@@ -35,30 +36,39 @@ void resolve_and_write_back(const c10::OperatorHandle& op, torch::jit::Stack* st
 }  // namespace
 
 void resolve_negations_in_place() {
-  static torch::Library library(torch::Library::IMPL, "fastops", c10::DispatchKey::Negative, __FILE__, __LINE__);
+  static torch::Library library(torch::Library::IMPL, "fastops", c10::DispatchKey::Negative,
+                                __FILE__, __LINE__);
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     if (name.name.rfind("fastops::", 0) != 0 || name.name.back() != '_') continue;
     const auto op = c10::Dispatcher::singleton().findSchema(name);
-    if (!op || !op->schema().returns().empty() || op->schema().arguments()[0].type()->kind() != c10::TypeKind::TensorType) continue;
-    library.impl(name.name.c_str(), torch::CppFunction::makeFromBoxedFunction<&resolve_and_write_back>());
+    if (!op || !op->schema().returns().empty() ||
+        op->schema().arguments()[0].type()->kind() != c10::TypeKind::TensorType)
+      continue;
+    library.impl(name.name.c_str(),
+                 torch::CppFunction::makeFromBoxedFunction<&resolve_and_write_back>());
   }
 }
 
 namespace {
-c10::Allocator* allocator_of(size_t nbytes) { return pool_serves(nbytes) ? pool_allocator() : c10::GetCPUAllocator(); }
+c10::Allocator* allocator_of(size_t nbytes) {
+  return pool_serves(nbytes) ? pool_allocator() : c10::GetCPUAllocator();
+}
 
-// What torch.empty_strided would make, without its way through the dispatcher, which is a tenth of a small op; large ones
-// come from the pool.
-at::Tensor on_cpu(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype, size_t nbytes) {
-  return at::Tensor(at::detail::empty_strided_generic(sizes, strides, allocator_of(nbytes),
-                                                      c10::DispatchKeySet(c10::DispatchKey::CPU), dtype));
+// What torch.empty_strided would make, without its way through the dispatcher, which is a tenth of
+// a small op; large ones come from the pool.
+at::Tensor on_cpu(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype,
+                  size_t nbytes) {
+  return at::Tensor(at::detail::empty_strided_generic(
+      sizes, strides, allocator_of(nbytes), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype));
 }
 }  // namespace
 
 at::Tensor dense(const at::Tensor& x) {
   if (x.is_non_overlapping_and_dense()) return x;
   if (!x.is_cpu()) return at::empty_like(x).copy_(x);
-  return on_cpu(x.sizes(), at::infer_dense_strides(x.sizes(), x.strides()), x.scalar_type(), x.nbytes()).copy_(x);
+  return on_cpu(x.sizes(), at::infer_dense_strides(x.sizes(), x.strides()), x.scalar_type(),
+                x.nbytes())
+      .copy_(x);
 }
 
 at::Tensor output_like(const at::Tensor& x) {
@@ -69,8 +79,8 @@ at::Tensor output_like(const at::Tensor& x) {
 at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
   if (!x.is_cpu()) return at::empty(sizes, x.options().dtype(dtype));
   c10::Allocator* allocator = allocator_of(c10::multiply_integers(sizes) * c10::elementSize(dtype));
-  return at::Tensor(at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
-                                              std::nullopt));
+  return at::Tensor(at::detail::empty_generic(
+      sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt));
 }
 
 namespace {
@@ -89,7 +99,8 @@ at::Tensor matching(const at::Tensor& t, const at::Tensor& like) {
 }
 
 Repeated repeated(const at::Tensor& t, const at::Tensor& x) {
-  constexpr int64_t kShort = 512, kPack = 8;  // a shorter row is repeated, into whole packs, for the loops' sake
+  constexpr int64_t kShort = 512,
+                    kPack = 8;  // a shorter row is repeated, into whole packs, for the loops' sake
   at::Tensor w = t.expand(x.sizes());
   if (x.numel() == 0) return {w, 0};
   std::vector<int64_t> order(x.dim());
@@ -110,7 +121,8 @@ Rows3 around(const at::Tensor& x, int64_t dim) {
   if (x.dim() == 0) return {1, 1, 1};
   const int64_t n = x.size(dim), numel = x.numel();
   if (numel == 0) return {0, n, 1};
-  // A dimension of size 1 may carry any stride; what lies inside it is then told by nothing, and nothing depends on it.
+  // A dimension of size 1 may carry any stride; what lies inside it is then told by nothing, and
+  // nothing depends on it.
   const int64_t inner = n == 1 ? 1 : x.stride(dim);
   return {numel / (n * inner), n, inner};
 }
@@ -127,7 +139,8 @@ LogicalOrder logical_order(const at::Tensor& x) {
     if (x.size(d) != 1) dims.push_back({x.size(d), x.stride(d), logical});
     logical *= x.size(d);
   }
-  std::sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
+  std::sort(dims.begin(), dims.end(),
+            [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
   // Neighbours in memory that are neighbours in logical order too are one dimension.
   c10::SmallVector<Dim, 8> merged;
   for (const Dim& d : dims) {
@@ -166,15 +179,15 @@ at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype) {
 }
 
 void check_row(const char* op, const char* what, const at::Tensor& row, const at::Tensor& input) {
-  TORCH_CHECK(input.dim() >= 1 && row.dim() == 1 && row.size(0) == input.size(-1), op, ": expected a ", what,
-              " of as many elements as the input's last dimension has, got ", row.sizes(), " for an input of ",
-              input.sizes());
+  TORCH_CHECK(input.dim() >= 1 && row.dim() == 1 && row.size(0) == input.size(-1), op,
+              ": expected a ", what, " of as many elements as the input's last dimension has, got ",
+              row.sizes(), " for an input of ", input.sizes());
 }
 
 void check_like(const char* op, const char* what, const at::Tensor& t, const at::Tensor& input) {
-  TORCH_CHECK(t.scalar_type() == input.scalar_type() && t.device() == input.device(), op, ": expected a ", what,
-              " of the input's dtype and device, ", input.scalar_type(), " on ", input.device(), ", got ",
-              t.scalar_type(), " on ", t.device());
+  TORCH_CHECK(t.scalar_type() == input.scalar_type() && t.device() == input.device(), op,
+              ": expected a ", what, " of the input's dtype and device, ", input.scalar_type(),
+              " on ", input.device(), ", got ", t.scalar_type(), " on ", t.device());
 }
 
 }  // namespace fastops

@@ -1,4 +1,5 @@
-// Memory layouts: what the loops, which walk raw memory, need to be told. Any dense layout is taken as it is and kept.
+// Memory layouts: what the loops, which walk raw memory, need to be told. Any dense layout is taken
+// as it is and kept.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -6,26 +7,27 @@
 
 namespace fastops {
 
-// x itself where its memory is non-overlapping and dense (contiguous, channels_last, transposed ...), else a copy with
-// the strides that torch gives to results of elementwise ops on x.
+// x itself where its memory is non-overlapping and dense (contiguous, channels_last, transposed
+// ...), else a copy with the strides that torch gives to results of elementwise ops on x.
 at::Tensor dense(const at::Tensor& x);
 
-// x, or a copy, whose memory holds its values: for kernels that are called past the dispatcher, where nobody has resolved
-// what torch._neg_view and x.conj().imag leave to be done, or zeros that are nowhere.
+// x, or a copy, whose memory holds its values: for kernels that are called past the dispatcher,
+// where nobody has resolved what torch._neg_view and x.conj().imag leave to be done, or zeros that
+// are nowhere.
 inline at::Tensor resolved(const at::Tensor& x) {
   return x.is_neg() ? x.resolve_neg() : x._is_zerotensor() ? x.clone() : x;
 }
 
-// Ops that write to their first tensor and return nothing, on tensors whose negation is left to be done. torch's own
-// fallback for them takes the result off the stack, where there is none, and writes into other memory. Called once, when
-// all ops are there.
+// Ops that write to their first tensor and return nothing, on tensors whose negation is left to be
+// done. torch's own fallback for them takes the result off the stack, where there is none, and
+// writes into other memory. Called once, when all ops are there.
 void resolve_negations_in_place();
 
 // t in the memory order of `like` (dense, of t's shape): t itself, or a copy.
 at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 
-// An uninitialised tensor with the shape, strides, device and dtype of x (which is dense); large ones on CPU come from
-// the pool.
+// An uninitialised tensor with the shape, strides, device and dtype of x (which is dense); large
+// ones on CPU come from the pool.
 at::Tensor output_like(const at::Tensor& x);
 // An uninitialised contiguous tensor where x is.
 at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype);
@@ -35,8 +37,9 @@ inline at::Tensor as_dtype(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
 
-// t broadcast to x (which is dense), along x's memory order and no further than it repeats itself there: element i of x is
-// beside values[i % period]. Raises what torch raises where t does not broadcast to x.
+// t broadcast to x (which is dense), along x's memory order and no further than it repeats itself
+// there: element i of x is beside values[i % period]. Raises what torch raises where t does not
+// broadcast to x.
 struct Repeated {
   at::Tensor values;
   int64_t period = 0;
@@ -52,7 +55,8 @@ Rows3 around(const at::Tensor& x, int64_t dim);
 // The sum over all dimensions but the last: what flows back to a row that was repeated.
 at::Tensor sum_to_row(const at::Tensor& t);
 
-// What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of kStrip rows at a time, reals.
+// What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of kStrip rows
+// at a time, reals.
 at::Tensor strips_beside(const at::Tensor& x);
 at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype);
 // Whether x is worth that: it has elements, and rows.

@@ -1,5 +1,5 @@
-// Elementwise ops as torch sees them: for every row `name`, `name_`, `name_backward` and `name_second`, their schemas,
-// checks and derivatives. No formula, no row by name.
+// Elementwise ops as torch sees them: for every row `name`, `name_`, `name_backward` and
+// `name_second`, their schemas, checks and derivatives. No formula, no row by name.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
@@ -47,7 +47,8 @@ const Ops<P...>& ops(size_t row) {
     const MapRow& r = tables(c10::DeviceType::CPU).map.data[row];
     const std::string n = r.name;
     cache[row] = std::make_unique<const Ops<P...>>(Ops<P...>{
-        n, r.from_output, find_op<Tensor(const Tensor&, P...)>(n), find_op<void(Tensor&, P...)>(n + "_"),
+        n, r.from_output, find_op<Tensor(const Tensor&, P...)>(n),
+        find_op<void(Tensor&, P...)>(n + "_"),
         find_op<Tensor(const Tensor&, const Tensor&, P...)>(n + "_backward"),
         find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, P...)>(n + "_second")});
     ready[row].store(cache[row].get(), std::memory_order_release);
@@ -55,10 +56,12 @@ const Ops<P...>& ops(size_t row) {
   return *cache[row];
 }
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
 template <class... P>
-void run(size_t row, MapKernel MapRow::*kernel, const Tensor& out, std::initializer_list<const Tensor*> in, P... p) {
+void run(size_t row, MapKernel MapRow::* kernel, const Tensor& out,
+         std::initializer_list<const Tensor*> in, P... p) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const MapRow& r = tables(out.device().type()).map.data[row];
@@ -72,9 +75,10 @@ void run(size_t row, MapKernel MapRow::*kernel, const Tensor& out, std::initiali
 const char* name_of(size_t row) { return tables(c10::DeviceType::CPU).map.data[row].name; }
 
 void check_same(const char* op, const Tensor& a, const Tensor& b) {
-  TORCH_CHECK(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device(), op,
-              ": expected tensors of one shape, dtype and device, got ", a.toString(), a.sizes(), " and ",
-              b.toString(), b.sizes());
+  TORCH_CHECK(
+      a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device(), op,
+      ": expected tensors of one shape, dtype and device, got ", a.toString(), a.sizes(), " and ",
+      b.toString(), b.sizes());
 }
 
 template <class... P>
@@ -138,7 +142,8 @@ struct Second {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ derivatives
+// ------------------------------------------------------------------------------------------------
+// derivatives
 
 // Attributes are the row and its parameters.
 template <size_t... I>
@@ -148,7 +153,8 @@ auto unpack(const std::vector<c10::IValue>& attributes, std::index_sequence<I...
 template <class... P, class F>
 auto with_attributes(const std::vector<c10::IValue>& attributes, F f) {
   const auto& op = ops<P...>(static_cast<size_t>(attributes[0].toInt()));
-  return std::apply([&](auto... p) { return f(op, p...); }, unpack(attributes, std::index_sequence_for<P...>{}));
+  return std::apply([&](auto... p) { return f(op, p...); },
+                    unpack(attributes, std::index_sequence_for<P...>{}));
 }
 
 template <class... P>
@@ -158,7 +164,8 @@ variable_list forward_vjp(const variable_list& grads, const BackwardContext& c) 
   });
 }
 
-// Of backward(s, dy): to s by the second derivative, to dy by backward itself, which is linear in it.
+// Of backward(s, dy): to s by the second derivative, to dy by backward itself, which is linear in
+// it.
 template <class... P>
 variable_list backward_vjp(const variable_list& grads, const BackwardContext& c) {
   return with_attributes<P...>(c.attributes, [&](const auto& op, auto... p) {
@@ -182,11 +189,12 @@ struct ForwardAutograd {
       y = op.forward.redispatch(ks & c10::after_autograd_keyset, input, p...);
     }
     Tensor dy;
-    if (is_dual(input)) dy = op.backward.call(op.from_output ? y : primal(input), tangent(input), p...);
+    if (is_dual(input))
+      dy = op.backward.call(op.from_output ? y : primal(input), tangent(input), p...);
     set_tangent(y, dy);
     if (requires_grad(input))
-      record(label.c_str(), &forward_vjp<P...>, {y}, {input}, {{op.from_output ? y : input, op.from_output}},
-             {static_cast<int64_t>(row), p...});
+      record(label.c_str(), &forward_vjp<P...>, {y}, {input},
+             {{op.from_output ? y : input, op.from_output}}, {static_cast<int64_t>(row), p...});
     return y;
   }
 };
@@ -195,12 +203,14 @@ template <class... P>
 struct InplaceAutograd {
   size_t row;
   std::string label;
-  explicit InplaceAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_") {}
+  explicit InplaceAutograd(size_t row)
+      : row(row), label("fastops::" + std::string(name_of(row)) + "_") {}
   void operator()(DispatchKeySet ks, Tensor& self, P... p) {
     const auto& op = ops<P...>(row);
     const bool wanted = requires_grad(self), dual = is_dual(self);
     check_inplace(self, wanted);
-    // What backward takes is the input, which is about to be gone: keep a copy, as only correctness can be asked here.
+    // What backward takes is the input, which is about to be gone: keep a copy, as only correctness
+    // can be asked here.
     const Tensor original = !op.from_output && (wanted || dual) ? self.clone() : Tensor();
     const Tensor t = dual ? tangent(self) : Tensor();
     auto edges = wanted ? edges_of({self}) : torch::autograd::edge_list();
@@ -236,7 +246,8 @@ template <class... P>
 struct BackwardAutograd {
   size_t row;
   std::string label;
-  explicit BackwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_backward") {}
+  explicit BackwardAutograd(size_t row)
+      : row(row), label("fastops::" + std::string(name_of(row)) + "_backward") {}
   Tensor operator()(DispatchKeySet ks, const Tensor& saved, const Tensor& grad, P... p) {
     const auto& op = ops<P...>(row);
     Tensor dx;
@@ -262,21 +273,26 @@ template <class... P>
 struct SecondAutograd {
   size_t row;
   std::string label;
-  explicit SecondAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_second") {}
-  Tensor operator()(DispatchKeySet ks, const Tensor& saved, const Tensor& grad, const Tensor& grad_grad, P... p) {
+  explicit SecondAutograd(size_t row)
+      : row(row), label("fastops::" + std::string(name_of(row)) + "_second") {}
+  Tensor operator()(DispatchKeySet ks, const Tensor& saved, const Tensor& grad,
+                    const Tensor& grad_grad, P... p) {
     TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(saved) && !is_dual(grad) && !is_dual(grad_grad),
                                 "forward-mode derivative of ", label, " is not implemented");
     Tensor ds;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      ds = ops<P...>(row).second.redispatch(ks & c10::after_autograd_keyset, saved, grad, grad_grad, p...);
+      ds = ops<P...>(row).second.redispatch(ks & c10::after_autograd_keyset, saved, grad, grad_grad,
+                                            p...);
     }
-    if (requires_grad(saved, grad, grad_grad)) record_not_implemented(label.c_str(), ds, {saved, grad, grad_grad});
+    if (requires_grad(saved, grad, grad_grad))
+      record_not_implemented(label.c_str(), ds, {saved, grad, grad_grad});
     return ds;
   }
 };
 
-// ------------------------------------------------------------------------------------------------ registration
+// ------------------------------------------------------------------------------------------------
+// registration
 
 template <class K>
 torch::CppFunction functor(size_t row) {
@@ -290,7 +306,9 @@ void define(torch::Library& m, size_t row, const MapRow& r) {
   m.def((n + "(Tensor input" + params + ") -> Tensor").c_str(), tags);
   m.def((n + "_(Tensor(a!) self" + params + ") -> ()").c_str(), {at::Tag::pt2_compliant_tag});
   m.def((n + "_backward(Tensor saved, Tensor grad" + params + ") -> Tensor").c_str(), tags);
-  m.def((n + "_second(Tensor saved, Tensor grad, Tensor grad_grad" + params + ") -> Tensor").c_str(), tags);
+  m.def(
+      (n + "_second(Tensor saved, Tensor grad, Tensor grad_grad" + params + ") -> Tensor").c_str(),
+      tags);
   const auto impl = [&](const std::string& name, DispatchKey key, torch::CppFunction f) {
     m.impl(name.c_str(), torch::dispatch(key, std::move(f)));
   };
@@ -310,7 +328,8 @@ void define(torch::Library& m, size_t row, const MapRow& r) {
 
 template <class... P>
 void bind(pybind11::module_& m, size_t row, const MapRow& r) {
-  def(m, r.name, [row](const Tensor& input, P... p) { return ops<P...>(row).forward.call(input, p...); });
+  def(m, r.name,
+      [row](const Tensor& input, P... p) { return ops<P...>(row).forward.call(input, p...); });
   def(m, std::string(r.name) + "_", [row](Tensor& self, P... p) {
     ops<P...>(row).inplace.call(self, p...);
     return self;

@@ -1,4 +1,5 @@
-// The extension module fastops._C: the functions of every kind, the tables as data, and the pool's switches.
+// The extension module fastops._C: the functions of every kind, the tables as data, and the pool's
+// switches.
 #include <pybind11/stl.h>
 
 #include "backend.h"

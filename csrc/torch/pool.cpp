@@ -25,15 +25,18 @@
 namespace fastops {
 namespace {
 
-constexpr size_t kMinimum = size_t{128} << 10;  // from where malloc too takes pages from the system and gives them back
-constexpr size_t kAlignment = size_t{2} << 20;  // of a huge page: one fault instead of 512, where the system has them
+constexpr size_t kMinimum =
+    size_t{128} << 10;  // from where malloc too takes pages from the system and gives them back
+constexpr size_t kAlignment =
+    size_t{2} << 20;  // of a huge page: one fault instead of 512, where the system has them
 
 struct Block {
   void* data;
   size_t size;
 };
 
-// Sizes are rounded up to an eighth of a power of two, so that a block fits the next result of about its size.
+// Sizes are rounded up to an eighth of a power of two, so that a block fits the next result of
+// about its size.
 size_t rounded(size_t n) {
   const size_t step = std::max(std::bit_floor(n) / 8, size_t{16} << 10);
   return (n + step - 1) / step * step;
@@ -52,7 +55,8 @@ void* system_allocate(size_t size) {
   const auto begin = reinterpret_cast<uintptr_t>(raw);
   const uintptr_t aligned = (begin + kAlignment - 1) / kAlignment * kAlignment;
   if (aligned > begin) munmap(raw, aligned - begin);
-  if (begin + span > aligned + size) munmap(reinterpret_cast<void*>(aligned + size), begin + span - aligned - size);
+  if (begin + span > aligned + size)
+    munmap(reinterpret_cast<void*>(aligned + size), begin + span - aligned - size);
   madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE);
   return reinterpret_cast<void*>(aligned);
 #else
@@ -107,22 +111,25 @@ class Pool final : public c10::Allocator {
   Pool() {
     size_t memory = size_t{8} << 30;
 #if defined(__linux__)
-    memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
+    memory =
+        static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGE_SIZE));
 #endif
     limit_ = memory / 8;
     if (const char* text = std::getenv("FASTOPS_CPU_POOL_LIMIT")) {
       size_t bytes = 0;
       const char* const end = text + std::strlen(text);
-      const auto [stop, error] = std::from_chars(text, end, bytes);  // unlike strtoull, takes no sign
-      TORCH_CHECK(error == std::errc() && stop == end, "FASTOPS_CPU_POOL_LIMIT must be a number of bytes, got '", text,
-                  "'");
+      const auto [stop, error] =
+          std::from_chars(text, end, bytes);  // unlike strtoull, takes no sign
+      TORCH_CHECK(error == std::errc() && stop == end,
+                  "FASTOPS_CPU_POOL_LIMIT must be a number of bytes, got '", text, "'");
       limit_ = bytes;
       enabled_ = bytes > 0;
     }
 #if defined(__linux__)
-    // A fork may happen while another thread holds the lock; the child would wait for it for ever. Last: the handlers
-    // must not meet a pool that failed to be made.
-    pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
+    // A fork may happen while another thread holds the lock; the child would wait for it for ever.
+    // Last: the handlers must not meet a pool that failed to be made.
+    pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
+                   [] { get().mutex_.unlock(); });
 #endif
   }
 
@@ -147,8 +154,8 @@ class Pool final : public c10::Allocator {
       trim();
       data = system_allocate(size);
     }
-    TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "fastops: not enough memory: you tried to allocate ", size,
-                     " bytes");
+    TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr,
+                     "fastops: not enough memory: you tried to allocate ", size, " bytes");
     std::lock_guard<std::mutex> lock(mutex_);
     in_use_ += size;
     return {data, size};

@@ -1,6 +1,7 @@
-// Dropout, alone and fused with its neighbours, as torch sees it. Dropout is a pure function of (input, p, seed) and
-// linear in the input, so it is its own derivative: nothing but the seed is saved, and the mask is made again. The seed is one torch.randint, which is where
-// manual_seed, fork_rng, generators, graph capture and vmap's randomness come in.
+// Dropout, alone and fused with its neighbours, as torch sees it. Dropout is a pure function of
+// (input, p, seed) and linear in the input, so it is its own derivative: nothing but the seed is
+// saved, and the mask is made again. The seed is one torch.randint, which is where manual_seed,
+// fork_rng, generators, graph capture and vmap's randomness come in.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/mul.h>
@@ -41,13 +42,14 @@ const RandomRow& row_of(const char* name, c10::DeviceType device) {
 void check_arguments(const char* name, const Tensor& input, double p, const Tensor& seed) {
   check_dtype(name, input);
   TORCH_CHECK_VALUE(p >= 0 && p < 1, "fastops::", name, ": p must be in [0, 1), got ", p);
-  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.device() == input.device(), "fastops::",
-              name, ": seed must be one int64 on ", input.device(), ", got ", seed.toString(), seed.sizes(), " on ",
-              seed.device());
+  TORCH_CHECK(
+      seed.scalar_type() == at::kLong && seed.numel() == 1 && seed.device() == input.device(),
+      "fastops::", name, ": seed must be one int64 on ", input.device(), ", got ", seed.toString(),
+      seed.sizes(), " on ", seed.device());
 }
 
-void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in, double p, const Tensor& seed,
-         const Tensor& sums = Tensor()) {
+void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in, double p,
+         const Tensor& seed, const Tensor& sums = Tensor()) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const RandomRow& row = row_of(name, out.device().type());
@@ -99,7 +101,8 @@ Tensor dropout_autograd(DispatchKeySet ks, const Tensor& input, double p, const 
   Tensor dy;
   if (is_dual(input)) dy = dropout_op().call(tangent(input), p, seed);
   set_tangent(y, dy);
-  if (requires_grad(input)) record("fastops::dropout", &dropout_vjp, {y}, {input, seed}, {{seed}}, {p});
+  if (requires_grad(input))
+    record("fastops::dropout", &dropout_vjp, {y}, {input, seed}, {{seed}}, {p});
   return y;
 }
 
@@ -113,7 +116,8 @@ void dropout_inplace_autograd(DispatchKeySet ks, Tensor& self, double p, const T
     dropout_inplace_op().redispatch(ks & c10::after_autograd_keyset, self, p, seed);
   }
   if (dual) self._set_fw_grad(t, /*level=*/0, /*is_inplace_op=*/true);
-  if (wanted) record_inplace("fastops::dropout_", &dropout_vjp, self, std::move(edges), {{seed}}, {p});
+  if (wanted)
+    record_inplace("fastops::dropout_", &dropout_vjp, self, std::move(edges), {{seed}}, {p});
 }
 
 void dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, const Tensor& seed) {
@@ -124,9 +128,11 @@ void dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, const Te
   torch::autograd::impl::bump_version(self);
 }
 
-// ------------------------------------------------------------------------------------------------ relu, then dropout
+// ------------------------------------------------------------------------------------------------
+// relu, then dropout
 
-// What is 0 in the output was dropped or not positive, so that the output is all that backward needs.
+// What is 0 in the output was dropped or not positive, so that the output is all that backward
+// needs.
 
 auto relu_dropout_op() {
   static const auto op = find_op<Tensor(const Tensor&, double, const Tensor&)>("relu_dropout");
@@ -192,7 +198,8 @@ Tensor relu_dropout_autograd(DispatchKeySet ks, const Tensor& input, double p, c
     y = relu_dropout_op().redispatch(ks & c10::after_autograd_keyset, input, p, seed);
   }
   set_tangent(y, is_dual(input) ? relu_dropout_derivative(y, tangent(input), p) : Tensor());
-  if (requires_grad(input)) record("fastops::relu_dropout", &relu_dropout_vjp, {y}, {input, seed}, {{y, true}}, {p});
+  if (requires_grad(input))
+    record("fastops::relu_dropout", &relu_dropout_vjp, {y}, {input, seed}, {{y, true}}, {p});
   return y;
 }
 
@@ -205,8 +212,12 @@ void relu_dropout_inplace_autograd(DispatchKeySet ks, Tensor& self, double p, co
     at::AutoDispatchBelowAutograd guard;
     relu_dropout_inplace_op().redispatch(ks & c10::after_autograd_keyset, self, p, seed);
   }
-  if (dual) self._set_fw_grad(relu_dropout_derivative(primal(self), t, p), /*level=*/0, /*is_inplace_op=*/true);
-  if (wanted) record_inplace("fastops::relu_dropout_", &relu_dropout_vjp, self, std::move(edges), {{self, true}}, {p});
+  if (dual)
+    self._set_fw_grad(relu_dropout_derivative(primal(self), t, p), /*level=*/0,
+                      /*is_inplace_op=*/true);
+  if (wanted)
+    record_inplace("fastops::relu_dropout_", &relu_dropout_vjp, self, std::move(edges),
+                   {{self, true}}, {p});
 }
 
 void relu_dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, const Tensor& seed) {
@@ -217,7 +228,8 @@ void relu_dropout_inplace_version(DispatchKeySet ks, Tensor& self, double p, con
   torch::autograd::impl::bump_version(self);
 }
 
-// ------------------------------------------------------------------------------------------------ residual + dropout(x + bias)
+// ------------------------------------------------------------------------------------------------
+// residual + dropout(x + bias)
 
 using BiasDropoutAdd = Tensor(const Tensor&, const Tensor&, const Tensor&, double, const Tensor&);
 auto bias_dropout_add_op() {
@@ -225,13 +237,15 @@ auto bias_dropout_add_op() {
   return op;
 }
 
-Tensor bias_dropout_add(const Tensor& input, const Tensor& bias, const Tensor& residual, double p, const Tensor& seed) {
+Tensor bias_dropout_add(const Tensor& input, const Tensor& bias, const Tensor& residual, double p,
+                        const Tensor& seed) {
   check_arguments("bias_dropout_add", input, p, seed);
   check_like("bias_dropout_add", "bias", bias, input);
   check_row("bias_dropout_add", "bias", bias, input);
   check_like("bias_dropout_add", "residual", residual, input);
-  TORCH_CHECK(residual.sizes() == input.sizes(), "bias_dropout_add: expected a residual of the input's shape ",
-              input.sizes(), ", got ", residual.sizes());
+  TORCH_CHECK(residual.sizes() == input.sizes(),
+              "bias_dropout_add: expected a residual of the input's shape ", input.sizes(),
+              ", got ", residual.sizes());
   const Tensor x = input.contiguous(), b = bias.contiguous(), r = residual.contiguous();
   Tensor y = output_like(x);
   run("bias_dropout_add", y, {&x, &b, &r}, p, seed);
@@ -257,38 +271,43 @@ variable_list bias_dropout_add_vjp(const variable_list& grads, const BackwardCon
   return result;
 }
 
-Tensor bias_dropout_add_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& bias, const Tensor& residual,
-                                 double p, const Tensor& seed) {
+Tensor bias_dropout_add_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& bias,
+                                 const Tensor& residual, double p, const Tensor& seed) {
   Tensor y;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    y = bias_dropout_add_op().redispatch(ks & c10::after_autograd_keyset, input, bias, residual, p, seed);
+    y = bias_dropout_add_op().redispatch(ks & c10::after_autograd_keyset, input, bias, residual, p,
+                                         seed);
   }
   Tensor t;
   if (is_dual(input)) t = tangent(input);
-  if (is_dual(bias)) t = t.defined() ? at::add(t, tangent(bias)) : tangent(bias).expand(y.sizes()).contiguous();
+  if (is_dual(bias))
+    t = t.defined() ? at::add(t, tangent(bias)) : tangent(bias).expand(y.sizes()).contiguous();
   if (t.defined()) t = dropout_op().call(t, p, seed);
   if (is_dual(residual)) t = t.defined() ? at::add(t, tangent(residual)) : tangent(residual);
   set_tangent(y, t);
   if (requires_grad(input, bias, residual))
-    record("fastops::bias_dropout_add", &bias_dropout_add_vjp, {y}, {input, bias, residual, seed}, {{seed}}, {p});
+    record("fastops::bias_dropout_add", &bias_dropout_add_vjp, {y}, {input, bias, residual, seed},
+           {{seed}}, {p});
   return y;
 }
 
-// ------------------------------------------------------------------------------------------------ registration
+// ------------------------------------------------------------------------------------------------
+// registration
 
 // torch.nn.functional.dropout's own cases around the op: nothing to do, and nothing left.
 struct UserDropout {
   Tensor operator()(Tensor& input, double p, bool training, bool inplace,
                     const std::optional<at::Generator>& generator) const {
-    TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ", p);
+    TORCH_CHECK_VALUE(p >= 0 && p <= 1, "dropout probability has to be between 0 and 1, but got ",
+                      p);
     if (!training || p == 0 || input.sym_numel() == 0) return input;
     if (p == 1) {
       const Tensor none = at::zeros({}, input.options());
       return inplace ? input.mul_(none) : at::mul(input, none);
     }
-    const Tensor seed =
-        at::randint(std::numeric_limits<int64_t>::max(), {}, generator, input.options().dtype(at::kLong));
+    const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {}, generator,
+                                    input.options().dtype(at::kLong));
     if (!inplace) return dropout_op().call(input, p, seed);
     dropout_inplace_op().call(input, p, seed);
     return input;
@@ -300,8 +319,10 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
   m.def("dropout_(Tensor(a!) self, float p, Tensor seed) -> ()", {at::Tag::pt2_compliant_tag});
   m.def("relu_dropout(Tensor input, float p, Tensor seed) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("relu_dropout_(Tensor(a!) self, float p, Tensor seed) -> ()", {at::Tag::pt2_compliant_tag});
-  m.def("bias_dropout_add(Tensor input, Tensor bias, Tensor residual, float p, Tensor seed) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "bias_dropout_add(Tensor input, Tensor bias, Tensor residual, float p, Tensor seed) -> "
+      "Tensor",
+      {at::Tag::pt2_compliant_tag});
   for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
     if (key == DispatchKey::CUDA && !cuda_built()) continue;
     m.impl("dropout", torch::dispatch(key, &dropout));
@@ -315,15 +336,17 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
   m.impl("dropout_", torch::dispatch(DispatchKey::ADInplaceOrView, &dropout_inplace_version));
   m.impl("relu_dropout", torch::dispatch(DispatchKey::Autograd, &relu_dropout_autograd));
   m.impl("relu_dropout_", torch::dispatch(DispatchKey::Autograd, &relu_dropout_inplace_autograd));
-  m.impl("relu_dropout_", torch::dispatch(DispatchKey::ADInplaceOrView, &relu_dropout_inplace_version));
+  m.impl("relu_dropout_",
+         torch::dispatch(DispatchKey::ADInplaceOrView, &relu_dropout_inplace_version));
   m.impl("bias_dropout_add", torch::dispatch(DispatchKey::Autograd, &bias_dropout_add_autograd));
 }
 
 }  // namespace
 
 void bind_random(pybind11::module_& m) {
-  def(m, "dropout", UserDropout{}, pybind11::arg("input"), pybind11::arg("p"), pybind11::arg("training"),
-        pybind11::arg("inplace") = false, pybind11::arg("generator") = pybind11::none());
+  def(m, "dropout", UserDropout{}, pybind11::arg("input"), pybind11::arg("p"),
+      pybind11::arg("training"), pybind11::arg("inplace") = false,
+      pybind11::arg("generator") = pybind11::none());
   def(m, "relu_dropout", [](const Tensor& input, double p, const Tensor& seed) {
     return relu_dropout_op().call(input, p, seed);
   });
@@ -331,10 +354,11 @@ void bind_random(pybind11::module_& m) {
     relu_dropout_inplace_op().call(self, p, seed);
     return self;
   });
-  def(m, "bias_dropout_add", [](const Tensor& input, const Tensor& bias, const Tensor& residual, double p,
-                               const Tensor& seed) {
-    return bias_dropout_add_op().call(input, bias, residual, p, seed);
-  });
+  def(m, "bias_dropout_add",
+      [](const Tensor& input, const Tensor& bias, const Tensor& residual, double p,
+         const Tensor& seed) {
+        return bias_dropout_add_op().call(input, bias, residual, p, seed);
+      });
 }
 
 }  // namespace fastops

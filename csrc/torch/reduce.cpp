@@ -1,5 +1,5 @@
-// Elementwise losses as torch sees them: for every row `name`, `name_backward` (to input or target) and `name_second`,
-// their schemas, checks and derivatives. No formula, no row by name.
+// Elementwise losses as torch sees them: for every row `name`, `name_backward` (to input or target)
+// and `name_second`, their schemas, checks and derivatives. No formula, no row by name.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
@@ -15,8 +15,8 @@
 #include <torch/library.h>
 
 #include <array>
-#include <cmath>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <mutex>
 
@@ -39,8 +39,11 @@ template <class... P>
 struct Ops {
   // (input, target, reduction, float32 result wanted of half inputs, parameters)
   c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)> forward;
-  // (grad, input, target, reduction, parameters, 0 for the gradient to the input or 1 to the target)
-  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)> backward;
+  // (grad, input, target, reduction, parameters, 0 for the gradient to the input or 1 to the
+  // target)
+  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P...,
+                                  int64_t)>
+      backward;
   // (input, target, parameters, two of 0 and 1): the second derivative of the values
   c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, P..., int64_t, int64_t)> second;
 };
@@ -57,21 +60,25 @@ const Ops<P...>& ops(size_t row) {
     const std::string n = name_of(row);
     cache[row] = std::make_unique<const Ops<P...>>(Ops<P...>{
         find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)>(n),
-        find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)>(n + "_backward"),
+        find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)>(
+            n + "_backward"),
         find_op<Tensor(const Tensor&, const Tensor&, P..., int64_t, int64_t)>(n + "_second")});
   });
   return *cache[row];
 }
 
-// ------------------------------------------------------------------------------------------------ kernels
+// ------------------------------------------------------------------------------------------------
+// kernels
 
 // Input and target in one dense layout, shape and dtype.
 std::pair<Tensor, Tensor> aligned(const char* op, const Tensor& input, const Tensor& target) {
-  TORCH_CHECK(input.device() == target.device(), op, ": expected input and target on one device, got ", input.device(),
-              " and ", target.device());
-  TORCH_CHECK(input.sizes() == target.sizes(), op, ": expected input and target of one shape, got ", input.sizes(),
-              " and ", target.sizes(), "; torch.broadcast_tensors them first");
-  const auto dtype = input.scalar_type() == target.scalar_type() ? input.scalar_type() : at::result_type(input, target);
+  TORCH_CHECK(input.device() == target.device(), op,
+              ": expected input and target on one device, got ", input.device(), " and ",
+              target.device());
+  TORCH_CHECK(input.sizes() == target.sizes(), op, ": expected input and target of one shape, got ",
+              input.sizes(), " and ", target.sizes(), "; torch.broadcast_tensors them first");
+  const auto dtype = input.scalar_type() == target.scalar_type() ? input.scalar_type()
+                                                                 : at::result_type(input, target);
   const Tensor x = dense(as_dtype(input, dtype));
   check_dtype(op, x);
   return {x, matching(as_dtype(target, dtype), x)};
@@ -109,8 +116,8 @@ ReduceArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const 
   return a;
 }
 
-Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scale, const Tensor& divisor,
-             const Parameters& params) {
+Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scale,
+             const Tensor& divisor, const Parameters& params) {
   const Tensor out = output_beside(x, {}, real_of(x.scalar_type()));
   const int64_t bytes = reduce_workspace(x.numel());
   constexpr int64_t kStack = 256;
@@ -125,8 +132,8 @@ Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scal
   return out;
 }
 
-// What came out is NaN where the input lies outside of the row's domain: only then is the input looked at again. On CUDA
-// that would be a wait for the device; the NaN is left to speak there.
+// What came out is NaN where the input lies outside of the row's domain: only then is the input
+// looked at again. On CUDA that would be a wait for the device; the NaN is left to speak there.
 void check_domain(const ReduceRow& r, const Tensor& result, const Tensor& x) {
   if (!std::isfinite(r.low) || !x.is_cpu() || x.numel() == 0) return;
   if (!result.sum().isnan().item<bool>()) return;
@@ -138,7 +145,8 @@ template <class... P>
 struct Forward {
   size_t row;
   explicit Forward(size_t row) : row(row) {}
-  Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool upcast, P... p) {
+  Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool upcast,
+                    P... p) {
     check_reduction(name_of(row), reduction);
     const auto [x, t] = aligned(name_of(row), input, target);
     const c10::DeviceGuard guard(x.device());
@@ -152,7 +160,8 @@ struct Forward {
       return as_dtype(out, dtype);
     }
     // The mean of nothing is nan, as torch has it: 0 / 0.
-    const double scale = reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(x.numel()) : 1.0;
+    const double scale =
+        reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(x.numel()) : 1.0;
     const Tensor out = total(r, x, t, scale, Tensor(), params);
     check_domain(r, out, x);
     return as_dtype(out, dtype);
@@ -163,10 +172,11 @@ template <class... P>
 struct BackwardOp {
   size_t row;
   explicit BackwardOp(size_t row) : row(row) {}
-  Tensor operator()(const Tensor& grad, const Tensor& input, const Tensor& target, int64_t reduction, P... p,
-                    int64_t wrt) {
+  Tensor operator()(const Tensor& grad, const Tensor& input, const Tensor& target,
+                    int64_t reduction, P... p, int64_t wrt) {
     check_reduction(name_of(row), reduction);
-    TORCH_CHECK(wrt == 0 || wrt == 1, name_of(row), "_backward: wrt is 0 (input) or 1 (target), got ", wrt);
+    TORCH_CHECK(wrt == 0 || wrt == 1, name_of(row),
+                "_backward: wrt is 0 (input) or 1 (target), got ", wrt);
     const auto [x, t] = aligned(name_of(row), input, target);
     const bool each = reduction == at::Reduction::None;
     TORCH_CHECK(each ? grad.sizes() == x.sizes() : grad.numel() == 1, name_of(row),
@@ -192,7 +202,8 @@ template <class... P>
 struct Second {
   size_t row;
   explicit Second(size_t row) : row(row) {}
-  Tensor operator()(const Tensor& input, const Tensor& target, P... p, int64_t first, int64_t then) {
+  Tensor operator()(const Tensor& input, const Tensor& target, P... p, int64_t first,
+                    int64_t then) {
     const auto [x, t] = aligned(name_of(row), input, target);
     const c10::DeviceGuard guard(x.device());
     const ReduceRow& r = rows(x.device().type()).data[row];
@@ -206,9 +217,11 @@ struct Second {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ derivatives
+// ------------------------------------------------------------------------------------------------
+// derivatives
 
-// Attributes are the row, the reduction and the parameters that are numbers; one that is a tensor is saved last.
+// Attributes are the row, the reduction and the parameters that are numbers; one that is a tensor
+// is saved last.
 template <class P>
 P parameter(const BackwardContext& c, size_t k) {
   if constexpr (std::is_same_v<P, double>) {
@@ -217,10 +230,15 @@ P parameter(const BackwardContext& c, size_t k) {
     return c.saved.back();
   }
 }
-void add(double p, std::vector<Save>&, std::vector<c10::IValue>& attributes) { attributes.emplace_back(p); }
-void add(const Tensor& p, std::vector<Save>& saves, std::vector<c10::IValue>&) { saves.push_back({p}); }
+void add(double p, std::vector<Save>&, std::vector<c10::IValue>& attributes) {
+  attributes.emplace_back(p);
+}
+void add(const Tensor& p, std::vector<Save>& saves, std::vector<c10::IValue>&) {
+  saves.push_back({p});
+}
 
-// Raises for a parameter to which a gradient is wanted, as torch has none either: the call is torch's to refuse.
+// Raises for a parameter to which a gradient is wanted, as torch has none either: the call is
+// torch's to refuse.
 void check_constant(const std::string&, double) {}
 void check_constant(const std::string& op, const Tensor& p) {
   TORCH_CHECK_NOT_IMPLEMENTED(!requires_grad(p) && !is_dual(p), op,
@@ -235,14 +253,17 @@ auto with_parameters(const BackwardContext& c, F f) {
   }(std::index_sequence_for<P...>{});
 }
 
-Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : at::add(a, b); }
+Tensor plus(const Tensor& a, const Tensor& b) {
+  return !a.defined() ? b : !b.defined() ? a : at::add(a, b);
+}
 
 template <class... P>
 variable_list forward_vjp(const variable_list& grads, const BackwardContext& c) {
   return with_parameters<P...>(c, [&](const auto& op, int64_t reduction, const auto&... p) {
     variable_list result(2);
     for (int64_t wrt = 0; wrt < 2; ++wrt)
-      if (c.needed[wrt]) result[wrt] = op.backward.call(grads[0], c.saved[0], c.saved[1], reduction, p..., wrt);
+      if (c.needed[wrt])
+        result[wrt] = op.backward.call(grads[0], c.saved[0], c.saved[1], reduction, p..., wrt);
     return result;
   });
 }
@@ -254,7 +275,8 @@ Tensor reduced(const Tensor& values, int64_t reduction) {
                                             : values.sum();
 }
 
-// Of out = reduced gradient g * d[wrt](x, t) / n: linear in g; to x and t by the second derivatives.
+// Of out = reduced gradient g * d[wrt](x, t) / n: linear in g; to x and t by the second
+// derivatives.
 template <class... P>
 variable_list backward_vjp(const variable_list& grads, const BackwardContext& c) {
   const int64_t wrt = c.attributes.back().toInt();
@@ -280,14 +302,15 @@ struct ForwardAutograd {
   size_t row;
   std::string label;
   explicit ForwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row))) {}
-  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, int64_t reduction, bool upcast,
-                    P... p) {
+  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, int64_t reduction,
+                    bool upcast, P... p) {
     (check_constant(label, p), ...);
     const auto& op = ops<P...>(row);
     Tensor y;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      y = op.forward.redispatch(ks & c10::after_autograd_keyset, input, target, reduction, upcast, p...);
+      y = op.forward.redispatch(ks & c10::after_autograd_keyset, input, target, reduction, upcast,
+                                p...);
     }
     Tensor dy;
     if (is_dual(input) || is_dual(target)) {
@@ -296,7 +319,8 @@ struct ForwardAutograd {
       if (is_dual(input))
         values = op.backward.call(tangent(input), x, t, at::Reduction::None, p..., 0);
       if (is_dual(target))
-        values = plus(values, op.backward.call(tangent(target), x, t, at::Reduction::None, p..., 1));
+        values =
+            plus(values, op.backward.call(tangent(target), x, t, at::Reduction::None, p..., 1));
       dy = reduced(values, reduction).to(y.scalar_type());
     }
     set_tangent(y, dy);
@@ -304,7 +328,8 @@ struct ForwardAutograd {
       std::vector<Save> saves{{input}, {target}};
       std::vector<c10::IValue> attributes{static_cast<int64_t>(row), reduction};
       (add(p, saves, attributes), ...);
-      record(label.c_str(), &forward_vjp<P...>, {y}, {input, target}, std::move(saves), std::move(attributes));
+      record(label.c_str(), &forward_vjp<P...>, {y}, {input, target}, std::move(saves),
+             std::move(attributes));
     }
     return y;
   }
@@ -314,15 +339,17 @@ template <class... P>
 struct BackwardAutograd {
   size_t row;
   std::string label;
-  explicit BackwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_backward") {}
-  Tensor operator()(DispatchKeySet ks, const Tensor& grad, const Tensor& input, const Tensor& target,
-                    int64_t reduction, P... p, int64_t wrt) {
+  explicit BackwardAutograd(size_t row)
+      : row(row), label("fastops::" + std::string(name_of(row)) + "_backward") {}
+  Tensor operator()(DispatchKeySet ks, const Tensor& grad, const Tensor& input,
+                    const Tensor& target, int64_t reduction, P... p, int64_t wrt) {
     (check_constant(label, p), ...);
     const auto& op = ops<P...>(row);
     Tensor dx;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      dx = op.backward.redispatch(ks & c10::after_autograd_keyset, grad, input, target, reduction, p..., wrt);
+      dx = op.backward.redispatch(ks & c10::after_autograd_keyset, grad, input, target, reduction,
+                                  p..., wrt);
     }
     Tensor dual;
     const Tensor g = primal(grad), x = primal(input), t = primal(target);
@@ -340,7 +367,8 @@ struct BackwardAutograd {
       std::vector<c10::IValue> attributes{static_cast<int64_t>(row), reduction};
       (add(p, saves, attributes), ...);
       attributes.emplace_back(wrt);
-      record(label.c_str(), &backward_vjp<P...>, {dx}, {grad, input, target}, std::move(saves), std::move(attributes));
+      record(label.c_str(), &backward_vjp<P...>, {dx}, {grad, input, target}, std::move(saves),
+             std::move(attributes));
     }
     return dx;
   }
@@ -350,16 +378,18 @@ template <class... P>
 struct SecondAutograd {
   size_t row;
   std::string label;
-  explicit SecondAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row)) + "_second") {}
-  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, P... p, int64_t first,
-                    int64_t then) {
+  explicit SecondAutograd(size_t row)
+      : row(row), label("fastops::" + std::string(name_of(row)) + "_second") {}
+  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, P... p,
+                    int64_t first, int64_t then) {
     (check_constant(label, p), ...);
-    TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(input) && !is_dual(target), "forward-mode derivative of ", label,
-                                " is not implemented");
+    TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(input) && !is_dual(target), "forward-mode derivative of ",
+                                label, " is not implemented");
     Tensor out;
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      out = ops<P...>(row).second.redispatch(ks & c10::after_autograd_keyset, input, target, p..., first, then);
+      out = ops<P...>(row).second.redispatch(ks & c10::after_autograd_keyset, input, target, p...,
+                                             first, then);
     }
     if (requires_grad(input, target)) record_not_implemented(label.c_str(), out, {input, target});
     return out;
@@ -378,26 +408,35 @@ struct Autocast {
   size_t row;
   explicit Autocast(size_t row) : row(row) {}
   Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool, P... p) {
-    return autocast<P...>(ops<P...>(row), std::integral_constant<DispatchKey, key>{}, input, target, reduction, p...);
+    return autocast<P...>(ops<P...>(row), std::integral_constant<DispatchKey, key>{}, input, target,
+                          reduction, p...);
   }
 };
 
-// ------------------------------------------------------------------------------------------------ registration
+// ------------------------------------------------------------------------------------------------
+// registration
 
 template <class... P>
 void define(torch::Library& m, size_t row, const ReduceRow& r) {
   const std::string n = r.name, params = *r.params ? std::string(", ") + r.params : "";
-  std::string given;  // the parameters without defaults, which cannot stand before arguments that have none
-  for (size_t at = 0, end; at < params.size(); at = std::min(params.find(',', end), params.size())) {
+  std::string
+      given;  // the parameters without defaults, which cannot stand before arguments that have none
+  for (size_t at = 0, end; at < params.size();
+       at = std::min(params.find(',', end), params.size())) {
     end = params.find('=', at);
     given += params.substr(at, end - at);
   }
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  const std::string first = count_tensors(r.params) ? ", int reduction, bool upcast" : ", int reduction=1, bool upcast=False";
+  const std::string first = count_tensors(r.params) ? ", int reduction, bool upcast"
+                                                    : ", int reduction=1, bool upcast=False";
   m.def((n + "(Tensor input, Tensor target" + first + params + ") -> Tensor").c_str(), tags);
-  m.def((n + "_backward(Tensor grad, Tensor input, Tensor target, int reduction" + given + ", int wrt) -> Tensor").c_str(),
+  m.def((n + "_backward(Tensor grad, Tensor input, Tensor target, int reduction" + given +
+         ", int wrt) -> Tensor")
+            .c_str(),
         tags);
-  m.def((n + "_second(Tensor input, Tensor target" + given + ", int first, int then) -> Tensor").c_str(), tags);
+  m.def((n + "_second(Tensor input, Tensor target" + given + ", int first, int then) -> Tensor")
+            .c_str(),
+        tags);
   const auto impl = [&](const std::string& name, DispatchKey key, torch::CppFunction f) {
     m.impl(name.c_str(), torch::dispatch(key, std::move(f)));
   };
@@ -410,8 +449,10 @@ void define(torch::Library& m, size_t row, const ReduceRow& r) {
   impl(n, DispatchKey::Autograd, torch::CppFunction(ForwardAutograd<P...>(row)));
   impl(n + "_backward", DispatchKey::Autograd, torch::CppFunction(BackwardAutograd<P...>(row)));
   impl(n + "_second", DispatchKey::Autograd, torch::CppFunction(SecondAutograd<P...>(row)));
-  impl(n, DispatchKey::AutocastCPU, torch::CppFunction(Autocast<DispatchKey::AutocastCPU, P...>(row)));
-  impl(n, DispatchKey::AutocastCUDA, torch::CppFunction(Autocast<DispatchKey::AutocastCUDA, P...>(row)));
+  impl(n, DispatchKey::AutocastCPU,
+       torch::CppFunction(Autocast<DispatchKey::AutocastCPU, P...>(row)));
+  impl(n, DispatchKey::AutocastCUDA,
+       torch::CppFunction(Autocast<DispatchKey::AutocastCUDA, P...>(row)));
 }
 
 template <class... P>

@@ -1,6 +1,7 @@
-// The optimizers' step as torch sees it: an op over lists of tensors for every row, and beside it StepPlan, which reads
-// parameters, gradients and states from the optimizer's own dictionaries. Both collect into one Sweep, which checks
-// everything before it changes anything. No formula, and no option by name.
+// The optimizers' step as torch sees it: an op over lists of tensors for every row, and beside it
+// StepPlan, which reads parameters, gradients and states from the optimizer's own dictionaries.
+// Both collect into one Sweep, which checks everything before it changes anything. No formula, and
+// no option by name.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -9,9 +10,9 @@
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
@@ -44,12 +45,14 @@ constexpr int64_t kReleaseInterpreter = 1 << 17;
 // So many parameters ahead of the one looked at, the memory of the next is asked for.
 constexpr size_t kAhead = 4;
 
-// ------------------------------------------------------------------------------------------------ tensors
+// ------------------------------------------------------------------------------------------------
+// tensors
 
-// Subclasses with a say in dispatch, wrappers of torch.func, fake tensors: whose memory is not theirs to be read.
-constexpr DispatchKeySet kWrapped =
-    DispatchKeySet({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
-                    DispatchKey::FuncTorchGradWrapper, DispatchKey::Batched, DispatchKey::NestedTensor});
+// Subclasses with a say in dispatch, wrappers of torch.func, fake tensors: whose memory is not
+// theirs to be read.
+constexpr DispatchKeySet kWrapped = DispatchKeySet(
+    {DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
+     DispatchKey::FuncTorchGradWrapper, DispatchKey::Batched, DispatchKey::NestedTensor});
 // Values that are not what the memory says until they are resolved.
 constexpr DispatchKeySet kLazy =
     DispatchKeySet({DispatchKey::Conjugate, DispatchKey::Negative, DispatchKey::ZeroTensor});
@@ -60,9 +63,7 @@ bool plain(const TensorImpl* t) {
          t->unsafe_storage();
 }
 
-Tensor tensor_of(TensorImpl* t) {
-  return Tensor(c10::intrusive_ptr<TensorImpl>::reclaim_copy(t));
-}
+Tensor tensor_of(TensorImpl* t) { return Tensor(c10::intrusive_ptr<TensorImpl>::reclaim_copy(t)); }
 
 // Whether element i in memory of one is element i in memory of the other; `a` is dense.
 bool same_memory_order(const TensorImpl* a, const TensorImpl* b) {
@@ -83,14 +84,17 @@ bool equal(c10::IntArrayRef a, c10::IntArrayRef b) {
   return true;
 }
 
-// ------------------------------------------------------------------------------------------------ sweep
+// ------------------------------------------------------------------------------------------------
+// sweep
 
 // What a group of parameters is stepped with.
 struct Options {
   size_t row = 0;
   double values[kMaxOptions] = {};
-  std::vector<Tensor> memory;  // per option: a tensor on a CUDA device that holds it instead; empty where none does
-  bool stochastic = false;     // rounding to bfloat16, with this seed and, where steps are not counted, step
+  std::vector<Tensor>
+      memory;  // per option: a tensor on a CUDA device that holds it instead; empty where none does
+  bool stochastic =
+      false;  // rounding to bfloat16, with this seed and, where steps are not counted, step
   int64_t seed = 0;
   uint32_t step = 0;
 };
@@ -154,19 +158,30 @@ class Sweep {
   size_t size() const { return entries_.size(); }
 
   // `options` must stay where they are until run() is over.
-  void add(const Options& options, uint32_t number, bool first, TensorImpl* p, TensorImpl* g, TensorImpl* counter,
-           TensorImpl* const* s, TensorImpl* average = nullptr, double weight = 0) {
+  void add(const Options& options, uint32_t number, bool first, TensorImpl* p, TensorImpl* g,
+           TensorImpl* counter, TensorImpl* const* s, TensorImpl* average = nullptr,
+           double weight = 0) {
     const StepRow& r = rows_.data[options.row];
-    Entry& e = entries_.emplace_back(Entry{p, g, counter, {}, nullptr, &options, number, p->numel(), dtype_of(p),
-                                           dtype_of(p), p->device(), first});
+    Entry& e = entries_.emplace_back(Entry{p,
+                                           g,
+                                           counter,
+                                           {},
+                                           nullptr,
+                                           &options,
+                                           number,
+                                           p->numel(),
+                                           dtype_of(p),
+                                           dtype_of(p),
+                                           p->device(),
+                                           first});
     // A complex number is a pair of real ones to every formula, as in torch.
     if (c10::isComplexType(e.dtype)) {
       e.n *= 2;
       e.dtype = e.state_dtype = c10::toRealValueType(e.dtype);
     }
     const bool reduced = e.dtype == c10::kHalf || e.dtype == c10::kBFloat16;
-    TORCH_CHECK_NOT_IMPLEMENTED(e.dtype == c10::kFloat || e.dtype == c10::kDouble || reduced, r.name, ": parameter ",
-                                entries_.size() - 1, " is ", dtype_of(p),
+    TORCH_CHECK_NOT_IMPLEMENTED(e.dtype == c10::kFloat || e.dtype == c10::kDouble || reduced,
+                                r.name, ": parameter ", entries_.size() - 1, " is ", dtype_of(p),
                                 "; the optimizers take floating point and complex parameters");
     const bool dense = p->is_non_overlapping_and_dense();
     e.flat = dense && !lazy(p);
@@ -174,15 +189,17 @@ class Sweep {
     if (!dense) at::assert_no_internal_overlap(p);
 
     matches(r, "the gradient", g, p);
-    TORCH_CHECK(g->dtype() == p->dtype(), r.name, ": parameter ", entries_.size() - 1, " is ", dtype_of(p),
-                " but its gradient is ", dtype_of(g), "; give it a gradient of the parameter's dtype");
+    TORCH_CHECK(g->dtype() == p->dtype(), r.name, ": parameter ", entries_.size() - 1, " is ",
+                dtype_of(p), " but its gradient is ", dtype_of(g),
+                "; give it a gradient of the parameter's dtype");
     e.flat = e.flat && same_memory_order(p, g) && !lazy(g);
     for (int k = 0; k < r.states; ++k) {
       e.s[k] = s[k];
       writable(r, "state", s[k]);
       matches(r, "a state", s[k], p);
-      TORCH_CHECK(s[k]->dtype() == s[0]->dtype(), r.name, ": the states of parameter ", entries_.size() - 1, " are ",
-                  dtype_of(s[0]), " and ", dtype_of(s[k]), "; they must be of one dtype");
+      TORCH_CHECK(s[k]->dtype() == s[0]->dtype(), r.name, ": the states of parameter ",
+                  entries_.size() - 1, " are ", dtype_of(s[0]), " and ", dtype_of(s[k]),
+                  "; they must be of one dtype");
       if (!dense || !same_memory_order(p, s[k]) || lazy(s[k])) {
         e.flat = false;
         if (!s[k]->is_non_overlapping_and_dense()) at::assert_no_internal_overlap(s[k]);
@@ -194,8 +211,9 @@ class Sweep {
       e.weight = weight;
       writable(r, "average", average);
       matches(r, "its average", average, p);
-      TORCH_CHECK(dtype_of(average) == wanted, r.name, ": the average of parameter ", entries_.size() - 1, " is ",
-                  dtype_of(average), "; of ", dtype_of(p), " parameters it must be ", wanted);
+      TORCH_CHECK(dtype_of(average) == wanted, r.name, ": the average of parameter ",
+                  entries_.size() - 1, " is ", dtype_of(average), "; of ", dtype_of(p),
+                  " parameters it must be ", wanted);
       if (!dense || !same_memory_order(p, average) || lazy(average)) {
         e.flat = false;
         if (!average->is_non_overlapping_and_dense()) at::assert_no_internal_overlap(average);
@@ -205,16 +223,19 @@ class Sweep {
       e.state_dtype = dtype_of(s[0]);
       TORCH_CHECK((reduced && e.state_dtype == c10::kFloat) ||
                       (dtype_of(p) == c10::kFloat && e.state_dtype == c10::kBFloat16),
-                  r.name, ": parameter ", entries_.size() - 1, " is ", dtype_of(p), " but its states are ",
-                  e.state_dtype);
+                  r.name, ": parameter ", entries_.size() - 1, " is ", dtype_of(p),
+                  " but its states are ", e.state_dtype);
     }
-    TORCH_CHECK(!options.stochastic || (e.dtype != c10::kHalf && e.state_dtype != c10::kHalf), r.name, ": parameter ",
-                entries_.size() - 1, " is Half; rounding=\"stochastic\" is for BFloat16");
+    TORCH_CHECK(!options.stochastic || (e.dtype != c10::kHalf && e.state_dtype != c10::kHalf),
+                r.name, ": parameter ", entries_.size() - 1,
+                " is Half; rounding=\"stochastic\" is for BFloat16");
     if (r.counts) {
       writable(r, "step count", counter);
-      TORCH_CHECK(counter->numel() == 1 && (counter->is_cpu() || counter->device() == p->device()) &&
-                      (dtype_of(counter) == c10::kFloat || dtype_of(counter) == c10::kDouble),
-                  r.name, ": the step count must be one float32 or float64 on the CPU or where its parameter is");
+      TORCH_CHECK(
+          counter->numel() == 1 && (counter->is_cpu() || counter->device() == p->device()) &&
+              (dtype_of(counter) == c10::kFloat || dtype_of(counter) == c10::kDouble),
+          r.name,
+          ": the step count must be one float32 or float64 on the CPU or where its parameter is");
       e.count = counter->mutable_data();
       e.counts_in_double = dtype_of(counter) == c10::kDouble;
     }
@@ -225,10 +246,10 @@ class Sweep {
     all_flat_ = all_flat_ && e.flat;
   }
 
-  // grad_scale and found_inf as torch.amp.GradScaler hands them over. Leaves version counters alone on request, where
-  // the dispatcher's ADInplaceOrView key sees to them.
-  void run(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, bool moves_versions,
-           bool holds_interpreter) {
+  // grad_scale and found_inf as torch.amp.GradScaler hands them over. Leaves version counters alone
+  // on request, where the dispatcher's ADInplaceOrView key sees to them.
+  void run(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+           bool moves_versions, bool holds_interpreter) {
     if (entries_.empty()) return;
     if (found_inf && !skips_on_device() && found_inf->item<double>() != 0) return;
     at::AutoDispatchBelowADInplaceOrView below;
@@ -254,9 +275,9 @@ class Sweep {
     found_inf_.reset();
   }
 
-  // The norm of all gradients together, divided by grad_scale, and what the gradients are to be divided by for it to be at
-  // most max_norm, grad_scale included: two float32 on the gradients' device, which is not waited for. Undefined where not
-  // all gradients are dense and on one device.
+  // The norm of all gradients together, divided by grad_scale, and what the gradients are to be
+  // divided by for it to be at most max_norm, grad_scale included: two float32 on the gradients'
+  // device, which is not waited for. Undefined where not all gradients are dense and on one device.
   Tensor clip(const std::optional<Tensor>& grad_scale, double max_norm, bool holds_interpreter) {
     for (Bucket& b : grads_) b.tensors.clear();
     const c10::Device device = entries_[0].device;
@@ -304,14 +325,16 @@ class Sweep {
       for (const StepTensor& t : b.tensors) next += norm_chunks(t.n);
     }
     float* const out = made.mutable_data_ptr<float>();
-    check("grad_norm", row.clip({count, sums, scale.defined() ? scale.const_data_ptr<float>() : nullptr, max_norm, out,
-                                 out + 1, stream}));
+    check("grad_norm",
+          row.clip({count, sums, scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+                    max_norm, out, out + 1, stream}));
     released.reset();
     kept_.clear();
     return made;
   }
 
-  // Asks for what add() will look at when it is called for the k-th time, if this step is like the last.
+  // Asks for what add() will look at when it is called for the k-th time, if this step is like the
+  // last.
   void expect(size_t k) const {
     if (k >= before_.size()) return;
     const Entry& e = before_[k];
@@ -335,8 +358,9 @@ class Sweep {
     std::vector<unsigned char> first;
 
     bool takes(const Entry& e) const {
-      return row == e.options->row && device == e.device && dtype == e.dtype && state_dtype == e.state_dtype &&
-             stochastic == e.options->stochastic && on_device == e.on_device &&
+      return row == e.options->row && device == e.device && dtype == e.dtype &&
+             state_dtype == e.state_dtype && stochastic == e.options->stochastic &&
+             on_device == e.on_device &&
              (!on_device || (options == e.options && counts_in_double == e.counts_in_double));
     }
     void clear() {
@@ -353,19 +377,21 @@ class Sweep {
   };
 
   void writable(const StepRow& r, const char* what, TensorImpl* t) const {
-    TORCH_CHECK(t->key_set().has(DispatchKey::ADInplaceOrView) || c10::InferenceMode::is_enabled(), r.name, ": the ",
-                what, " of parameter ", entries_.size() - 1,
-                " is an inference tensor. Inplace update to inference tensor outside InferenceMode is not allowed");
+    TORCH_CHECK(t->key_set().has(DispatchKey::ADInplaceOrView) || c10::InferenceMode::is_enabled(),
+                r.name, ": the ", what, " of parameter ", entries_.size() - 1,
+                " is an inference tensor. Inplace update to inference tensor outside InferenceMode "
+                "is not allowed");
   }
   void matches(const StepRow& r, const char* what, TensorImpl* t, TensorImpl* p) const {
-    TORCH_CHECK(equal(t->sizes(), p->sizes()), r.name, ": parameter ", entries_.size() - 1, " has shape ", p->sizes(), " but ",
-                what, " has shape ", t->sizes());
-    TORCH_CHECK(t->device() == p->device(), r.name, ": parameter ", entries_.size() - 1, " is on ", p->device(), " but ",
-                what, " is on ", t->device());
+    TORCH_CHECK(equal(t->sizes(), p->sizes()), r.name, ": parameter ", entries_.size() - 1,
+                " has shape ", p->sizes(), " but ", what, " has shape ", t->sizes());
+    TORCH_CHECK(t->device() == p->device(), r.name, ": parameter ", entries_.size() - 1, " is on ",
+                p->device(), " but ", what, " is on ", t->device());
   }
 
-  // Whether two of the tensors written, or one written and one gradient, share memory. The answer stands as long as the
-  // pointers do; a gradient that is alone on its storage shares it with nobody.
+  // Whether two of the tensors written, or one written and one gradient, share memory. The answer
+  // stands as long as the pointers do; a gradient that is alone on its storage shares it with
+  // nobody.
   bool overlapping() {
     bool same = true;
     size_t k = 0;
@@ -390,7 +416,8 @@ class Sweep {
     }
     if (!same) {
       sorted_ = written_;
-      std::sort(sorted_.begin(), sorted_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+      std::sort(sorted_.begin(), sorted_.end(),
+                [](const Range& a, const Range& b) { return a.begin < b.begin; });
       overlapping_ = false;
       const char* end = nullptr;
       for (const Range& r : sorted_) {
@@ -425,7 +452,8 @@ class Sweep {
     return (last + 1) * static_cast<int64_t>(t->itemsize());
   }
 
-  // Working copies for the entries whose tensors differ in memory order. The copies are made before anything changes.
+  // Working copies for the entries whose tensors differ in memory order. The copies are made before
+  // anything changes.
   void gather(size_t begin, size_t end) {
     copies_.clear();
     for (size_t i = begin; i < end; ++i) {
@@ -465,7 +493,8 @@ class Sweep {
     copies_.clear();
   }
 
-  // Whether an infinity in the gradients can be left to the kernels: nothing on the host depends on it.
+  // Whether an infinity in the gradients can be left to the kernels: nothing on the host depends on
+  // it.
   bool skips_on_device() const {
     return std::all_of(entries_.begin(), entries_.end(), [](const Entry& e) {
       return e.device.is_cuda() && !e.first && (!e.counter || !e.counter->is_cpu());
@@ -486,7 +515,8 @@ class Sweep {
       const Entry& e = entries_[i];
       double count = 0;
       if (e.counter && !e.on_device)
-        count = e.counts_in_double ? *static_cast<double*>(e.count) += 1 : *static_cast<float*>(e.count) += 1;
+        count = e.counts_in_double ? *static_cast<double*>(e.count) += 1
+                                   : *static_cast<float*>(e.count) += 1;
       if (e.n == 0 && !e.on_device) continue;
       if (!e.on_device &&
           (!last || last->options != e.options || last->first != e.first || last_count != count)) {
@@ -521,8 +551,9 @@ class Sweep {
         t.weight = e.weight;
       }
       if (e.options->stochastic)
-        bucket->noise.push_back(
-            {e.options->seed, e.counter ? static_cast<uint32_t>(count) : e.options->step, e.number});
+        bucket->noise.push_back({e.options->seed,
+                                 e.counter ? static_cast<uint32_t>(count) : e.options->step,
+                                 e.number});
       if (e.on_device) {
         bucket->counts.push_back(e.counter ? e.count : nullptr);
         bucket->first.push_back(e.first);
@@ -577,7 +608,8 @@ class Sweep {
         std::copy_n(b.options->values, kMaxOptions, on_device.options);
         for (const Tensor& t : b.options->memory) {
           options.push_back(t.defined() ? t.to(b.device, at::kDouble) : t);
-          if (t.defined()) on_device.option_at[options.size() - 1] = options.back().const_data_ptr<double>();
+          if (t.defined())
+            on_device.option_at[options.size() - 1] = options.back().const_data_ptr<double>();
         }
         numbers = at::empty({a.count * kNumbersBytes}, at::dtype(at::kByte).device(b.device));
         on_device.numbers = numbers.mutable_data_ptr();
@@ -609,8 +641,9 @@ class Sweep {
   bool overlapping_ = false;
 };
 
-// ------------------------------------------------------------------------------------------------ the op
-// row_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, ..., Tensor(z!)[] step, *, options,
+// ------------------------------------------------------------------------------------------------
+// the op row_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, ..., Tensor(z!)[] step, *,
+// options,
 //      Tensor? grad_scale=None, Tensor? found_inf=None) -> ()
 
 std::string schema(const StepRow& r) {
@@ -649,8 +682,9 @@ Arguments arguments(const c10::OperatorHandle& op, const torch::jit::Stack& stac
   size_t k = 0;
   for (; in[k].isTensorList(); ++k) a.lists.push_back(in[k].toTensorVector());
   for (const auto& list : a.lists)
-    TORCH_CHECK(list.size() == a.lists[0].size(), op.schema().name(), ": ", a.lists[0].size(), " params but ",
-                list.size(), " of ", op.schema().arguments()[&list - a.lists.data()].name());
+    TORCH_CHECK(list.size() == a.lists[0].size(), op.schema().name(), ": ", a.lists[0].size(),
+                " params but ", list.size(), " of ",
+                op.schema().arguments()[&list - a.lists.data()].name());
   for (double* value = a.options.values; k < n - 2; ++k)
     *value++ = in[k].isBool() ? static_cast<double>(in[k].toBool()) : in[k].toDouble();
   a.grad_scale = in[k].toOptional<Tensor>();
@@ -671,7 +705,8 @@ void step_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     };
     TensorImpl* s[kMaxStates];
     for (int k = 0; k < r.states; ++k) s[k] = impl(2 + k);
-    sweep.add(a.options, static_cast<uint32_t>(i), false, impl(0), impl(1), r.counts ? impl(2 + r.states) : nullptr, s);
+    sweep.add(a.options, static_cast<uint32_t>(i), false, impl(0), impl(1),
+              r.counts ? impl(2 + r.states) : nullptr, s);
   }
   sweep.run(a.grad_scale, a.found_inf, /*moves_versions=*/false, /*holds_interpreter=*/false);
   torch::jit::drop(*stack, op.schema().arguments().size());
@@ -714,17 +749,20 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
       m.impl(name.c_str(), torch::dispatch(key, std::move(f)));
     };
     impl(DispatchKey::CPU, torch::CppFunction::makeFromBoxedFunction<&step_kernel>());
-    if (cuda_built()) impl(DispatchKey::CUDA, torch::CppFunction::makeFromBoxedFunction<&step_kernel>());
+    if (cuda_built())
+      impl(DispatchKey::CUDA, torch::CppFunction::makeFromBoxedFunction<&step_kernel>());
     impl(DispatchKey::Meta, torch::CppFunction::makeFromBoxedFunction<&step_meta>());
     impl(DispatchKey::Autograd, torch::CppFunction::makeFromBoxedFunction<&step_autograd>());
     impl(DispatchKey::ADInplaceOrView, torch::CppFunction::makeFromBoxedFunction<&step_versions>());
   }
 }
 
-// ------------------------------------------------------------------------------------------------ StepPlan
+// ------------------------------------------------------------------------------------------------
+// StepPlan
 
-// Steps an optimizer's parameters as they stand in its `state` and groups. What it keeps between steps are memory and
-// guesses (where in a dictionary an entry was), never an assumption: each step reads everything anew.
+// Steps an optimizer's parameters as they stand in its `state` and groups. What it keeps between
+// steps are memory and guesses (where in a dictionary an entry was), never an assumption: each step
+// reads everything anew.
 class StepPlan {
  public:
   StepPlan() {
@@ -742,23 +780,27 @@ class StepPlan {
     }
   }
 
-  // One step of groups = [(row, params, options, (seed, step) of stochastic rounding or None), ...], of the parameters that
-  // have a gradient. An option is a number, or a tensor on a CUDA device that holds it. Returns None, or, with nothing
-  // changed, a pair of lists of (number of the group, parameter): those without state, and those that are not ordinary
-  // tensors. `fresh`: the parameters whose state has just been made, `started`: whose average has. `partial`: leave the
+  // One step of groups = [(row, params, options, (seed, step) of stochastic rounding or None),
+  // ...], of the parameters that have a gradient. An option is a number, or a tensor on a CUDA
+  // device that holds it. Returns None, or, with nothing changed, a pair of lists of (number of the
+  // group, parameter): those without state, and those that are not ordinary tensors. `fresh`: the
+  // parameters whose state has just been made, `started`: whose average has. `partial`: leave the
   // second kind out.
-  // `apart`: some of those all the same, as (number of the group, parameter, [what stands for it, its gradient, states ...,
-  // step count], average or None), ordinary tensors.
-  // `check_only`: change nothing at all. `ema_weight`: what of the new parameters goes into the averages that are kept
-  // under "ema"; everything, the first time. `max_grad_norm`: scale the gradients so that their norm is no more, and leave
-  // the norm in `grad_norm`; returns False, with nothing changed, where the norm is not for the kernels to take.
-  py::object step(const py::dict& state, const py::list& groups, const std::optional<Tensor>& grad_scale,
-                  const std::optional<Tensor>& found_inf, const py::list& fresh, const py::list& started,
-                  const py::list& apart, bool partial, bool check_only, std::optional<double> ema_weight,
+  // `apart`: some of those all the same, as (number of the group, parameter, [what stands for it,
+  // its gradient, states ..., step count], average or None), ordinary tensors. `check_only`: change
+  // nothing at all. `ema_weight`: what of the new parameters goes into the averages that are kept
+  // under "ema"; everything, the first time. `max_grad_norm`: scale the gradients so that their
+  // norm is no more, and leave the norm in `grad_norm`; returns False, with nothing changed, where
+  // the norm is not for the kernels to take.
+  py::object step(const py::dict& state, const py::list& groups,
+                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                  const py::list& fresh, const py::list& started, const py::list& apart,
+                  bool partial, bool check_only, std::optional<double> ema_weight,
                   std::optional<double> max_grad_norm) {
-    // The kernels run without the interpreter's lock: another thread could come in here, and pull the lists from
-    // under them.
-    TORCH_CHECK(!stepping_, "step() of this optimizer is under way in another thread; one step at a time");
+    // The kernels run without the interpreter's lock: another thread could come in here, and pull
+    // the lists from under them.
+    TORCH_CHECK(!stepping_,
+                "step() of this optimizer is under way in another thread; one step at a time");
     const Flag stepping(stepping_);
     ema_weight_ = ema_weight;
     sweep_.clear();
@@ -771,17 +813,20 @@ class StepPlan {
     groups_.clear();
     size_t wanted = 0;
     for (const auto& item : groups) {
-      const auto [row, params, options, rounding] =
-          py::cast<std::tuple<size_t, py::list, py::tuple, std::optional<std::pair<int64_t, uint32_t>>>>(item);
+      const auto [row, params, options, rounding] = py::cast<
+          std::tuple<size_t, py::list, py::tuple, std::optional<std::pair<int64_t, uint32_t>>>>(
+          item);
       const StepRow& r = tables(c10::DeviceType::CPU).step.data[row];
       const size_t count = options.size();
-      TORCH_CHECK(count == static_cast<size_t>(count_options(r.options)), r.name, " takes ", r.options);
+      TORCH_CHECK(count == static_cast<size_t>(count_options(r.options)), r.name, " takes ",
+                  r.options);
       Group& group = groups_.emplace_back(Group{{}, params});
       group.options.row = row;
       for (size_t k = 0; k < count; ++k) {
         if (THPVariable_Check(options[k].ptr())) {
           const Tensor& t = THPVariable_Unpack(options[k].ptr());
-          TORCH_CHECK(t.numel() == 1 && t.is_cuda(), r.name, ": an option that is a tensor must be one number on a CUDA device");
+          TORCH_CHECK(t.numel() == 1 && t.is_cuda(), r.name,
+                      ": an option that is a tensor must be one number on a CUDA device");
           group.options.memory.resize(count);
           group.options.memory[k] = t;
         } else {
@@ -823,7 +868,8 @@ class StepPlan {
     if (!missing.empty() || (!others.empty() && !partial)) {
       const auto list = [](const std::vector<std::pair<size_t, PyObject*>>& found) {
         py::list l;
-        for (const auto& [g, p] : found) l.append(py::make_tuple(g, py::reinterpret_borrow<py::object>(p)));
+        for (const auto& [g, p] : found)
+          l.append(py::make_tuple(g, py::reinterpret_borrow<py::object>(p)));
         return l;
       };
       return py::make_tuple(list(missing), list(others));
@@ -838,14 +884,16 @@ class StepPlan {
         options = &o;
       }
       const StepRow& r = rows_.data[options->row];
-      TORCH_CHECK(tensors.size() == static_cast<size_t>(2 + r.states + r.counts), r.name, ": ", tensors.size(),
-                  " tensors of one parameter");
+      TORCH_CHECK(tensors.size() == static_cast<size_t>(2 + r.states + r.counts), r.name, ": ",
+                  tensors.size(), " tensors of one parameter");
       TensorImpl* of[3 + kMaxStates] = {};
       for (size_t j = 0; j < tensors.size(); ++j) {
         of[j] = tensors[j].unsafeGetTensorImpl();
-        TORCH_CHECK(plain(of[j]), r.name, ": tensor ", j, " of one parameter is not an ordinary dense one");
+        TORCH_CHECK(plain(of[j]), r.name, ": tensor ", j,
+                    " of one parameter is not an ordinary dense one");
       }
-      sweep_.add(*options, 0, fresh_.count(param.ptr()), of[0], of[1], r.counts ? of[2 + r.states] : nullptr, of + 2,
+      sweep_.add(*options, 0, fresh_.count(param.ptr()), of[0], of[1],
+                 r.counts ? of[2 + r.states] : nullptr, of + 2,
                  average ? average->unsafeGetTensorImpl() : nullptr,
                  started_.count(param.ptr()) ? 1.0 : ema_weight_.value_or(0));
     }
@@ -862,7 +910,8 @@ class StepPlan {
     return py::none();
   }
   Tensor grad_norm;   // of the last step with max_grad_norm
-  int64_t steps = 0;  // that were taken. An interrupt that comes meanwhile is raised where step() returns: this tells
+  int64_t steps = 0;  // that were taken. An interrupt that comes meanwhile is raised where step()
+                      // returns: this tells
 
  private:
   enum class Found { kReady, kMissing, kOther };
@@ -877,9 +926,11 @@ class StepPlan {
   };
   using Apart = std::tuple<size_t, py::object, std::vector<Tensor>, std::optional<Tensor>>;
 
-  Found collect(const Options& options, uint32_t number, PyObject* param, PyObject* state, Py_ssize_t& hint) {
+  Found collect(const Options& options, uint32_t number, PyObject* param, PyObject* state,
+                Py_ssize_t& hint) {
     if (!THPVariable_CheckExact(param)) {
-      // A subclass may have a `grad` of its own; the class of Parameter hooks and buffers is for Python to look at.
+      // A subclass may have a `grad` of its own; the class of Parameter hooks and buffers is for
+      // Python to look at.
       return Found::kOther;
     }
     TensorImpl* p = THPVariable_Unpack(param).unsafeGetTensorImpl();
@@ -899,13 +950,16 @@ class StepPlan {
       Py_ssize_t at = 0;
       if (r.counts) {
         PyObject* t = value_of(own, counter_key_.ptr(), at);
-        TORCH_CHECK(THPVariable_Check(t),
-                    "API has changed, `state_steps` argument must contain a list of singleton tensors");
+        TORCH_CHECK(
+            THPVariable_Check(t),
+            "API has changed, `state_steps` argument must contain a list of singleton tensors");
         counter = THPVariable_Unpack(t).unsafeGetTensorImpl();
-        if (!plain(counter) || (!counter->is_cpu() && counter->device() != p->device())) return Found::kOther;
+        if (!plain(counter) || (!counter->is_cpu() && counter->device() != p->device()))
+          return Found::kOther;
       }
       for (int k = 0; k < r.states; ++k) {
-        // Where steps are counted, a state that lacks one is broken; else it may be that there was no need for one so far.
+        // Where steps are counted, a state that lacks one is broken; else it may be that there was
+        // no need for one so far.
         PyObject* t = value_of(own, state_keys_[options.row][k].ptr(), at, /*optional=*/!r.counts);
         if (!t || t == Py_None) return Found::kMissing;
         if (!THPVariable_CheckExact(t)) return Found::kOther;
@@ -922,14 +976,15 @@ class StepPlan {
       }
     }
     // Numbers of the step are made in one place.
-    if (!options.memory.empty() && (p->is_cpu() || (counter && counter->is_cpu()))) return Found::kOther;
+    if (!options.memory.empty() && (p->is_cpu() || (counter && counter->is_cpu())))
+      return Found::kOther;
     sweep_.add(options, number, first, p, g, counter, s, average,
                started_.count(param) ? 1.0 : ema_weight_.value_or(0));
     return Found::kReady;
   }
 
-  // state[param], without calling the parameter's __hash__ (which is Python): entries are found where they were the
-  // last time, or else by walking the dictionary once.
+  // state[param], without calling the parameter's __hash__ (which is Python): entries are found
+  // where they were the last time, or else by walking the dictionary once.
   PyObject* state_of(PyObject* state, PyObject* param, Py_ssize_t& hint) {
     PyObject *key, *value;
     Py_ssize_t at = hint;
@@ -947,7 +1002,8 @@ class StepPlan {
     return value;
   }
 
-  // d[key], which is most often the entry at position `at`. Raises KeyError as Python does, or returns null.
+  // d[key], which is most often the entry at position `at`. Raises KeyError as Python does, or
+  // returns null.
   static PyObject* value_of(PyObject* d, PyObject* wanted, Py_ssize_t& at, bool optional = false) {
     PyObject *key, *value;
     const Py_ssize_t before = at;
@@ -977,13 +1033,14 @@ class StepPlan {
 }  // namespace
 
 void bind_step(pybind11::module_& m) {
-  py::class_<StepPlan>(m, "StepPlan", "Steps the parameters of an optimizer as they stand in its dictionaries.")
+  py::class_<StepPlan>(m, "StepPlan",
+                       "Steps the parameters of an optimizer as they stand in its dictionaries.")
       .def(py::init<>())
-      .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"), py::arg("grad_scale") = std::nullopt,
-           py::arg("found_inf") = std::nullopt, py::arg("fresh") = py::list(),
-           py::arg("started") = py::list(), py::arg("apart") = py::list(), py::arg("partial") = false,
-           py::arg("check_only") = false, py::arg("ema_weight") = std::nullopt,
-           py::arg("max_grad_norm") = std::nullopt)
+      .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"),
+           py::arg("grad_scale") = std::nullopt, py::arg("found_inf") = std::nullopt,
+           py::arg("fresh") = py::list(), py::arg("started") = py::list(),
+           py::arg("apart") = py::list(), py::arg("partial") = false, py::arg("check_only") = false,
+           py::arg("ema_weight") = std::nullopt, py::arg("max_grad_norm") = std::nullopt)
       .def_readonly("grad_norm", &StepPlan::grad_norm)
       .def_readonly("steps", &StepPlan::steps);
   // name, names of the states, whether steps are counted, options as a schema writes them

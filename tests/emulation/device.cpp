@@ -1,10 +1,11 @@
-// A CUDA device made of this process's memory, for running csrc/torch as it is: tensors of device type CUDA, a guard
-// and streams that torch and csrc/torch see, and torch's own CUDA ops, each of which is run by its CPU kernel on the
-// same memory. Our kernels come from the emulator. Linked with the objects of fastops._C; see device.py.
+// A CUDA device made of this process's memory, for running csrc/torch as it is: tensors of device
+// type CUDA, a guard and streams that torch and csrc/torch see, and torch's own CUDA ops, each of
+// which is run by its CPU kernel on the same memory. Our kernels come from the emulator. Linked
+// with the objects of fastops._C; see device.py.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -42,7 +43,8 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
   Device getDevice() const override { return {DeviceType::CUDA, current}; }
   void setDevice(Device d) const override {
-    TORCH_CHECK(d.is_cuda() && d.index() >= 0 && d.index() < kDevices, "invalid device ordinal: ", d);
+    TORCH_CHECK(d.is_cuda() && d.index() >= 0 && d.index() < kDevices,
+                "invalid device ordinal: ", d);
     current = d.index();
   }
   void uncheckedSetDevice(Device d) const noexcept override { current = d.index(); }
@@ -51,7 +53,9 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
     setDevice(d);
     return before;
   }
-  c10::Stream stream(Device d, c10::StreamId id) const { return c10::Stream(c10::Stream::UNSAFE, d, id); }
+  c10::Stream stream(Device d, c10::StreamId id) const {
+    return c10::Stream(c10::Stream::UNSAFE, d, id);
+  }
   c10::Stream getStream(Device d) const override {
     if (!d.has_index()) d = getDevice();
     return stream(d, streams[d.index()]);
@@ -62,7 +66,8 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
   }
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
   bool isStreamCapturing(const c10::Stream&) const override { return capturing; }
-  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void record(void**, const c10::Stream&, const c10::DeviceIndex,
+              const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const c10::Stream&) const override { return true; }
@@ -71,17 +76,22 @@ struct Guard : c10::impl::DeviceGuardImplInterface {
 };
 const Guard guard;
 
-// ------------------------------------------------------------------------------------------------ tensors
+// ------------------------------------------------------------------------------------------------
+// tensors
 
 // The memory of `t` as a tensor of another device.
 Tensor alias(const Tensor& t, Device device) {
   const c10::Storage& storage = t.storage();
-  c10::DataPtr data(const_cast<void*>(storage.data()), new c10::Storage(storage),
-                    [](void* p) { delete static_cast<c10::Storage*>(p); }, device);
-  auto* allocator = device.is_cpu() ? c10::GetCPUAllocator() : nullptr;  // what torch resizes, it resizes on the host
-  c10::Storage same(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data), allocator, allocator);
+  c10::DataPtr data(
+      const_cast<void*>(storage.data()), new c10::Storage(storage),
+      [](void* p) { delete static_cast<c10::Storage*>(p); }, device);
+  auto* allocator = device.is_cpu() ? c10::GetCPUAllocator()
+                                    : nullptr;  // what torch resizes, it resizes on the host
+  c10::Storage same(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data), allocator,
+                    allocator);
   const auto key = device.is_cuda() ? DispatchKey::CUDA : DispatchKey::CPU;
-  Tensor made = at::detail::make_tensor<c10::TensorImpl>(std::move(same), c10::DispatchKeySet(key), t.dtype());
+  Tensor made = at::detail::make_tensor<c10::TensorImpl>(std::move(same), c10::DispatchKeySet(key),
+                                                         t.dtype());
   auto* impl = made.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
   if (t.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
@@ -90,7 +100,8 @@ Tensor alias(const Tensor& t, Device device) {
   return made;
 }
 
-// ------------------------------------------------------------------------------------------------ torch's ops
+// ------------------------------------------------------------------------------------------------
+// torch's ops
 
 void waits(const OperatorHandle& op) {
   TORCH_CHECK(!sync_is_an_error, "called a synchronizing CUDA operation: ", op.schema().name());
@@ -98,8 +109,8 @@ void waits(const OperatorHandle& op) {
 }
 
 bool waits_always(const std::string& name) {
-  for (const char* each : {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
-                           "aten::_unique2", "aten::repeat_interleave"})
+  for (const char* each : {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select",
+                           "aten::equal", "aten::_unique2", "aten::repeat_interleave"})
     if (name == each) return true;
   return false;
 }
@@ -141,7 +152,8 @@ void on_the_host(const OperatorHandle& op, Stack* stack) {
       blocks = !v.toBool();
     }
   }
-  if (waits_always(schema.name()) || (schema.name() == "aten::copy_" && host_tensor && blocks)) waits(op);
+  if (waits_always(schema.name()) || (schema.name() == "aten::copy_" && host_tensor && blocks))
+    waits(op);
   Stack results = arguments;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -184,7 +196,8 @@ void on_the_host(const OperatorHandle& op, Stack* stack) {
 
 // What only looks at sizes and strides runs as it is.
 bool is_a_view(const std::string& name) {
-  for (const char* each : {"as_strided", "view", "_reshape_alias", "unfold", "set_", "view_as_real", "view_as_complex"})
+  for (const char* each : {"as_strided", "view", "_reshape_alias", "unfold", "set_", "view_as_real",
+                           "view_as_complex"})
     if (name == std::string("aten::") + each) return true;
   return false;
 }
@@ -205,13 +218,17 @@ struct Hooks : at::CUDAHooksInterface {
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
     return at::detail::getDefaultCPUGenerator();
   }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override {
+    return at::detail::createCPUGenerator();
+  }
 };
 
 void install() {
-  // torch made its hooks while it was imported and has handed them out: they get the virtual functions of ours.
+  // torch made its hooks while it was imported and has handed them out: they get the virtual
+  // functions of ours.
   static const Hooks hooks({});
-  std::memcpy(const_cast<void*>(static_cast<const void*>(&at::detail::getCUDAHooks())), static_cast<const void*>(&hooks), sizeof(void*));
+  std::memcpy(const_cast<void*>(static_cast<const void*>(&at::detail::getCUDAHooks())),
+              static_cast<const void*>(&hooks), sizeof(void*));
   c10::impl::registerDeviceGuard(DeviceType::CUDA, &guard);
   launched = &places;
   current_device = [] { return static_cast<int>(guard.getDevice().index()); };
@@ -221,18 +238,20 @@ void install() {
     const auto op = dispatcher.findSchema(name);
     if (!op || name.name.compare(0, 6, "aten::") != 0 || is_a_view(name.name)) continue;
     if (!op->hasKernelForDispatchKey(DispatchKey::CUDA) && name.name != "aten::copy_") continue;
-    handles.push_back(dispatcher.registerImpl(name, DispatchKey::CUDA,
-                                              c10::KernelFunction::makeFromBoxedFunction<&on_the_host>(), std::nullopt,
-                                              nullptr, "tests/emulation/device.cpp"));
+    handles.push_back(dispatcher.registerImpl(
+        name, DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&on_the_host>(),
+        std::nullopt, nullptr, "tests/emulation/device.cpp"));
   }
 }
 
 }  // namespace
 }  // namespace fastops::emulation
 
-// ------------------------------------------------------------------------------------------------ Python
+// ------------------------------------------------------------------------------------------------
+// Python
 
-extern "C" __attribute__((visibility("hidden"))) c10::StreamId fastops_current_stream(c10::DeviceIndex device) {
+extern "C" __attribute__((visibility("hidden"))) c10::StreamId fastops_current_stream(
+    c10::DeviceIndex device) {
   using namespace fastops::emulation;
   return guard.getStream(device < 0 ? guard.getDevice() : Device(DeviceType::CUDA, device)).id();
 }
@@ -242,7 +261,9 @@ PYBIND11_MODULE(_device, m) {
   m.def("install", &install);
   m.def("device_count", [] { return static_cast<int>(kDevices); });
   m.def("current_device", [] { return static_cast<int>(guard.getDevice().index()); });
-  m.def("set_device", [](int device) { guard.setDevice(Device(DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))); });
+  m.def("set_device", [](int device) {
+    guard.setDevice(Device(DeviceType::CUDA, static_cast<c10::DeviceIndex>(device)));
+  });
   m.def("exchange_stream", [](int device, int64_t id) {
     const Device of(DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
     return guard.exchangeStream(c10::Stream(c10::Stream::UNSAFE, of, id)).id();
@@ -252,16 +273,19 @@ PYBIND11_MODULE(_device, m) {
   m.def("launches", [] {
     const auto found = std::exchange(places, {});
     std::vector<std::pair<int, uintptr_t>> pairs;
-    for (const Launched& l : found) pairs.emplace_back(l.device, reinterpret_cast<uintptr_t>(l.stream));
+    for (const Launched& l : found)
+      pairs.emplace_back(l.device, reinterpret_cast<uintptr_t>(l.stream));
     return pairs;
   });
   py::class_<Graph>(m, "Graph")
       .def(py::init<>())
       .def("begin", [](Graph& g) { graph = capturing = &g; })
       .def("end", [](Graph&) { graph = capturing = nullptr; })
-      .def("replay", [](const Graph& g) {
-        for (const auto& work : g.work) TORCH_CHECK(work(), "a launch in a graph failed: ", machine.error);
-      })
+      .def("replay",
+           [](const Graph& g) {
+             for (const auto& work : g.work)
+               TORCH_CHECK(work(), "a launch in a graph failed: ", machine.error);
+           })
       .def("__len__", [](const Graph& g) { return g.work.size(); });
   m.def("capturing", [] { return capturing != nullptr; });
 }

@@ -1,6 +1,6 @@
-// Runs every kernel of csrc/cuda once per dtype on a few sizes and addresses, for a sanitizer to watch: the values are
-// random and nobody looks at the results. `every_kernel N` does so for the first N dtypes; it prints what a launcher
-// returned and ends with 1, or 0.
+// Runs every kernel of csrc/cuda once per dtype on a few sizes and addresses, for a sanitizer to
+// watch: the values are random and nobody looks at the results. `every_kernel N` does so for the
+// first N dtypes; it prints what a launcher returned and ends with 1, or 0.
 #include <cuda_runtime.h>
 
 #include <array>
@@ -31,7 +31,8 @@ void expect(const char* row, const char* kernel, Error error) {
   ++failures;
 }
 
-// Buffers of one run. `offset` elements past a 16-byte boundary; filled with small positive numbers of any dtype.
+// Buffers of one run. `offset` elements past a 16-byte boundary; filled with small positive numbers
+// of any dtype.
 struct Buffers {
   size_t offset;
   std::vector<void*> made;
@@ -43,22 +44,30 @@ struct Buffers {
     return made.back();
   }
   void* values(int64_t n, c10::ScalarType type) {
-    const size_t size = type == c10::ScalarType::Double ? 8 : type == c10::ScalarType::Float ? 4 : 2;
+    const size_t size = type == c10::ScalarType::Double  ? 8
+                        : type == c10::ScalarType::Float ? 4
+                                                         : 2;
     auto* bytes = static_cast<unsigned char*>(raw(static_cast<size_t>(n) * size, offset * size));
     for (int64_t i = 0; i < n; ++i) {
-      const double value = 0.1 + static_cast<double>(random_bits() % 1000) / 1250;  // in (0, 1): probabilities too
+      const double value =
+          0.1 + static_cast<double>(random_bits() % 1000) / 1250;  // in (0, 1): probabilities too
       if (type == c10::ScalarType::Double) reinterpret_cast<double*>(bytes)[i] = value;
-      if (type == c10::ScalarType::Float) reinterpret_cast<float*>(bytes)[i] = static_cast<float>(value);
-      if (type == c10::ScalarType::Half) reinterpret_cast<c10::Half*>(bytes)[i] = static_cast<float>(value);
-      if (type == c10::ScalarType::BFloat16) reinterpret_cast<c10::BFloat16*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::Float)
+        reinterpret_cast<float*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::Half)
+        reinterpret_cast<c10::Half*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::BFloat16)
+        reinterpret_cast<c10::BFloat16*>(bytes)[i] = static_cast<float>(value);
     }
     return bytes;
   }
 };
 
-// ------------------------------------------------------------------------------------------------ kinds
+// ------------------------------------------------------------------------------------------------
+// kinds
 
-constexpr double kParams[16] = {0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5};
+constexpr double kParams[16] = {0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5,
+                                0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5};
 
 void map(const Dtype& d, int64_t n, Buffers b) {
   for (const MapRow& row : cuda::map_rows) {
@@ -105,15 +114,22 @@ void reduce(const Dtype& d, int64_t n, Buffers b) {
     expect(row.name, "total", row.total(a));
     if (!row.values) continue;
     a.out = b.values(n, d.type);
-    for (const ReduceKernel kernel : {row.values, row.d0, row.d1}) expect(row.name, "elementwise", kernel(a));
-    for (a.to_target = 0; a.to_target <= 2; ++a.to_target) expect(row.name, "second", row.second(a));
+    for (const ReduceKernel kernel : {row.values, row.d0, row.d1})
+      expect(row.name, "elementwise", kernel(a));
+    for (a.to_target = 0; a.to_target <= 2; ++a.to_target)
+      expect(row.name, "second", row.second(a));
   }
 }
 
 void rows(const Dtype& d, int64_t outer, int64_t n, int64_t inner, Buffers b) {
   const int64_t count = outer * n * inner;
   for (const SoftmaxRow& row : cuda::softmax_rows) {
-    SoftmaxArgs a{d.type, outer, n, inner, b.values(count, d.type), {b.values(count, d.type), b.values(count, d.type)},
+    SoftmaxArgs a{d.type,
+                  outer,
+                  n,
+                  inner,
+                  b.values(count, d.type),
+                  {b.values(count, d.type), b.values(count, d.type)},
                   nullptr};
     expect(row.name, "forward", row.forward(a));
     expect(row.name, "backward", row.backward(a));
@@ -186,7 +202,8 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
   for (const StepRow& row : cuda::step_rows) {
     std::vector<StepTensor> tensors;
     for (const int64_t n : {1, 0, 70, 4100}) {
-      StepTensor t{n, b.values(n, d.type), b.values(n, d.type), {}, kParams, b.values(n, d.real), 0.25};
+      StepTensor t{n,   b.values(n, d.type), b.values(n, d.type), {}, kParams, b.values(n, d.real),
+                   0.25};
       for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
       tensors.push_back(t);
     }
@@ -259,7 +276,8 @@ int main(int count, char** arguments) {
       fused(d, 2048, fresh);
       reduce(d, 1003, fresh);
       reduce(d, 16'390, fresh);
-      for (const auto& [outer, n, inner] : {std::array<int64_t, 3>{5, 10, 1}, {2, 2100, 1}, {1, 16'500, 1}, {2, 9, 35}})
+      for (const auto& [outer, n, inner] :
+           {std::array<int64_t, 3>{5, 10, 1}, {2, 2100, 1}, {1, 16'500, 1}, {2, 9, 35}})
         rows(d, outer, n, inner, fresh);
       random(d, fresh);
       step(d, d.type, fresh);

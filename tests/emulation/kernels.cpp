@@ -1,5 +1,6 @@
-// The tables of csrc/cuda for ctypes: what rows there are, a function per kind that runs one, the emulator's memory,
-// orders and counters, and each optimizer's formula applied element by element as a reference.
+// The tables of csrc/cuda for ctypes: what rows there are, a function per kind that runs one, the
+// emulator's memory, orders and counters, and each optimizer's formula applied element by element
+// as a reference.
 #include "../../csrc/kernels.h"
 
 #include <cuda_runtime.h>
@@ -17,12 +18,14 @@ const Tables& tables() {
   return tables;
 }
 
-// ------------------------------------------------------------------------------------------------ formulas
+// ------------------------------------------------------------------------------------------------
+// formulas
 
 template <class Op, class real>
 void step_elements(const double* values, int64_t n, real* p, const real* g, real* const* s) {
   typename Op::template Numbers<real> numbers;
-  for (int k = 0; k < Op::numbers; ++k) reinterpret_cast<real*>(&numbers)[k] = static_cast<real>(values[k]);
+  for (int k = 0; k < Op::numbers; ++k)
+    reinterpret_cast<real*>(&numbers)[k] = static_cast<real>(values[k]);
   for (int64_t i = 0; i < n; ++i) {
     real state[state_slots<Op>];
     for (int j = 0; j < Op::states; ++j) state[j] = s[j][i];
@@ -31,23 +34,27 @@ void step_elements(const double* values, int64_t n, real* p, const real* g, real
   }
 }
 template <class real, class... Ops>
-bool step_formula(List<Ops...>, const char* name, const double* numbers, int64_t n, real* p, const real* g,
-                  real* const* s) {
-  return ((!std::strcmp(Ops::name, name) && (step_elements<Ops>(numbers, n, p, g, s), true)) || ...);
+bool step_formula(List<Ops...>, const char* name, const double* numbers, int64_t n, real* p,
+                  const real* g, real* const* s) {
+  return ((!std::strcmp(Ops::name, name) && (step_elements<Ops>(numbers, n, p, g, s), true)) ||
+          ...);
 }
 
 template <class Op, size_t... I>
-void second_elements(const double* params, int64_t n, const float* s, const float* dy, const float* ddx, float* out,
-                     std::index_sequence<I...>) {
+void second_elements(const double* params, int64_t n, const float* s, const float* dy,
+                     const float* ddx, float* out, std::index_sequence<I...>) {
   using D = Dual<float>;
   for (int64_t i = 0; i < n; ++i)
-    out[i] = Op::backward(D(s[i], 1.0f), D(dy[i], 0.0f), D(static_cast<float>(params[I]), 0.0f)...).d * ddx[i];
+    out[i] =
+        Op::backward(D(s[i], 1.0f), D(dy[i], 0.0f), D(static_cast<float>(params[I]), 0.0f)...).d *
+        ddx[i];
 }
 template <class... Ops>
-bool second_formula(List<Ops...>, const char* name, const double* params, int64_t n, const float* s, const float* dy,
-                    const float* ddx, float* out) {
+bool second_formula(List<Ops...>, const char* name, const double* params, int64_t n, const float* s,
+                    const float* dy, const float* ddx, float* out) {
   return ((!std::strcmp(Ops::name, name) &&
-           (second_elements<Ops>(params, n, s, dy, ddx, out, std::make_index_sequence<count_params(Ops::params)>{}),
+           (second_elements<Ops>(params, n, s, dy, ddx, out,
+                                 std::make_index_sequence<count_params(Ops::params)>{}),
             true)) ||
           ...);
 }
@@ -55,14 +62,17 @@ bool second_formula(List<Ops...>, const char* name, const double* params, int64_
 }  // namespace
 }  // namespace fastops
 
-// ------------------------------------------------------------------------------------------------ C
+// ------------------------------------------------------------------------------------------------
+// C
 
 using namespace fastops;
 
 extern "C" {
 
 // Row `index` of a table; null past the end.
-const char* map_name(size_t index) { return index < tables().map.size ? tables().map.data[index].name : nullptr; }
+const char* map_name(size_t index) {
+  return index < tables().map.size ? tables().map.data[index].name : nullptr;
+}
 const char* map_params(size_t index) { return tables().map.data[index].params; }
 bool map_from_output(size_t index) { return tables().map.data[index].from_output; }
 const char* reduce_name(size_t index) {
@@ -83,12 +93,14 @@ const char* random_name(size_t index) {
   return index < tables().random.size ? tables().random.data[index].name : nullptr;
 }
 int random_inputs(size_t index) { return tables().random.data[index].inputs; }
-const char* step_name(size_t index) { return index < tables().step.size ? tables().step.data[index].name : nullptr; }
+const char* step_name(size_t index) {
+  return index < tables().step.size ? tables().step.data[index].name : nullptr;
+}
 int step_states(size_t index) { return tables().step.data[index].states; }
 int step_numbers(size_t index) { return tables().step.data[index].numbers; }
 
-const char* run_map(size_t index, const char* which, int dtype, int64_t n, void* out, const void* const* in,
-                    const double* params) {
+const char* run_map(size_t index, const char* which, int dtype, int64_t n, void* out,
+                    const void* const* in, const double* params) {
   const MapRow& row = tables().map.data[index];
   MapArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -101,14 +113,15 @@ const char* run_map(size_t index, const char* which, int dtype, int64_t n, void*
                                             : row.second)(a);
 }
 
-bool second_in_float(const char* name, const double* params, int64_t n, const float* s, const float* dy,
-                     const float* ddx, float* out) {
+bool second_in_float(const char* name, const double* params, int64_t n, const float* s,
+                     const float* dy, const float* ddx, float* out) {
   return second_formula(Activations{}, name, params, n, s, dy, ddx, out);
 }
 
-const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, void* out, const void* x, const void* t,
-                       const void* grad, bool grad_is_scalar, double scale, const void* divisor, const double* params,
-                       void* workspace, const void* w, int64_t period) {
+const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, void* out,
+                       const void* x, const void* t, const void* grad, bool grad_is_scalar,
+                       double scale, const void* divisor, const double* params, void* workspace,
+                       const void* w, int64_t period) {
   const ReduceRow& row = tables().reduce.data[index];
   ReduceArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -128,8 +141,9 @@ const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, vo
     const char* name;
     ReduceKernel kernel;
     int to_target = 0;
-  } kernels[] = {{"values", row.values}, {"total", row.total},  {"d0", row.d0},         {"d1", row.d1},
-                 {"d00", row.second, 0}, {"d01", row.second, 1}, {"d11", row.second, 2}};
+  } kernels[] = {{"values", row.values}, {"total", row.total},   {"d0", row.d0},
+                 {"d1", row.d1},         {"d00", row.second, 0}, {"d01", row.second, 1},
+                 {"d11", row.second, 2}};
   for (const auto& [name, kernel, to_target] : kernels) {
     a.to_target = to_target;
     if (!std::strcmp(name, which)) return kernel(a);
@@ -141,18 +155,20 @@ int64_t workspace_bytes(int64_t n) { return reduce_workspace(n); }
 const char* run_fused(size_t index, bool backward, int dtype, int64_t n, int64_t period, void* out,
                       const void* const* in) {
   const FusedRow& row = tables().fused.data[index];
-  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr, nullptr};
+  FusedArgs a{
+      static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr, nullptr};
   return (backward ? row.backward : row.forward)(a);
 }
 
-const char* run_fused_summed(size_t index, int dtype, int64_t n, int64_t period, void* out, const void* const* in,
-                             void* sums) {
-  FusedArgs a{static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, sums, nullptr};
+const char* run_fused_summed(size_t index, int dtype, int64_t n, int64_t period, void* out,
+                             const void* const* in, void* sums) {
+  FusedArgs a{
+      static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, sums, nullptr};
   return tables().fused.data[index].summed(a);
 }
 
-const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n, int64_t inner, void* out,
-                        const void* first, const void* second) {
+const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n,
+                        int64_t inner, void* out, const void* first, const void* second) {
   const SoftmaxRow& row = tables().softmax.data[index];
   SoftmaxArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -165,10 +181,11 @@ const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, i
   return (backward ? row.backward : row.forward)(a);
 }
 
-const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner, const void* x,
-                              const int64_t* target, const void* weight, int64_t ignore_index, double label_smoothing,
-                              void* loss, void* grad, double scale, const void* divisor, void* divisor_out,
-                              double z_loss, void* lse, const int64_t* second_target, double lam,
+const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner,
+                              const void* x, const int64_t* target, const void* weight,
+                              int64_t ignore_index, double label_smoothing, void* loss, void* grad,
+                              double scale, const void* divisor, void* divisor_out, double z_loss,
+                              void* lse, const int64_t* second_target, double lam,
                               const void* second_divisor) {
   const CrossEntropyRow& row = tables().cross_entropy.data[index];
   CrossEntropyArgs a{};
@@ -199,8 +216,9 @@ const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n,
   return row.forward(a);
 }
 
-const char* run_divisor(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner, const int64_t* target,
-                        const void* weight, int64_t ignore_index, void* loss, void* out) {
+const char* run_divisor(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner,
+                        const int64_t* target, const void* weight, int64_t ignore_index, void* loss,
+                        void* out) {
   CrossEntropyArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.outer = outer;
@@ -214,10 +232,10 @@ const char* run_divisor(size_t index, int dtype, int64_t outer, int64_t n, int64
   return tables().cross_entropy.data[index].divisor(a, out, &bad_row);
 }
 
-const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer, int64_t n, int64_t inner,
-                                          const void* x, const void* probability, const void* weight,
-                                          double label_smoothing, void* loss, void* grad, double scale, double z_loss,
-                                          void* lse) {
+const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer, int64_t n,
+                                          int64_t inner, const void* x, const void* probability,
+                                          const void* weight, double label_smoothing, void* loss,
+                                          void* grad, double scale, double z_loss, void* lse) {
   CrossEntropyArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.outer = outer;
@@ -235,8 +253,8 @@ const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer
   return tables().cross_entropy.data[index].forward_probability(a);
 }
 
-const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, const void* y, const void* dy,
-                                double scale) {
+const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, const void* y,
+                                const void* dy, double scale) {
   RandomArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
@@ -247,8 +265,9 @@ const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, c
   return tables().random.data[index].backward(a);
 }
 
-const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period, void* out, const void* in,
-                              const int64_t* seed, uint32_t threshold, double scale, void* sums) {
+const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period, void* out,
+                              const void* in, const int64_t* seed, uint32_t threshold, double scale,
+                              void* sums) {
   RandomArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
@@ -263,9 +282,10 @@ const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period
   return tables().random.data[index].summed(a);
 }
 
-const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in, const void* row,
-                       const void* residual, int64_t period, const int64_t* seed, uint32_t threshold, double scale,
-                       int dims, const int64_t* size, const int64_t* logical_stride) {
+const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in,
+                       const void* row, const void* residual, int64_t period, const int64_t* seed,
+                       uint32_t threshold, double scale, int dims, const int64_t* size,
+                       const int64_t* logical_stride) {
   RandomArgs a{};
   a.in[1] = row;
   a.in[2] = residual;
@@ -278,13 +298,15 @@ const char* run_random(size_t index, int dtype, int64_t n, void* out, const void
   a.threshold = threshold;
   a.scale = scale;
   a.order.dims = dims;
-  for (int d = 0; d < dims; ++d) a.order.size[d] = size[d], a.order.logical_stride[d] = logical_stride[d];
+  for (int d = 0; d < dims; ++d)
+    a.order.size[d] = size[d], a.order.logical_stride[d] = logical_stride[d];
   return tables().random.data[index].forward(a);
 }
 
 // pointers: for each tensor p, g and the states; numbers: for each tensor those of the row.
-const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n, void* const* pointers,
-                     const double* numbers, const float* grad_scale, const float* found_inf) {
+const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
+                     void* const* pointers, const double* numbers, const float* grad_scale,
+                     const float* found_inf) {
   const StepRow& row = tables().step.data[index];
   std::vector<StepTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) {
@@ -306,8 +328,9 @@ const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, co
 }
 
 // The same, with a running average of every p.
-const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
-                              void* const* pointers, const double* numbers, void* const* averages, double weight) {
+const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t count,
+                              const int64_t* n, void* const* pointers, const double* numbers,
+                              void* const* averages, double weight) {
   const StepRow& row = tables().step.data[index];
   std::vector<StepTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) {
@@ -323,12 +346,15 @@ const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t 
   return row.step(a);
 }
 
-// The same, rounded stochastically where `seed` is given (tensor k has number k), and where `counts` is given with numbers
-// made on the device: from options[k] or *option_at[k], and the step counts, floats.
-const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
-                              void* const* pointers, const double* numbers, const int64_t* seed, uint32_t step,
-                              void* const* counts, const bool* first, const double* options,
-                              const double* const* option_at, void* workspace, const float* found_inf) {
+// The same, rounded stochastically where `seed` is given (tensor k has number k), and where
+// `counts` is given with numbers made on the device: from options[k] or *option_at[k], and the step
+// counts, floats.
+const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t count,
+                              const int64_t* n, void* const* pointers, const double* numbers,
+                              const int64_t* seed, uint32_t step, void* const* counts,
+                              const bool* first, const double* options,
+                              const double* const* option_at, void* workspace,
+                              const float* found_inf) {
   const StepRow& row = tables().step.data[index];
   std::vector<StepTensor> tensors(count);
   std::vector<StepNoise> noise(count);
@@ -348,7 +374,8 @@ const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t 
   StepOnDevice on_device{};
   if (counts) {
     const int taken = count_options(row.options);
-    for (int k = 0; k < taken; ++k) on_device.options[k] = options[k], on_device.option_at[k] = option_at[k];
+    for (int k = 0; k < taken; ++k)
+      on_device.options[k] = options[k], on_device.option_at[k] = option_at[k];
     on_device.counts = counts;
     on_device.first = first;
     on_device.numbers = workspace;
@@ -363,8 +390,9 @@ void derive(size_t index, const double* options, double step, bool first, double
 }
 int64_t numbers_bytes() { return kNumbersBytes; }
 
-const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gradients, double* sums, int64_t chunks,
-                     const float* grad_scale, double max_norm, float* norm, float* divisor) {
+const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gradients,
+                     double* sums, int64_t chunks, const float* grad_scale, double max_norm,
+                     float* norm, float* divisor) {
   std::vector<StepTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) tensors[k].n = n[k], tensors[k].g = gradients[k];
   StepArgs a{};
@@ -372,18 +400,24 @@ const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gr
   a.count = count;
   a.tensors = tensors.data();
   const char* error = tables().norm.sums(a, sums);
-  return error ? error : tables().norm.clip({chunks, sums, grad_scale, max_norm, norm, divisor, nullptr});
+  return error ? error
+               : tables().norm.clip({chunks, sums, grad_scale, max_norm, norm, divisor, nullptr});
 }
-bool step_in_double(const char* name, const double* numbers, int64_t n, double* p, const double* g, double* const* s) {
+bool step_in_double(const char* name, const double* numbers, int64_t n, double* p, const double* g,
+                    double* const* s) {
   return step_formula(Optimizers{}, name, numbers, n, p, g, s);
 }
-bool step_in_float(const char* name, const double* numbers, int64_t n, float* p, const float* g, float* const* s) {
+bool step_in_float(const char* name, const double* numbers, int64_t n, float* p, const float* g,
+                   float* const* s) {
   return step_formula(Optimizers{}, name, numbers, n, p, g, s);
 }
 
-// ------------------------------------------------------------------------------------------------ the emulator
+// ------------------------------------------------------------------------------------------------
+// the emulator
 
-void* emulation_allocate(size_t bytes, size_t offset, bool flush) { return emulation::allocate(bytes, offset, flush); }
+void* emulation_allocate(size_t bytes, size_t offset, bool flush) {
+  return emulation::allocate(bytes, offset, flush);
+}
 bool emulation_protect(void* buffer) { return emulation::protect(buffer); }
 bool emulation_release(void* buffer) { return emulation::release_buffer(buffer); }
 void emulation_order(int order, uint64_t seed) {
@@ -396,7 +430,8 @@ void emulation_counters(uint64_t* out) {
   std::memcpy(out, &emulation::counters, sizeof emulation::counters);
   emulation::counters = {};
 }
-// From now on, whether the sectors of accesses are kept; and requested loads, stores, distinct loads, stores since then.
+// From now on, whether the sectors of accesses are kept; and requested loads, stores, distinct
+// loads, stores since then.
 void emulation_record(bool on) {
   emulation::take_sectors();
   emulation::recorder.on = on;

@@ -1,5 +1,6 @@
-// Kernels with a bug that can be switched on, to show that the emulator reports it: `planted_bugs NAME clean|planted`.
-// Prints what was found and returns 1; prints "nothing found" and returns 0. Never part of the library.
+// Kernels with a bug that can be switched on, to show that the emulator reports it: `planted_bugs
+// NAME clean|planted`. Prints what was found and returns 1; prints "nothing found" and returns 0.
+// Never part of the library.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -21,7 +22,8 @@ __device__ void put(float* out, int n, float value) {
   if (thread() < n) store(out + thread(), value);
 }
 
-// ------------------------------------------------------------------------------------------------ barriers and races
+// ------------------------------------------------------------------------------------------------
+// barriers and races
 
 // out = the block's input in reverse, through shared memory: thread 0 reads what thread 63 wrote.
 template <bool planted>
@@ -33,7 +35,8 @@ __global__ void missing_syncthreads(float* out, const float* in, int n) {
   put(out, n, s[kBlock - 1 - t]);
 }
 
-// Two rounds through the same array: without the second barrier, a thread may write round two before all have read one.
+// Two rounds through the same array: without the second barrier, a thread may write round two
+// before all have read one.
 template <bool planted>
 __global__ void missing_second_syncthreads(float* out, const float* in, int n) {
   FASTOPS_SHARED(float, s, kBlock);
@@ -138,7 +141,8 @@ __global__ void deadlock(float* out, const float* in, int n) {
   put(out, n, get(in, n));
 }
 
-// ------------------------------------------------------------------------------------------------ warp operations
+// ------------------------------------------------------------------------------------------------
+// warp operations
 
 template <bool planted>
 __global__ void mask_without_caller(float* out, const float* in, int n) {
@@ -176,7 +180,8 @@ __global__ void different_operations(float* out, const float* in, int n) {
   put(out, n, v);
 }
 
-// ------------------------------------------------------------------------------------------------ memory
+// ------------------------------------------------------------------------------------------------
+// memory
 
 template <bool planted>
 __global__ void load_past_end(float* out, const float* in, int n) {
@@ -232,7 +237,8 @@ __global__ void tail_left_out(float* out, const float* in, int n) {
 // Adds to what nobody has written.
 template <bool planted>
 __global__ void uninitialised_global(float* out, const float* in, int n) {
-  for (int i = thread(); i < n; i += kBlock) store(out + i, load(in + i) + (planted ? load(out + i) : 0.0f));
+  for (int i = thread(); i < n; i += kBlock)
+    store(out + i, load(in + i) + (planted ? load(out + i) : 0.0f));
 }
 
 template <bool planted>
@@ -304,21 +310,24 @@ struct Parameters {
   char bytes[planted ? 32768 : 32000];
 };
 template <bool planted>
-__global__ void many_parameters(const Parameters<planted> __grid_constant__ parameters, float* out) {
+__global__ void many_parameters(const Parameters<planted> __grid_constant__ parameters,
+                                float* out) {
   if (threadIdx.x == 0) store(out, static_cast<float>(parameters.bytes[0]));
 }
 
-// ------------------------------------------------------------------------------------------------ runs
+// ------------------------------------------------------------------------------------------------
+// runs
 
-constexpr int kCount = 37;  // elements of `in` and `out`: odd, so that a 16-byte boundary is not the end
+constexpr int kCount =
+    37;  // elements of `in` and `out`: odd, so that a 16-byte boundary is not the end
 
 struct Run {
   float *in, *out;
   Error error = nullptr;
   bool planted, known = false;
 
-  void operator()(void (*clean)(float*, const float*, int), void (*bug)(float*, const float*, int), int threads,
-                  int64_t blocks = 1) {
+  void operator()(void (*clean)(float*, const float*, int), void (*bug)(float*, const float*, int),
+                  int threads, int64_t blocks = 1) {
     known = true;
     error = cuda::launch(planted ? bug : clean, blocks, threads, nullptr, out, in, kCount);
   }
@@ -328,7 +337,8 @@ struct Run {
 int run(const char* name, bool planted, float (&result)[kCount]) {
   Run run{};
   run.planted = planted;
-  const bool flush = std::strncmp(name, "raw_", 4) == 0 && std::strcmp(name, "raw_misaligned_pack") != 0;
+  const bool flush =
+      std::strncmp(name, "raw_", 4) == 0 && std::strcmp(name, "raw_misaligned_pack") != 0;
   const size_t bytes = kCount * sizeof(float);
   const bool before = std::strstr(name, "before") != nullptr;
   run.in = static_cast<float*>(emulation::allocate(bytes, 0, flush && !before));

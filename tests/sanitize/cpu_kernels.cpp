@@ -1,9 +1,11 @@
-// Runs every kernel of csrc/cpu, for one instruction set, under a sanitizer. Every row, dtype, odd sizes and addresses;
-// buffers lie right before or right behind a page that cannot be touched (masked vector loads are not instrumented by
-// the compiler: the page sees them), inputs are read-only. The values are random and nobody looks at the results.
+// Runs every kernel of csrc/cpu, for one instruction set, under a sanitizer. Every row, dtype, odd
+// sizes and addresses; buffers lie right before or right behind a page that cannot be touched
+// (masked vector loads are not instrumented by the compiler: the page sees them), inputs are
+// read-only. The values are random and nobody looks at the results.
 //
 //   cpu_kernels kernels    one call after another, each cut into parts for several threads
-//   cpu_kernels threads    eight threads call every kernel at once on the same inputs, and use the pool of results
+//   cpu_kernels threads    eight threads call every kernel at once on the same inputs, and use the
+//   pool of results
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -25,7 +27,8 @@ namespace fastops {
 namespace cpu {
 // What csrc/torch defines by at::parallel_for: here, threads that ThreadSanitizer sees whole.
 void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  const int64_t parts = std::min<int64_t>(3, (n + grain - 1) / grain), share = (n + parts - 1) / parts;
+  const int64_t parts = std::min<int64_t>(3, (n + grain - 1) / grain),
+                share = (n + parts - 1) / parts;
   std::vector<std::thread> threads;
   for (int64_t begin = share; begin < n; begin += share)
     threads.emplace_back([=] { body(context, begin, std::min(begin + share, n)); });
@@ -37,9 +40,11 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t
 namespace {
 
 const Tables kTables = CPU_CAPABILITY::tables();
-constexpr c10::ScalarType kDtypes[] = {c10::ScalarType::Float, c10::ScalarType::Double, c10::ScalarType::BFloat16,
-                                       c10::ScalarType::Half};
-c10::ScalarType real_of(c10::ScalarType t) { return t == c10::ScalarType::Double ? t : c10::ScalarType::Float; }
+constexpr c10::ScalarType kDtypes[] = {c10::ScalarType::Float, c10::ScalarType::Double,
+                                       c10::ScalarType::BFloat16, c10::ScalarType::Half};
+c10::ScalarType real_of(c10::ScalarType t) {
+  return t == c10::ScalarType::Double ? t : c10::ScalarType::Float;
+}
 
 std::atomic<int> failures{0}, calls{0};
 void expect(const char* row, const char* kernel, Error error) {
@@ -49,7 +54,8 @@ void expect(const char* row, const char* kernel, Error error) {
   ++failures;
 }
 
-// Memory of one call. `end`: buffers end at the page that cannot be touched; else they begin right behind one.
+// Memory of one call. `end`: buffers end at the page that cannot be touched; else they begin right
+// behind one.
 class Buffers {
  public:
   explicit Buffers(bool end, unsigned seed = 1) : end_(end), random_(seed) {}
@@ -60,8 +66,10 @@ class Buffers {
 
   char* raw(size_t bytes) {
     constexpr size_t kPage = 4096;
-    const size_t room = std::max<size_t>((bytes + kPage - 1) / kPage * kPage, kPage), size = room + 2 * kPage;
-    char* pages = static_cast<char*>(mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    const size_t room = std::max<size_t>((bytes + kPage - 1) / kPage * kPage, kPage),
+                 size = room + 2 * kPage;
+    char* pages =
+        static_cast<char*>(mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(pages + kPage, room, PROT_READ | PROT_WRITE);
     made_.emplace_back(pages, size);
     return end_ ? pages + kPage + room - bytes : pages + kPage;
@@ -72,9 +80,12 @@ class Buffers {
     for (int64_t i = 0; i < n; ++i) {
       const double value = 0.1 + static_cast<double>(random_() % 1000) / 1250;
       if (type == c10::ScalarType::Double) reinterpret_cast<double*>(bytes)[i] = value;
-      if (type == c10::ScalarType::Float) reinterpret_cast<float*>(bytes)[i] = static_cast<float>(value);
-      if (type == c10::ScalarType::Half) reinterpret_cast<c10::Half*>(bytes)[i] = static_cast<float>(value);
-      if (type == c10::ScalarType::BFloat16) reinterpret_cast<c10::BFloat16*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::Float)
+        reinterpret_cast<float*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::Half)
+        reinterpret_cast<c10::Half*>(bytes)[i] = static_cast<float>(value);
+      if (type == c10::ScalarType::BFloat16)
+        reinterpret_cast<c10::BFloat16*>(bytes)[i] = static_cast<float>(value);
     }
     return bytes;
   }
@@ -90,7 +101,8 @@ class Buffers {
   std::vector<std::pair<void*, size_t>> made_;
 };
 
-// ------------------------------------------------------------------------------------------------ kinds
+// ------------------------------------------------------------------------------------------------
+// kinds
 
 constexpr double kParams[4] = {0.25, 0.75, 0.5, 0.5};
 
@@ -149,7 +161,8 @@ struct Elementwise {
           a.grad_is_scalar = scalar;
           expect(row.name, "elementwise", kernel(a));
         }
-      for (a.to_target = 0; a.to_target <= 2; ++a.to_target) expect(row.name, "second", row.second(a));
+      for (a.to_target = 0; a.to_target <= 2; ++a.to_target)
+        expect(row.name, "second", row.second(a));
     }
     for (const RandomRow& row : kTables.random) {
       Buffers b(end, seed);
@@ -249,7 +262,9 @@ void steps(c10::ScalarType type, c10::ScalarType state, Buffers& b) {
     row.derive(options, 3, false, numbers);
     std::vector<StepTensor> tensors;
     for (const int64_t n : {1, 0, 70, 5, 40'003, 16, 33}) {
-      StepTensor t{n, b.values(n, type), b.input(n, type), {}, numbers, n % 2 ? b.values(n, real_of(type)) : nullptr, 0.25};
+      StepTensor t{n,   b.values(n, type), b.input(n, type),
+                   {},  numbers,           n % 2 ? b.values(n, real_of(type)) : nullptr,
+                   0.25};
       for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
       tensors.push_back(t);
     }
@@ -284,11 +299,13 @@ void norm(c10::ScalarType type, Buffers& b) {
   expect("norm", "clip", kTables.norm.clip({chunks, sums, scale, 1.0, out, out + 1, nullptr}));
 }
 
-// ------------------------------------------------------------------------------------------------ modes
+// ------------------------------------------------------------------------------------------------
+// modes
 
-constexpr std::array<int64_t, 3> kShapes[] = {{1, 1, 1}, {5, 10, 1}, {3, 130, 1}, {2, 5003, 1}, {1, 3, 17},
-                                              {1, 20, 1024}, {1, 64, 8200}, {1, 1100, 17},  // tiles, and too long to be kept
-                                              {2, 9, 35}, {3, 2, 16}, {2, 2100, 3}, {40, 1000, 1}};
+constexpr std::array<int64_t, 3> kShapes[] = {
+    {1, 1, 1},  {5, 10, 1},    {3, 130, 1},   {2, 5003, 1},
+    {1, 3, 17}, {1, 20, 1024}, {1, 64, 8200}, {1, 1100, 17},  // tiles, and too long to be kept
+    {2, 9, 35}, {3, 2, 16},    {2, 2100, 3},  {40, 1000, 1}};
 
 void kernels() {
   for (const auto type : kDtypes) {
@@ -346,9 +363,12 @@ void threads() {
 int main(int count, char** arguments) {
   if (count != 2) return 64;
   const std::string_view mode = arguments[1];
-  if (mode == "kernels") fastops::kernels();
-  else if (mode == "threads") fastops::threads();
-  else return 64;
+  if (mode == "kernels")
+    fastops::kernels();
+  else if (mode == "threads")
+    fastops::threads();
+  else
+    return 64;
   std::printf("%d calls, %d failures\n", fastops::calls.load(), fastops::failures.load());
   return fastops::failures != 0;
 }
