@@ -145,7 +145,7 @@ class Build(BuildExtension):
 
 macros = [(f"FASTOPS_{isa}", None) for isa in ISA]
 macros.append(("FASTOPS_TORCH_VERSION", f'"{torch.__version__}"'))
-sources = sorted(glob("csrc/torch/*.cpp"))
+sources = sorted(glob("csrc/torch/**/*.cpp", recursive=True))
 link = ["-s"] if sys.platform == "linux" else []
 if missing:
     extension = CppExtension(

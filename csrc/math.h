@@ -146,7 +146,7 @@ template <class T>
 FASTOPS_FN Vec<T> abs(Vec<T> x) {
   return x.abs();
 }
-#include "cpu/words.h"  // exp, log, tanh, erf, expm1, log1p, log1p_unit, logs, normal
+#include "cpu/vec_math.h"  // exp, log, tanh, erf, expm1, log1p, log1p_unit, logs, normal
 }  // namespace CPU_CAPABILITY
 
 template <class T>
@@ -297,7 +297,7 @@ FASTOPS_FN Dual<T> sigmoid(Dual<T> x) {
 template <class... Ops>
 struct List {};
 
-// How many numbers a formula's `params` declares ("float alpha=1.0, float beta=2.0": two), and how
+// How many scalars a formula's `params` declares ("float alpha=1.0, float beta=2.0": two), and how
 // many tensors, each of them an input beside x and t ("Tensor pos_weight": one).
 constexpr int count_params(const char* p) {
   int n = 0;

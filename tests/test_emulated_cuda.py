@@ -769,7 +769,7 @@ def test_random(row, dtype, n, p):
         check(y, expected, wide.double(), dtype)
 
 
-STRIP = 16  # kStrip in csrc/kernels.h
+STRIP = 16  # kStrip in csrc/tables.h
 
 
 def strips(x, strip):

@@ -40,6 +40,6 @@ def test_stubtest_sees_what_is_missing_and_what_is_not_there(tmp_path, monkeypat
     assert done.returncode == 1
     for says in (
         "mash is not present at runtime", "mish is not present in stub",
-        "StepPlan.stop is not present at runtime", "StepPlan.step is not present in stub",
+        "OptimizerStepper.stop is not present at runtime", "OptimizerStepper.step is not present in stub",
     ):  # fmt: skip
         assert says in done.stdout, done.stdout

@@ -1,4 +1,4 @@
-"""The vector words of csrc/cpu/words.h against float64: within 2 ulp in every binade, at every special value, for every
+"""The vector words of csrc/cpu/vec_math.h against float64: within 2 ulp in every binade, at every special value, for every
 instruction set that this machine has."""
 
 import ctypes
@@ -33,12 +33,12 @@ WORDS = {
 DOMAIN = {"log1p_unit": (0.0, 1.0)}
 LARGEST_ULP = 2.0
 
-# math.h may or may not have included words.h already.
+# math.h may or may not have included vec_math.h already.
 PROBE = """
 #include "math.h"
 namespace fastops {
 inline namespace CPU_CAPABILITY {
-#include "cpu/words.h"
+#include "cpu/vec_math.h"
 }
 }
 #define PROBE(word, type)                                                                  \\

@@ -4,9 +4,11 @@
 // rows and walks them all together.
 #include <cstdlib>
 
-#include "../formulas/softmax.h"
-#include "lanes.h"
+#include "../formulas/cross_entropy.h"
+#include "../kernels/cross_entropy.h"
+#include "../kernels/softmax.h"
 #include "parallel.h"
+#include "vec_io.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
@@ -15,7 +17,7 @@ constexpr int64_t kGrain = 16384;    // elements a thread takes at least
 constexpr int64_t kMaxBlocks = 256;  // of one row
 constexpr int64_t kMinBlock = 2048;  // elements
 
-constexpr int kTogether = 4;  // vectors of a contiguous row whose exponentials are taken at once
+constexpr int kUnroll = 4;  // vectors of a contiguous row whose exponentials are taken at once
 
 // Adds v to sum and keeps what was rounded away (Kahan, 1965), unless the sum is not finite.
 template <class T>
@@ -33,28 +35,28 @@ FASTOPS_FN int64_t rows_per_thread(int64_t n) { return n >= kGrain ? 1 : kGrain 
 
 // A sum in double, lane by lane.
 template <class V>
-struct WideSum {
+struct PromotedSum {
   static constexpr int count = sizeof(double) / sizeof(typename V::value_type);
   Vec<double> lanes[count];
-  FASTOPS_FN WideSum() {
+  FASTOPS_FN PromotedSum() {
     for (auto& l : lanes) l = Vec<double>(0);
   }
   FASTOPS_FN void add(const V& v) {
     Vec<double> wide[count];
-    widen(v, wide);
+    promote(v, wide);
     for (int k = 0; k < count; ++k) lanes[k] = lanes[k] + wide[k];
   }
   FASTOPS_FN double total() const { return sum_of_lanes(lanes); }
 };
 template <class V>
 FASTOPS_FN typename V::value_type max_lanes(const V& v) {
-  return joined(v, [](auto a, auto b) { return larger(a, b); });
+  return reduce_lanes(v, [](auto a, auto b) { return larger(a, b); });
 }
 
 // Calls body(i, n, x) with x loaded from `row` for every group of [begin, end).
 template <class L, class scalar_t, class Body>
 FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body body) {
-  groups<L::size>(begin, end, [&](int64_t i, auto n) {
+  for_each_vector<L::size>(begin, end, [&](int64_t i, auto n) {
     typename L::V x[L::count];
     L::load(row + i, n, x);
     body(i, n, x);
@@ -62,7 +64,7 @@ FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body
 }
 
 // Where the results of a row go, past the caches or not. A row that is streamed is walked so that
-// its groups are aligned: the first of each block ends after `head` elements.
+// its vectors are aligned: the first of each block ends after `head` elements.
 template <class L, class scalar_t>
 struct Out {
   scalar_t* row;
@@ -75,16 +77,18 @@ struct Out {
         streamed(streamed),
         head(streamed ? (L::size - r * n % L::size) % L::size : 0) {}
   template <class N>
-  FASTOPS_FN void leave(int64_t i, N count, const typename L::V (&v)[L::count]) const {
-    L::leave(row + i, count, v, streamed);
+  FASTOPS_FN void store(int64_t i, N count, const typename L::V (&v)[L::count]) const {
+    L::store(row + i, count, v, streamed);
   }
   template <bool hot = true, class Body>
-  FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) const {
+  FASTOPS_FN void for_each_vector(int64_t begin, int64_t end, Body body) const {
     int64_t to = head > 0 && head < end - begin ? begin + head : end;
-    for (; begin < end; begin = to, to = end) CPU_CAPABILITY::groups<L::size, hot>(begin, to, body);
+    for (; begin < end; begin = to, to = end)
+      CPU_CAPABILITY::for_each_vector<L::size, hot>(begin, to, body);
   }
 };
-// Whether rows of n elements should be streamed: not where most of their groups would not be whole.
+// Whether rows of n elements should be streamed: not where most of their vectors would not be
+// whole.
 template <class L, class scalar_t>
 FASTOPS_FN bool streams_rows(const scalar_t* out, int64_t rows, int64_t n, const void* in) {
   return out && n >= 16 * L::size && streams<L>(out, rows * n, in);
@@ -93,11 +97,11 @@ FASTOPS_FN bool streams_rows(const scalar_t* out, int64_t rows, int64_t n, const
 // The exponentials of a row, where a thread keeps them: in memory of its own where they cannot be
 // left in the result, which is too narrow for them or is not to come near the caches.
 template <class L>
-struct Kept {
+struct ExpScratch {
   using real = typename L::real;
   real* own = nullptr;
 
-  FASTOPS_FN Kept(int64_t n, bool streamed) {
+  FASTOPS_FN ExpScratch(int64_t n, bool streamed) {
     if (L::reduced || streamed)
       own = static_cast<real*>(std::aligned_alloc(64, (n * sizeof(real) + 63) / 64 * 64));
   }
@@ -129,7 +133,7 @@ FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t 
     }
   }
   each_group<L>(row, i, end, [&](int64_t, auto n, auto& x) {
-    if (n < L::size) L::keep(n, lowest, x);
+    if (n < L::size) L::mask_tail(n, lowest, x);
     for (int k = 0; k < L::count; ++k) peak[0] = larger(x[k], peak[0]);
   });
   return max_lanes(larger(larger(peak[0], peak[1]), larger(peak[2], peak[3])));
@@ -138,7 +142,7 @@ FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t 
 // What one visit of a contiguous row leaves: its maximum, the sum of exp(x - peak), and the maximum
 // each block knew.
 template <class real>
-struct Visit {
+struct OnlineSoftmax {
   int64_t block;
   real peak = -std::numeric_limits<real>::infinity();
   double sum = 0;
@@ -147,7 +151,7 @@ struct Visit {
 
 // Sees every group of a visit: block(base) before those of a block, group(i, count, x), done()
 // after them.
-struct Unseen {
+struct NoVisitor {
   template <class real>
   FASTOPS_FN void block(real) {}
   template <class Count, class X>
@@ -165,11 +169,11 @@ FASTOPS_FN typename L::real first_peak(const scalar_t* row, int64_t n) {
 
 // Where `exponential` is given, exp(x - known[block]) is left there, in real. `first` is the row's
 // first_peak(), and becomes that of the `next` row, where there is one.
-template <class L, class scalar_t, class real, class Also = Unseen>
-FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_t* next,
-                      real* exponential, Visit<real>& v, Also&& also = {}) {
+template <class L, class scalar_t, class real, class Visitor = NoVisitor>
+FASTOPS_FN void online_softmax(const scalar_t* row, int64_t n, real& first, const scalar_t* next,
+                               real* exponential, OnlineSoftmax<real>& v, Visitor&& visitor = {}) {
   using V = typename L::V;
-  constexpr int many = kTogether / L::count;  // groups whose exponentials are taken at once
+  constexpr int many = kUnroll / L::count;  // vectors whose exponentials are taken at once
   v.block = block_of(n);
   v.peak = -std::numeric_limits<real>::infinity();
   v.sum = 0;
@@ -180,22 +184,22 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_
     if (begin > 0) v.sum *= static_cast<double>(exp(v.peak - base));
     v.peak = v.known[b] = peak;
     const V shift(base);
-    V sum[kTogether] = {V(real(0)), V(real(0)), V(real(0)), V(real(0))};
-    also.block(base);
-    // Adds the exponentials of `several` groups of `count` elements each.
+    V sum[kUnroll] = {V(real(0)), V(real(0)), V(real(0)), V(real(0))};
+    visitor.block(base);
+    // Adds the exponentials of `several` vectors of `count` elements each.
     const auto add = [&](int64_t i, auto several, auto count) {
       V x[several][L::count];
       for (int g = 0; g < several; ++g) {
         L::load(row + i + g * L::size, count, x[g]);
         __builtin_prefetch(row + i + g * L::size +
                            v.block);  // the next block, or of shorter rows one that follows
-        also.group(i + g * L::size, count, x[g]);
+        visitor.group(i + g * L::size, count, x[g]);
         for (auto& u : x[g]) u = u - shift;
       }
       exp(x);
       for (int g = 0; g < several; ++g) {
         if (exponential) store_real<L>(exponential + i + g * L::size, count, x[g]);
-        if (count < L::size) L::keep(count, 0, x[g]);
+        if (count < L::size) L::mask_tail(count, 0, x[g]);
         for (int k = 0; k < L::count; ++k) sum[g * L::count + k] = sum[g * L::count + k] + x[g][k];
       }
     };
@@ -203,32 +207,32 @@ FASTOPS_FN void visit(const scalar_t* row, int64_t n, real& first, const scalar_
     int64_t i = begin;
     for (; i + many * L::size <= end; i += many * L::size)
       add(i, std::integral_constant<int, many>{}, std::integral_constant<int64_t, L::size>{});
-    groups<L::size>(i, end, [&](int64_t at, auto count) { add(at, one, count); });
+    for_each_vector<L::size>(i, end, [&](int64_t at, auto count) { add(at, one, count); });
     v.sum += sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    also.done();
+    visitor.done();
   }
   if (next) first = first_peak<L>(next, n);
 }
 
-// Calls body(i, count, e, lag) with e lag = exp(x - v.peak) for every group of the row, as `out`
-// wants them: from the exponentials that visit() left, or from x where it left none.
+// Calls body(i, count, e, rescale) with e rescale = exp(x - v.peak) for every group of the row, as
+// `out` wants them: from the exponentials that online_softmax() left, or from x where it left none.
 template <class L, class scalar_t, class real, class Body>
 FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential,
-                                 const Out<L, scalar_t>& out, int64_t n, const Visit<real>& v,
-                                 Body body) {
+                                 const Out<L, scalar_t>& out, int64_t n,
+                                 const OnlineSoftmax<real>& v, Body body) {
   using V = typename L::V;
   const real base = LogSumExp<real>::origin(v.peak);
   for (int64_t begin = 0, b = 0; begin < n; begin += v.block, ++b) {
     const int64_t end = begin + v.block < n ? begin + v.block : n;
     if (!L::reduced || exponential) {
-      const V lag(v.known[b] == v.peak ? real(1) : exp(v.known[b] - base));
-      out.groups(begin, end, [&](int64_t i, auto count) {
+      const V rescale(v.known[b] == v.peak ? real(1) : exp(v.known[b] - base));
+      out.for_each_vector(begin, end, [&](int64_t i, auto count) {
         V e[L::count];
         load_real<L>(exponential + i, count, e);
-        body(i, count, e, lag);
+        body(i, count, e, rescale);
       });
     } else if constexpr (L::reduced) {
-      out.template groups<false>(begin, end, [&](int64_t i, auto count) {
+      out.template for_each_vector<false>(begin, end, [&](int64_t i, auto count) {
         V x[L::count];
         L::load(row + i, count, x);
         for (int k = 0; k < L::count; ++k) x[k] = exp(x[k] - V(base));
@@ -241,26 +245,27 @@ FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential,
 // ------------------------------------------------------------------------------------------------
 // softmax
 
-// `first` and `next` as of visit().
+// `first` and `next` as of online_softmax().
 template <class Op, class L, class scalar_t, class real>
-FASTOPS_FN void softmax_row(const scalar_t* x, const Out<L, scalar_t>& y, const Kept<L>& kept,
-                            int64_t n, real& first, const scalar_t* next) {
+FASTOPS_FN void softmax_row(const scalar_t* x, const Out<L, scalar_t>& y,
+                            const ExpScratch<L>& scratch, int64_t n, real& first,
+                            const scalar_t* next) {
   using V = typename L::V;
-  Visit<real> v;
-  real* const exponential = Op::from_exponential ? kept.beside(y.row) : nullptr;
-  visit<L>(x, n, first, next, exponential, v);
+  OnlineSoftmax<real> v;
+  real* const exponential = Op::from_exponential ? scratch.beside(y.row) : nullptr;
+  online_softmax<L>(x, n, first, next, exponential, v);
   const V k(Op::constant(static_cast<real>(v.sum))), peak(v.peak);
   if constexpr (Op::from_exponential) {
-    each_exponential<L>(x, exponential, y, n, v, [&](int64_t i, auto count, auto& e, V lag) {
-      for (int j = 0; j < L::count; ++j) e[j] = Op::forward(e[j] * lag, peak, k);
-      y.leave(i, count, e);
+    each_exponential<L>(x, exponential, y, n, v, [&](int64_t i, auto count, auto& e, V rescale) {
+      for (int j = 0; j < L::count; ++j) e[j] = Op::forward(e[j] * rescale, peak, k);
+      y.store(i, count, e);
     });
   } else {
-    y.groups(0, n, [&](int64_t i, auto count) {
+    y.for_each_vector(0, n, [&](int64_t i, auto count) {
       V u[L::count];
       L::load(x + i, count, u);
       for (int j = 0; j < L::count; ++j) u[j] = Op::forward(u[j], peak, k);
-      y.leave(i, count, u);
+      y.store(i, count, u);
     });
   }
 }
@@ -271,7 +276,7 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy,
   using real = typename L::real;
   using V = typename L::V;
   double total = 0;
-  [[maybe_unused]] WideSum<V> wide;
+  [[maybe_unused]] PromotedSum<V> wide;
   for (int64_t begin = 0; begin < n; begin += kMinBlock) {
     V sum(real(0));
     each_group<L>(y, begin, begin + kMinBlock < n ? begin + kMinBlock : n,
@@ -279,7 +284,7 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy,
                     V g[L::count];
                     L::load(dy + i, count, g);
                     for (int j = 0; j < L::count; ++j) g[j] = Op::summand(vy[j], g[j]);
-                    if (count < L::size) L::keep(count, 0, g);
+                    if (count < L::size) L::mask_tail(count, 0, g);
                     for (int j = 0; j < L::count; ++j) {
                       if constexpr (Op::cancels) {
                         wide.add(g[j]);
@@ -292,12 +297,12 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy,
   }
   if constexpr (Op::cancels) total = wide.total();
   const V all(static_cast<real>(total));
-  dx.groups(0, n, [&](int64_t i, auto count) {
+  dx.for_each_vector(0, n, [&](int64_t i, auto count) {
     V vy[L::count], g[L::count];
     L::load(y + i, count, vy);
     L::load(dy + i, count, g);
     for (int j = 0; j < L::count; ++j) g[j] = Op::backward(vy[j], g[j], all);
-    dx.leave(i, count, g);
+    dx.store(i, count, g);
   });
 }
 
@@ -305,30 +310,30 @@ FASTOPS_FN void softmax_row_backward(const scalar_t* y, const scalar_t* dy,
 // others' at j inner. Rows that are short enough are kept side by side while they are worked on;
 // their elements in memory may be apart by a power of two, and push each other out of the caches.
 template <class L, class scalar_t>
-struct Columns {
+struct StridedRows {
   using V = typename L::V;
   const scalar_t* x;
   int64_t inner, count;
-  typename L::real* kept;  // what was read, or what has taken its place; or null
-  bool tiled;              // Tile has read them, and will write them
+  typename L::real* scratch;  // what was read, or what has taken its place; or null
+  bool tiled;                 // RowTile has read them, and will write them
 
-  FASTOPS_FN void keep(int64_t j, const V (&v)[L::count]) const {
-    for (int k = 0; k < L::count; ++k) v[k].store(kept + j * L::size + k * V::size());
+  FASTOPS_FN void save(int64_t j, const V (&v)[L::count]) const {
+    for (int k = 0; k < L::count; ++k) v[k].store(scratch + j * L::size + k * V::size());
   }
-  FASTOPS_FN void kept_of(int64_t j, V (&v)[L::count]) const {
-    for (int k = 0; k < L::count; ++k) v[k] = V::loadu(kept + j * L::size + k * V::size());
+  FASTOPS_FN void load_scratch(int64_t j, V (&v)[L::count]) const {
+    for (int k = 0; k < L::count; ++k) v[k] = V::loadu(scratch + j * L::size + k * V::size());
   }
   FASTOPS_FN void load_first(int64_t j, V (&v)[L::count]) const {
-    if (tiled) return kept_of(j, v);
+    if (tiled) return load_scratch(j, v);
     L::load(x + j * inner, count, v);
-    if (kept) keep(j, v);
+    if (scratch) save(j, v);
   }
   FASTOPS_FN void load(int64_t j, V (&v)[L::count]) const {
-    if (kept) return kept_of(j, v);
+    if (scratch) return load_scratch(j, v);
     L::load(x + j * inner, count, v);
   }
-  FASTOPS_FN void leave(int64_t j, const V (&v)[L::count], scalar_t* y) const {
-    if (tiled) return keep(j, v);
+  FASTOPS_FN void store(int64_t j, const V (&v)[L::count], scalar_t* y) const {
+    if (tiled) return save(j, v);
     L::store(y + j * inner, count, v);
   }
   // The maximum of each row, or what is left of it where there is a NaN, which shows in the sums.
@@ -340,12 +345,12 @@ struct Columns {
       for (int k = 0; k < L::count; ++k) peak[k] = larger(u[k], peak[k]);
     }
   }
-  // The sums of exp(x - base), which takes the place of x where it is kept and `left`.
+  // The sums of exp(x - base), which takes the place of x where it is scratch and `left`.
   template <bool left>
   FASTOPS_FN void exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count]) const {
     for (auto& s : sum) s = V(typename L::real(0));
-    if (kept) {
-      add_exponentials<left>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { kept_of(j, v); });
+    if (scratch) {
+      add_exponentials<left>(n, base, sum, [&](int64_t j, V(&v)[L::count]) { load_scratch(j, v); });
     } else {
       add_exponentials<false>(
           n, base, sum, [&](int64_t j, V(&v)[L::count]) { L::load(x + j * inner, count, v); });
@@ -354,7 +359,7 @@ struct Columns {
   template <bool left, class Read>
   FASTOPS_FN void add_exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count],
                                    Read read) const {
-    constexpr int several = kTogether / L::count;
+    constexpr int several = kUnroll / L::count;
     in_runs(n, [&](int64_t begin, int64_t end) {
       V few[L::count];
       for (auto& f : few) f = V(typename L::real(0));
@@ -366,7 +371,7 @@ struct Columns {
         }
         exp(u);
         for (int c = 0; c < elements; ++c) {
-          if constexpr (left) keep(j + c, u[c]);
+          if constexpr (left) save(j + c, u[c]);
           for (int k = 0; k < L::count; ++k) few[k] = few[k] + u[c][k];
         }
       };
@@ -376,18 +381,18 @@ struct Columns {
       for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + few[k];
     });
   }
-  // exp(x - base), of which exponentials() has left what is kept.
+  // exp(x - base), of which exponentials() has left what is scratch.
   FASTOPS_FN void exponential(int64_t j, const V (&base)[L::count], V (&v)[L::count]) const {
     load(j, v);
-    if (kept) return;
+    if (scratch) return;
     for (int k = 0; k < L::count; ++k) v[k] = exp(v[k] - base[k]);
   }
 };
 
-// Columns beside each other: where their elements are far apart many, which are read and written a
-// run at a time, else those of one vector.
+// StridedRows beside each other: where their elements are far apart many, which are read and
+// written a run at a time, else those of one vector.
 template <class L, class scalar_t>
-struct Tile {
+struct RowTile {
   using V = typename L::V;
   using real = typename L::real;
   static constexpr int64_t kNear =
@@ -402,40 +407,40 @@ struct Tile {
   alignas(64) real near[kNear];
 
   // How many rows of n elements make a tile.
-  static FASTOPS_FN int64_t together(int64_t n, int64_t inner) {
+  static FASTOPS_FN int64_t rows_per_tile(int64_t n, int64_t inner) {
     constexpr int64_t kPage = 4096, kFar = 2 << 20;  // bytes
     const int64_t stride = inner * static_cast<int64_t>(sizeof(scalar_t)),
                   most = kTiled / (n * L::size);
     if (n < 16 || most < 4 || (stride % kPage != 0 && n * stride < kFar)) return L::size;
     return L::size * (most < 16 ? most : 16);
   }
-  FASTOPS_FN Tile(const scalar_t* x, int64_t n, int64_t inner, int64_t count, real* memory)
+  FASTOPS_FN RowTile(const scalar_t* x, int64_t n, int64_t inner, int64_t count, real* memory)
       : x(x), n(n), inner(inner), count(count), tile(memory) {
     if (!tile) return;
     for (int64_t j = 0; j < n; ++j)
-      each([&](int64_t i, const Columns<L, scalar_t>& c) {
+      each([&](int64_t i, const StridedRows<L, scalar_t>& c) {
         V v[L::count];
         L::load(x + j * inner + i, c.count, v);
         __builtin_prefetch(x + (j + kAhead) * inner + i);
-        c.keep(j, v);
+        c.save(j, v);
       });
   }
-  FASTOPS_FN Columns<L, scalar_t> columns(int64_t i) {
-    real* const kept = tile ? tile + n * i : n * L::size <= kNear ? near : nullptr;
-    return {x + i, inner, count - i < L::size ? count - i : L::size, kept, tile != nullptr};
+  FASTOPS_FN StridedRows<L, scalar_t> columns(int64_t i) {
+    real* const scratch = tile ? tile + n * i : n * L::size <= kNear ? near : nullptr;
+    return {x + i, inner, count - i < L::size ? count - i : L::size, scratch, tile != nullptr};
   }
-  // Calls body(i, the Columns from row i on) for all.
+  // Calls body(i, the StridedRows from row i on) for all.
   template <class Body>
   FASTOPS_FN void each(Body body) {
     for (int64_t i = 0; i < count; i += L::size) body(i, columns(i));
   }
-  // Writes what the Columns have left.
+  // Writes what the StridedRows have left.
   FASTOPS_FN void write(scalar_t* y) {
     if (!tile) return;
     for (int64_t j = 0; j < n; ++j)
-      each([&](int64_t i, const Columns<L, scalar_t>& c) {
+      each([&](int64_t i, const StridedRows<L, scalar_t>& c) {
         V v[L::count];
-        c.kept_of(j, v);
+        c.load_scratch(j, v);
         __builtin_prefetch(y + (j + kAhead) * inner + i, 1);
         L::store(y + j * inner + i, c.count, v);
       });
@@ -446,8 +451,8 @@ template <class Op, class L, class scalar_t>
 FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64_t inner,
                                 int64_t count, typename L::real* memory) {
   using V = typename L::V;
-  Tile<L, scalar_t> tile(x, n, inner, count, memory);
-  tile.each([&](int64_t i, const Columns<L, scalar_t>& c) {
+  RowTile<L, scalar_t> tile(x, n, inner, count, memory);
+  tile.each([&](int64_t i, const StridedRows<L, scalar_t>& c) {
     V peak[L::count], sum[L::count];
     c.peaks(n, peak);
     c.template exponentials<Op::from_exponential>(n, peak, sum);
@@ -460,7 +465,7 @@ FASTOPS_FN void softmax_columns(const scalar_t* x, scalar_t* y, int64_t n, int64
         c.load(j, u);
       }
       for (int k = 0; k < L::count; ++k) u[k] = Op::forward(u[k], peak[k], sum[k]);
-      c.leave(j, u, y + i);
+      c.store(j, u, y + i);
     }
   });
   tile.write(y);
@@ -471,11 +476,11 @@ FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, 
                                          int64_t n, int64_t inner, int64_t count,
                                          typename L::real* memory) {
   using V = typename L::V;
-  Tile<L, scalar_t> outputs(y, n, inner, count, memory);
-  Tile<L, scalar_t> gradients(dy, n, inner, count,
-                              memory ? memory + Tile<L, scalar_t>::kTiled : nullptr);
-  gradients.each([&](int64_t i, const Columns<L, scalar_t>& gradient) {
-    const Columns<L, scalar_t> output = outputs.columns(i);
+  RowTile<L, scalar_t> outputs(y, n, inner, count, memory);
+  RowTile<L, scalar_t> gradients(dy, n, inner, count,
+                                 memory ? memory + RowTile<L, scalar_t>::kTiled : nullptr);
+  gradients.each([&](int64_t i, const StridedRows<L, scalar_t>& gradient) {
+    const StridedRows<L, scalar_t> output = outputs.columns(i);
     V total[L::count];
     for (auto& t : total) t = V(typename L::real(0));
     in_runs(n, [&](int64_t begin, int64_t end) {
@@ -494,36 +499,38 @@ FASTOPS_FN void softmax_columns_backward(const scalar_t* y, const scalar_t* dy, 
       output.load(j, u);
       gradient.load(j, g);
       for (int k = 0; k < L::count; ++k) g[k] = Op::backward(u[k], g[k], total[k]);
-      gradient.leave(j, g, dx + i);
+      gradient.store(j, g, dx + i);
     }
   });
   gradients.write(dx);
 }
 
 // Runs `rows(begin, end)` for ranges of contiguous rows, or over the threads `columns(o, i, count,
-// memory)` for neighbouring rows, those of a Tile, with memory for `tiles` of them where it is to
-// be one.
+// memory)` for neighbouring rows, those of a RowTile, with memory for `tiles` of them where it is
+// to be one.
 template <class L, int tiles, class scalar_t, class RowsBody, class ColumnsBody>
 FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, const scalar_t*, RowsBody rows,
                           ColumnsBody columns) {
   if (inner == 1) {
     cpu::parallel(outer, rows_per_thread(n), rows);
   } else {
-    using T = Tile<L, scalar_t>;
-    const int64_t together = T::together(n, inner), across = (inner + together - 1) / together;
-    cpu::parallel(outer * across, rows_per_thread(n * together), [=](int64_t begin, int64_t end) {
-      constexpr size_t bytes = tiles * T::kTiled * sizeof(typename L::real);
-      auto* const memory = static_cast<typename L::real*>(
-          together > L::size ? std::aligned_alloc(64, bytes) : nullptr);
-      const int64_t step = memory ? together : L::size;
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t left = t % across * together,
-                      right = left + together < inner ? left + together : inner;
-        for (int64_t i = left; i < right; i += step)
-          columns(t / across, i, right - i < step ? right - i : step, memory);
-      }
-      std::free(memory);
-    });
+    using T = RowTile<L, scalar_t>;
+    const int64_t rows_per_tile = T::rows_per_tile(n, inner),
+                  across = (inner + rows_per_tile - 1) / rows_per_tile;
+    cpu::parallel(
+        outer * across, rows_per_thread(n * rows_per_tile), [=](int64_t begin, int64_t end) {
+          constexpr size_t bytes = tiles * T::kTiled * sizeof(typename L::real);
+          auto* const memory = static_cast<typename L::real*>(
+              rows_per_tile > L::size ? std::aligned_alloc(64, bytes) : nullptr);
+          const int64_t step = memory ? rows_per_tile : L::size;
+          for (int64_t t = begin; t < end; ++t) {
+            const int64_t left = t % across * rows_per_tile,
+                          right = left + rows_per_tile < inner ? left + rows_per_tile : inner;
+            for (int64_t i = left; i < right; i += step)
+              columns(t / across, i, right - i < step ? right - i : step, memory);
+          }
+          std::free(memory);
+        });
   }
 }
 
@@ -532,7 +539,7 @@ struct MakeSoftmax {
   static Error forward(const SoftmaxArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
-      using L = Lanes<scalar_t>;
+      using L = VecIO<scalar_t>;
       auto* x = static_cast<const scalar_t*>(a.in[0]);
       auto* y = static_cast<scalar_t*>(a.out);
       const int64_t n = a.n, inner = a.inner;
@@ -540,13 +547,14 @@ struct MakeSoftmax {
       over_rows<L, 1>(
           a.outer, n, inner, x,
           [=](int64_t begin, int64_t end) {
-            const Kept<L> kept(Op::from_exponential ? n : 0, Op::from_exponential && streamed);
+            const ExpScratch<L> scratch(Op::from_exponential ? n : 0,
+                                        Op::from_exponential && streamed);
             auto first = first_peak<L>(x + begin * n, n);
             for (int64_t r = begin; r < end; ++r)
-              softmax_row<Op, L>(x + r * n, Out<L, scalar_t>(y, r, n, streamed), kept, n, first,
+              softmax_row<Op, L>(x + r * n, Out<L, scalar_t>(y, r, n, streamed), scratch, n, first,
                                  r + 1 < end ? x + (r + 1) * n : nullptr);
             if (streamed) fence();
-            kept.free();
+            scratch.free();
           },
           [=](int64_t o, int64_t i, int64_t count, typename L::real* memory) {
             const int64_t at = o * n * inner + i;
@@ -558,7 +566,7 @@ struct MakeSoftmax {
   static Error backward(const SoftmaxArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
-      using L = Lanes<scalar_t>;
+      using L = VecIO<scalar_t>;
       auto* y = static_cast<const scalar_t*>(a.in[0]);
       auto* dy = static_cast<const scalar_t*>(a.in[1]);
       auto* dx = static_cast<scalar_t*>(a.out);
@@ -579,7 +587,7 @@ struct MakeSoftmax {
       return nullptr;
     });
   }
-  static constexpr SoftmaxRow row{Op::name, &forward, &backward};
+  static constexpr SoftmaxKernel row{Op::name, &forward, &backward};
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -693,10 +701,10 @@ struct Classes {
   }
 };
 
-// `first` and `next` as of visit().
+// `first` and `next` as of online_softmax().
 template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& grad,
-                                  const Kept<L>& kept, real* loss, int64_t n, int64_t r,
+                                  const ExpScratch<L>& scratch, real* loss, int64_t n, int64_t r,
                                   const Target<real>& q, real& first, const scalar_t* next) {
   using V = typename L::V;
   constexpr int64_t one = 1;
@@ -707,13 +715,14 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     if (grad.row) {
       V none[L::count];
       for (auto& v : none) v = V(real(0));
-      grad.template groups<false>(0, n, [&](int64_t i, auto count) { grad.leave(i, count, none); });
+      grad.template for_each_vector<false>(
+          0, n, [&](int64_t i, auto count) { grad.store(i, count, none); });
     }
     if (next) first = first_peak<L>(next, n);
     return;
   }
   real smooth_depth = 0;
-  Visit<real> v;
+  OnlineSoftmax<real> v;
   if (q.soft != real(0)) {
     const real peak = n <= block_of(n) ? first : peak_of<L>(x, 0, n);
     double depth = 0;
@@ -731,7 +740,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
                           load_real<L>(q.weight + i, count, w);
                           for (int k = 0; k < L::count; ++k) u[k] = u[k] * w[k];
                         }
-                        if (count < L::size) L::keep(count, 0, u);
+                        if (count < L::size) L::mask_tail(count, 0, u);
                         for (int k = 0; k < L::count; ++k) few = few + u[k];
                       });
         sum = sum + few;
@@ -740,8 +749,8 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     }
     smooth_depth = static_cast<real>(depth);
   }
-  real* const exponential = grad.row ? kept.beside(grad.row) : nullptr;
-  visit<L>(x, n, first, next, exponential, v);
+  real* const exponential = grad.row ? scratch.beside(grad.row) : nullptr;
+  online_softmax<L>(x, n, first, next, exponential, v);
   const real log_sum = static_cast<real>(log(v.sum));
   const real soft_part = of.share[0] * q.soft;
   real hard = 0;
@@ -772,33 +781,34 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
       g = CrossEntropy::gradient(p, total, soft_weight) - V(of.own(q, m, 0) * q.scale);
   }
   if (grad.streamed) {  // to change a value of it later it would have to be read again
-    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V rescale) {
       V w[L::count];
       if (q.weight) load_real<L>(q.weight + i, count, w);
       for (int k = 0; k < L::count; ++k)
-        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total,
+        e[k] = CrossEntropy::gradient(e[k] * (rescale * inverse), total,
                                       q.soft == real(0) ? none
                                       : q.weight        ? soft * w[k]
                                                         : soft);
       for (int m = 0; m < q.targets; ++m)
         if (of.t[m][0] >= i && of.t[m][0] < i + count) L::put(of.t[m][0] - i, at_target[m], e);
-      grad.leave(i, count, e);
+      grad.store(i, count, e);
     });
     return;
   }
   if (q.soft == real(0)) {
-    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V rescale) {
       for (int k = 0; k < L::count; ++k)
-        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, none);
-      grad.leave(i, count, e);
+        e[k] = CrossEntropy::gradient(e[k] * (rescale * inverse), total, none);
+      grad.store(i, count, e);
     });
   } else {
-    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+    each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V rescale) {
       V w[L::count];
       if (q.weight) load_real<L>(q.weight + i, count, w);
       for (int k = 0; k < L::count; ++k)
-        e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, q.weight ? soft * w[k] : soft);
-      grad.leave(i, count, e);
+        e[k] = CrossEntropy::gradient(e[k] * (rescale * inverse), total,
+                                      q.weight ? soft * w[k] : soft);
+      grad.store(i, count, e);
     });
   }
   for (int m = 0; m < q.targets; ++m)
@@ -806,7 +816,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
 }
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* grad, real* loss,
+FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, scalar_t* grad, real* loss,
                                       int64_t r, int64_t n, const Target<real>& q) {
   using V = typename L::V;
   constexpr int64_t size = L::size;
@@ -875,7 +885,7 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* g
       if (!all_live)
         u[k] = select(V::loadu(of.live + k * V::size()) > V(real(0)), u[k], V(real(0)));
     }
-    c.leave(j, u, grad);
+    c.store(j, u, grad);
   }
   // As in cross_entropy_row(): where a target is, its share is subtracted before the value is
   // rounded.
@@ -898,7 +908,7 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, scalar_t* g
       real at_target[size];
       for (int k = 0; k < L::count; ++k) u[k].store(at_target + k * V::size());
       for (int64_t i = 0; i < count; ++i)
-        if (of.t[m][i] >= 0) c.kept[of.t[m][i] * size + i] = at_target[i];
+        if (of.t[m][i] >= 0) c.scratch[of.t[m][i] * size + i] = at_target[i];
     } else {
       scalar_t at_target[size];
       L::store(at_target, size, u);
@@ -933,7 +943,7 @@ struct Distribution {
       load_real<L>(weight + i, count, w);
       for (int k = 0; k < L::count; ++k) v[k] = v[k] * w[k];
     }
-    if (count < L::size) L::keep(count, 0, v);
+    if (count < L::size) L::mask_tail(count, 0, v);
   }
 };
 
@@ -945,7 +955,8 @@ struct Expect {
   const Distribution<L, scalar_t>& distribution;
   const scalar_t* q;
   Expectation<double> row{};
-  Expectation<V> lanes{};  // of the last kFew groups: equal terms, added up one by one, would drift
+  Expectation<V>
+      lanes{};  // of the last kFew vectors: equal terms, added up one by one, would drift
   V mass{real(0)}, depth{real(0)};
   int pending = 0;
 
@@ -976,15 +987,15 @@ struct Expect {
 
 template <class L, class scalar_t, class real>
 FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q,
-                                  const Out<L, scalar_t>& grad, const Kept<L>& kept, real* loss,
-                                  int64_t n, int64_t r, const Target<real>& target,
+                                  const Out<L, scalar_t>& grad, const ExpScratch<L>& scratch,
+                                  real* loss, int64_t n, int64_t r, const Target<real>& target,
                                   const Distribution<L, scalar_t>& distribution, real& first,
                                   const scalar_t* next) {
   using V = typename L::V;
-  real* const exponential = grad.row ? kept.beside(grad.row) : nullptr;
-  Visit<real> v;
+  real* const exponential = grad.row ? scratch.beside(grad.row) : nullptr;
+  OnlineSoftmax<real> v;
   Expect<L, scalar_t> expect{distribution, q};
-  visit<L>(x, n, first, next, exponential, v, expect);
+  online_softmax<L>(x, n, first, next, exponential, v, expect);
   const real log_sum = static_cast<real>(log(v.sum));
   *loss = CrossEntropy::smooth_loss(log_sum, static_cast<real>(expect.row.depth),
                                     static_cast<real>(expect.row.mass), real(1));
@@ -992,17 +1003,17 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q,
   if (!grad.row) return;
   const V inverse(static_cast<real>(1 / v.sum)),
       total((static_cast<real>(expect.row.mass) + slope) * scale), by(scale);
-  each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V lag) {
+  each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V rescale) {
     V w[L::count];
     distribution.load(q, i, count, w);
     for (int k = 0; k < L::count; ++k)
-      e[k] = CrossEntropy::gradient(e[k] * (lag * inverse), total, w[k] * by);
-    grad.leave(i, count, e);
+      e[k] = CrossEntropy::gradient(e[k] * (rescale * inverse), total, w[k] * by);
+    grad.store(i, count, e);
   });
 }
 
 template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, const scalar_t* q,
+FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, const scalar_t* q,
                                       scalar_t* grad, real* loss, int64_t n, int64_t r,
                                       const Target<real>& target,
                                       const Distribution<L, scalar_t>& distribution) {
@@ -1058,7 +1069,7 @@ FASTOPS_FN void cross_entropy_columns(const Columns<L, scalar_t>& c, const scala
     load(j, w);
     for (int k = 0; k < L::count; ++k)
       u[k] = CrossEntropy::gradient(u[k] * inverse[k], total[k], w[k] * by);
-    c.leave(j, u, grad);
+    c.store(j, u, grad);
   }
 }
 
@@ -1071,7 +1082,7 @@ struct MakeCrossEntropy {
   static Error over(const CrossEntropyArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
-      using L = Lanes<scalar_t>;
+      using L = VecIO<scalar_t>;
       using real = typename L::real;
       const Target<real> target(a);
       const Distribution<L, scalar_t> distribution(a);
@@ -1083,25 +1094,25 @@ struct MakeCrossEntropy {
       over_rows<L, 1>(
           a.outer, n, inner, x,
           [=, &target, &distribution](int64_t begin, int64_t end) {
-            const Kept<L> kept(grad ? n : 0, streamed);
+            const ExpScratch<L> scratch(grad ? n : 0, streamed);
             real first = first_peak<L>(x + begin * n, n);
             for (int64_t r = begin; r < end; ++r) {
               const Out<L, scalar_t> g(grad, r, n, streamed);
               const scalar_t* const next = r + 1 < end ? x + (r + 1) * n : nullptr;
               if constexpr (distributions) {
-                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, kept, loss + r, n, r,
+                cross_entropy_row<L>(x + r * n, distribution.q + r * n, g, scratch, loss + r, n, r,
                                      target, distribution, first, next);
               } else {
-                cross_entropy_row<L>(x + r * n, g, kept, loss + r, n, r, target, first, next);
+                cross_entropy_row<L>(x + r * n, g, scratch, loss + r, n, r, target, first, next);
               }
             }
             if (streamed) fence();
-            kept.free();
+            scratch.free();
           },
           [=, &target, &distribution](int64_t o, int64_t i, int64_t count, real* memory) {
             const int64_t at = o * n * inner + i, r = o * inner + i;
-            Tile<L, scalar_t> tile(x + at, n, inner, count, memory);
-            tile.each([&](int64_t k, const Columns<L, scalar_t>& c) {
+            RowTile<L, scalar_t> tile(x + at, n, inner, count, memory);
+            tile.each([&](int64_t k, const StridedRows<L, scalar_t>& c) {
               scalar_t* const g = grad ? grad + at + k : nullptr;
               if constexpr (distributions) {
                 cross_entropy_columns<L>(c, distribution.q + at + k, g, loss + r + k, n, r + k,
@@ -1143,17 +1154,17 @@ struct MakeCrossEntropy {
     }
     return nullptr;
   }
-  static constexpr CrossEntropyRow row{Op::name, &forward, &forward_probability, &divisor};
+  static constexpr CrossEntropyKernel row{Op::name, &forward, &forward_probability, &divisor};
 };
 
-using SoftmaxTable = Table<SoftmaxRow, MakeSoftmax, Softmaxes>;
-using CrossEntropyTable = Table<CrossEntropyRow, MakeCrossEntropy, CrossEntropies>;
+using SoftmaxTable = Table<SoftmaxKernel, MakeSoftmax, Softmaxes>;
+using CrossEntropyTable = Table<CrossEntropyKernel, MakeCrossEntropy, CrossEntropies>;
 
 }  // namespace
 
-extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows,
-                                                     std::size(SoftmaxTable::rows)};
-extern constinit const Rows<CrossEntropyRow> cross_entropy_rows{CrossEntropyTable::rows,
-                                                                std::size(CrossEntropyTable::rows)};
+extern constinit const KernelTable<SoftmaxKernel> softmax_kernels{SoftmaxTable::rows,
+                                                                  std::size(SoftmaxTable::rows)};
+extern constinit const KernelTable<CrossEntropyKernel> cross_entropy_kernels{
+    CrossEntropyTable::rows, std::size(CrossEntropyTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

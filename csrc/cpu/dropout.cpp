@@ -2,9 +2,10 @@
 // the seed and its logical index alone, so any split over threads, vectors and memory layouts gives
 // the same mask.
 #include "../formulas/dropout.h"
-#include "lanes.h"
+#include "../kernels/dropout.h"
 #include "parallel.h"
-#include "words32.h"
+#include "vec_io.h"
+#include "vec_philox.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
@@ -19,10 +20,10 @@ struct Key {
 };
 
 // Walks the elements in memory order and tells where each stands in logical order.
-struct Walk {
+struct LogicalWalk {
   const LogicalOrder& order;
   int64_t at[kMaxDims], logical = 0;
-  FASTOPS_FN Walk(const LogicalOrder& order, int64_t position) : order(order) {
+  FASTOPS_FN LogicalWalk(const LogicalOrder& order, int64_t position) : order(order) {
     for (int d = order.dims - 1; d >= 0; --d) {
       at[d] = position % order.size[d];
       position /= order.size[d];
@@ -40,7 +41,7 @@ struct Walk {
 };
 
 // The words of the next `count` <= kSpan elements in memory order, each from a counter of its own.
-FASTOPS_FN void walked_words(Key key, Walk& walk, int64_t count, uint32_t* word) {
+FASTOPS_FN void walked_words(Key key, LogicalWalk& walk, int64_t count, uint32_t* word) {
   uint32_t low[kSpan] = {}, high[kSpan] = {}, which[kSpan] = {};
   for (int64_t k = 0; k < count; ++k, walk.next()) {
     const uint64_t counter = static_cast<uint64_t>(walk.logical) / 4;
@@ -98,35 +99,35 @@ struct Strips {
   FASTOPS_FN void add(N n, const typename L::V (&v)[L::count]) {
     if (column + n <= period) {
       add_real<L>(sum + column, n, v);
-      return walk(n);
+      return advance(n);
     }
     real lane[L::size];
     store_real<L>(lane, n, v);
     for (int64_t k = 0; k < n; ++k) {
       sum[column] += lane[k];
-      walk(1);
+      advance(1);
     }
   }
-  FASTOPS_FN void walk(int64_t columns) {
+  FASTOPS_FN void advance(int64_t columns) {
     column += columns;
     if (column < period) return;
     column = 0;
-    if (++row % kStrip == 0) sum += period;
+    if (++row % kRowBlock == 0) sum += period;
   }
 };
 
 template <class Op>
-struct MakeRandom {
+struct MakeDropout {
   static_assert(Op::inputs == 1 || Op::inputs == 3);
 
-  static Error forward(const RandomArgs& a) { return over<false>(a); }
-  static Error forward_summed(const RandomArgs& a) { return over<true>(a); }
+  static Error forward(const DropoutArgs& a) { return over<false>(a); }
+  static Error forward_summed(const DropoutArgs& a) { return over<true>(a); }
 
   template <bool summed>
-  static Error over(const RandomArgs& a) {
+  static Error over(const DropoutArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
-      using L = Lanes<scalar_t>;
+      using L = VecIO<scalar_t>;
       using V = typename L::V;
       using real = typename L::real;
       const Key key(*a.seed);
@@ -143,7 +144,7 @@ struct MakeRandom {
       // The spans of [begin, end), which begin where `sums` do.
       const auto spans = [=, &order](int64_t begin, int64_t end, [[maybe_unused]] Strips<L> sums) {
         const U32 offsets = lane_offsets();
-        Walk walk(order, begin * kSpan);
+        LogicalWalk walk(order, begin * kSpan);
         for (int64_t span = begin; span < end; ++span) {
           const int64_t first = span * kSpan, last = first + kSpan < total ? first + kSpan : total;
           uint32_t word[kSpan];
@@ -152,7 +153,7 @@ struct MakeRandom {
           } else {
             walked_words(key, walk, last - first, word);
           }
-          groups<L::size>(first, last, [&](int64_t i, auto n) {
+          for_each_vector<L::size>(first, last, [&](int64_t i, auto n) {
             V x[Op::inputs][L::count];
             L::load(in[0] + i, n, x[0]);
             if constexpr (Op::inputs == 3) {
@@ -166,13 +167,13 @@ struct MakeRandom {
                 x[0][k] = Op::forward(keep, scale, x[0][k], x[1][k], x[2][k]);
             }
             if constexpr (summed) sums.add(n, x[0]);
-            L::leave(out + i, n, x[0], stream);
+            L::store(out + i, n, x[0], stream);
           });
         }
         if (stream) fence();
       };
       if constexpr (summed) {
-        int64_t together = kStrip;  // rows after which a strip and a span begin together
+        int64_t together = kRowBlock;  // rows after which a strip and a span begin together
         while (together * period % kSpan != 0) together *= 2;
         auto* sums = static_cast<real*>(a.sums);
         const int64_t elements = together * period;
@@ -180,8 +181,9 @@ struct MakeRandom {
                       [=](int64_t begin, int64_t end) {
                         const int64_t first = begin * elements,
                                       last = end * elements < total ? end * elements : total;
-                        real* const strips = sums + first / kStrip;
-                        for (int64_t j = 0; j < strips_of((last - first) / period) * period; ++j)
+                        real* const strips = sums + first / kRowBlock;
+                        for (int64_t j = 0; j < row_blocks_of((last - first) / period) * period;
+                             ++j)
                           strips[j] = 0;
                         spans(first / kSpan, (last + kSpan - 1) / kSpan, {strips, period});
                       });
@@ -192,17 +194,17 @@ struct MakeRandom {
       return nullptr;
     });
   }
-  static Error backward(const RandomArgs& a) {
+  static Error backward(const DropoutArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
-      using L = Lanes<scalar_t>;
+      using L = VecIO<scalar_t>;
       using V = typename L::V;
       const V scale(static_cast<typename L::real>(a.scale));
       auto* dx = static_cast<scalar_t*>(a.out);
       auto* y = static_cast<const scalar_t*>(a.in[0]);
       auto* dy = static_cast<const scalar_t*>(a.in[1]);
       cpu::parallel(a.n, 4 * kGrain, [=](int64_t begin, int64_t end) {
-        groups<L::size>(begin, end, [&](int64_t i, auto n) {
+        for_each_vector<L::size>(begin, end, [&](int64_t i, auto n) {
           V s[L::count], g[L::count];
           L::load(y + i, n, s);
           L::load(dy + i, n, g);
@@ -213,18 +215,19 @@ struct MakeRandom {
       return nullptr;
     });
   }
-  static constexpr RandomRow row_of() {
-    RandomRow row{Op::name, Op::inputs, &forward, nullptr, nullptr};
+  static constexpr DropoutKernel row_of() {
+    DropoutKernel row{Op::name, Op::inputs, &forward, nullptr, nullptr};
     if constexpr (Op::from_output) row.backward = &backward;
     if constexpr (Op::own_derivative) row.summed = &forward_summed;
     return row;
   }
-  static constexpr RandomRow row = row_of();
+  static constexpr DropoutKernel row = row_of();
 };
-using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
+using DropoutTable = Table<DropoutKernel, MakeDropout, Dropouts>;
 
 }  // namespace
 
-extern constinit const Rows<RandomRow> random_rows{RandomTable::rows, std::size(RandomTable::rows)};
+extern constinit const KernelTable<DropoutKernel> dropout_kernels{DropoutTable::rows,
+                                                                  std::size(DropoutTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -1,36 +1,37 @@
 // The elementwise loop of two inputs, of which the second may be one row, repeated.
 #include "../formulas/fused.h"
-#include "lanes.h"
+#include "../kernels/elementwise.h"
 #include "parallel.h"
+#include "vec_io.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kGrain = 16384;   // elements a thread takes at least
 constexpr int64_t kColumns = 4096;  // whose sums stay in the first-level cache
-constexpr int64_t kAhead = 32;      // groups
+constexpr int64_t kAhead = 32;      // vectors
 
 // out[i] = f(in[0][i], in[1][i % period], in[2][i])
 template <int inputs, class F>
 Error fused(const FusedArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    using L = Lanes<scalar_t>;
+    using L = VecIO<scalar_t>;
     using V = typename L::V;
     auto* out = static_cast<scalar_t*>(a.out);
     const scalar_t* in[inputs];
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     const int64_t period = a.period;
     const bool stream = (period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
-    cpu::parallel_groups<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
-      groups_beside<L::size>(begin, end, period, [&](int64_t i, int64_t j, auto count) {
+    cpu::parallel_vectors<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
+      for_each_vector_beside<L::size>(begin, end, period, [&](int64_t i, int64_t j, auto count) {
         V x[inputs][L::count], y[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 1 ? j : i), count, x[k]);
         for (int k = 0; k < L::count; ++k) {
           if constexpr (inputs == 2) y[k] = f(x[0][k], x[1][k]);
           if constexpr (inputs == 3) y[k] = f(x[0][k], x[1][k], x[2][k]);
         }
-        L::leave(out + i, count, y, stream);
+        L::store(out + i, count, y, stream);
       });
       if (stream) fence();
     });
@@ -43,7 +44,7 @@ template <class F>
 Error summed(const FusedArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    using L = Lanes<scalar_t>;
+    using L = VecIO<scalar_t>;
     using V = typename L::V;
     using real = typename L::real;
     auto* out = static_cast<scalar_t*>(a.out);
@@ -51,20 +52,20 @@ Error summed(const FusedArgs& a, F f) {
     auto* t = static_cast<const scalar_t*>(a.in[1]);
     auto* dy = static_cast<const scalar_t*>(a.in[2]);
     auto* sums = static_cast<real*>(a.sums);
-    const int64_t period = a.period, rows = a.n / period, strips = strips_of(rows);
+    const int64_t period = a.period, rows = a.n / period, strips = row_blocks_of(rows);
     const int64_t across = (period + kColumns - 1) / kColumns,
-                  each = kStrip * (period < kColumns ? period : kColumns);
+                  each = kRowBlock * (period < kColumns ? period : kColumns);
     const bool stream = period % L::size == 0 && streams<L>(out, a.n, x);
     cpu::parallel(strips * across, kGrain / each + 1, [=](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t s = k / across, left = k % across * kColumns,
                       right = left + kColumns < period ? left + kColumns : period;
-        const int64_t last = (s + 1) * kStrip < rows ? (s + 1) * kStrip : rows;
+        const int64_t last = (s + 1) * kRowBlock < rows ? (s + 1) * kRowBlock : rows;
         alignas(64) real sum[kColumns];
         for (int64_t j = 0; j < right - left; ++j) sum[j] = 0;
-        for (int64_t r = s * kStrip; r < last; ++r) {
+        for (int64_t r = s * kRowBlock; r < last; ++r) {
           const int64_t row = r * period;
-          groups<L::size>(left, right, [&](int64_t j, auto count) {
+          for_each_vector<L::size>(left, right, [&](int64_t j, auto count) {
             V v[L::count], b[L::count], g[L::count];
             __builtin_prefetch(
                 x + row + j +
@@ -75,7 +76,7 @@ Error summed(const FusedArgs& a, F f) {
             L::load(dy + row + j, count, g);
             for (int m = 0; m < L::count; ++m) v[m] = f(v[m], b[m], g[m]);
             add_real<L>(sum + (j - left), count, v);
-            L::leave(out + row + j, count, v, stream);
+            L::store(out + row + j, count, v, stream);
           });
         }
         for (int64_t j = left; j < right; ++j) sums[s * period + j] = sum[j - left];
@@ -97,17 +98,18 @@ struct MakeFused {
   static Error backward_summed(const FusedArgs& a) {
     return summed(a, [](auto x, auto t, auto dy) { return Op::backward(x, t, dy); });
   }
-  static constexpr FusedRow row_of() {
-    FusedRow row{Op::name, Op::activation, Op::broadcast, &forward, nullptr, nullptr};
+  static constexpr FusedKernel row_of() {
+    FusedKernel row{Op::name, Op::activation, Op::broadcast, &forward, nullptr, nullptr};
     if constexpr (Op::broadcast) row.backward = &backward, row.summed = &backward_summed;
     return row;
   }
-  static constexpr FusedRow row = row_of();
+  static constexpr FusedKernel row = row_of();
 };
-using FusedTable = Table<FusedRow, MakeFused, Fused>;
+using FusedTable = Table<FusedKernel, MakeFused, Fused>;
 
 }  // namespace
 
-extern constinit const Rows<FusedRow> fused_rows{FusedTable::rows, std::size(FusedTable::rows)};
+extern constinit const KernelTable<FusedKernel> fused_kernels{FusedTable::rows,
+                                                              std::size(FusedTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

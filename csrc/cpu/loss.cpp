@@ -1,9 +1,10 @@
 // Elementwise losses and their sums: values, total, first and second derivatives. Sums are taken
 // chunk by chunk in an order that n (and the period of what is repeated) alone decides, so that
 // they have the same bits for any number of threads.
+#include "../kernels/loss.h"
 #include "../formulas/losses.h"
-#include "lanes.h"
 #include "parallel.h"
+#include "vec_io.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
@@ -25,9 +26,9 @@ struct Sum {
 template <int64_t group, int inputs, bool hot, class Body>
 FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body) {
   if constexpr (inputs == 3) {
-    groups_beside<group, hot>(begin, end, period, body);
+    for_each_vector_beside<group, hot>(begin, end, period, body);
   } else {
-    groups<group, hot>(begin, end, [&](int64_t i, auto n) { body(i, i, n); });
+    for_each_vector<group, hot>(begin, end, [&](int64_t i, auto n) { body(i, i, n); });
   }
 }
 
@@ -35,7 +36,7 @@ FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body
 template <class scalar_t, int inputs, class F>
 FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs],
                             int64_t period, F f) {
-  using L = Lanes<scalar_t>;
+  using L = VecIO<scalar_t>;
   using V = typename L::V;
   double sum = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
@@ -55,7 +56,7 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
                                             if constexpr (inputs == 3)
                                               v[k] = f(x[0][k], x[1][k], x[2][k]);
                                           }
-                                          if (n < L::size) L::keep(n, 0, v);
+                                          if (n < L::size) L::mask_tail(n, 0, v);
                                           for (int k = 0; k < L::count; ++k) few = few + v[k];
                                         });
       total = total + few;
@@ -66,19 +67,19 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
 }
 
 template <int params, int inputs, class F>
-Error total(const ReduceArgs& a, F f) {
+Error total(const LossArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    using real = typename Lanes<scalar_t>::real;
-    using V = typename Lanes<scalar_t>::V;
+    using real = typename VecIO<scalar_t>::real;
+    using V = typename VecIO<scalar_t>::V;
     const Params<params, real> p(a.params);
     const scalar_t* in[inputs];
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     auto* partial = static_cast<double*>(a.workspace);
-    const int64_t n = a.n, chunks = (n + kReduceChunk - 1) / kReduceChunk, period = a.period;
+    const int64_t n = a.n, chunks = (n + kLossChunk - 1) / kLossChunk, period = a.period;
     cpu::parallel(chunks, 1, [=](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        const int64_t from = k * kReduceChunk, to = from + kReduceChunk;
+        const int64_t from = k * kLossChunk, to = from + kLossChunk;
         partial[k] = sum_chunk(from, to < n ? to : n, in, period,
                                [&](auto... x) { return with_params<params, V>(f, p.value, x...); });
       }
@@ -94,10 +95,10 @@ Error total(const ReduceArgs& a, F f) {
 
 // out[i] = f(x, t, ...) times slope, and times scale * grad[i] where there is a grad
 template <int params, int inputs, bool hot, class F>
-Error each(const ReduceArgs& a, double slope, F f) {
+Error each(const LossArgs& a, double slope, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    using L = Lanes<scalar_t>;
+    using L = VecIO<scalar_t>;
     using V = typename L::V;
     using real = typename L::real;
     const Params<params, real> p(a.params);
@@ -112,7 +113,7 @@ Error each(const ReduceArgs& a, double slope, F f) {
     const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
     const bool stream =
         (inputs == 2 || period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
-    cpu::parallel_groups<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
+    cpu::parallel_vectors<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
       each_group<L::size, inputs, hot>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
@@ -123,7 +124,7 @@ Error each(const ReduceArgs& a, double slope, F f) {
             y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
           if (scaled) y[k] = y[k] * (each_grad ? g[k] * V(factor) : V(factor));
         }
-        L::leave(out + i, n, y, stream);
+        L::store(out + i, n, y, stream);
       });
       if (stream) fence();
     });
@@ -132,57 +133,58 @@ Error each(const ReduceArgs& a, double slope, F f) {
 }
 
 template <class Op>
-struct MakeReduce {
+struct MakeLoss {
   static constexpr int params = count_params(Op::params), inputs = 2 + count_tensors(Op::params);
   static constexpr double slope = slope_of<Op>();
 
-  static Error values(const ReduceArgs& a) {
+  static Error values(const LossArgs& a) {
     return each<params, inputs, true>(
         a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
-  static Error sum(const ReduceArgs& a) {
+  static Error sum(const LossArgs& a) {
     return total<params, inputs>(a,
                                  [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
-  static Error d0(const ReduceArgs& a) {
+  static Error d0(const LossArgs& a) {
     return each<params, inputs, true>(a, slope,
                                       [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
   }
-  static Error d1(const ReduceArgs& a) {
+  static Error d1(const LossArgs& a) {
     return each<params, inputs, false>(
         a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
-  static Error second(const ReduceArgs& a) {
+  static Error second(const LossArgs& a) {
     return each<params, inputs, false>(a, slope,
                                        [to_target = a.to_target](auto x, auto t, auto... p) {
                                          return second_derivative<Op>(to_target, x, t, p...);
                                        });
   }
-  static constexpr ReduceRow row{Op::name,
-                                 Op::params,
-                                 &values,
-                                 &sum,
-                                 &d0,
-                                 &d1,
-                                 &second,
-                                 domain_of<Op>().low,
-                                 domain_of<Op>().high};
+  static constexpr LossKernel row{Op::name,
+                                  Op::params,
+                                  &values,
+                                  &sum,
+                                  &d0,
+                                  &d1,
+                                  &second,
+                                  domain_of<Op>().low,
+                                  domain_of<Op>().high};
 };
 template <>
-struct MakeReduce<Sum> {
-  static Error sum(const ReduceArgs& a) {
+struct MakeLoss<Sum> {
+  static Error sum(const LossArgs& a) {
     return total<0, 1>(a, [](auto x) { return Sum::value(x); });
   }
-  static constexpr ReduceRow row{Sum::name, Sum::params, nullptr, &sum, nullptr,
-                                 nullptr,   nullptr,     0,       0};
+  static constexpr LossKernel row{Sum::name, Sum::params, nullptr, &sum, nullptr,
+                                  nullptr,   nullptr,     0,       0};
 };
 
 template <class... Ops>
 auto with_sum(List<Ops...>) -> List<Ops..., Sum>;
-using ReduceTable = Table<ReduceRow, MakeReduce, decltype(with_sum(Losses{}))>;
+using LossTable = Table<LossKernel, MakeLoss, decltype(with_sum(Losses{}))>;
 
 }  // namespace
 
-extern constinit const Rows<ReduceRow> reduce_rows{ReduceTable::rows, std::size(ReduceTable::rows)};
+extern constinit const KernelTable<LossKernel> loss_kernels{LossTable::rows,
+                                                            std::size(LossTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -3,9 +3,11 @@
 #include <cstring>
 
 #include "../formulas/optimizers.h"
-#include "lanes.h"
+#include "../kernels/gradient_norm.h"
+#include "../kernels/optimizer.h"
 #include "parallel.h"
-#include "words32.h"
+#include "vec_io.h"
+#include "vec_philox.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
@@ -20,13 +22,13 @@ constexpr int64_t kGrain =
 // What elements of T are computed in; those of a group, of whatever dtype, are `count` vectors of
 // it.
 template <class T>
-using Real = typename Lanes<T>::real;
+using Real = typename VecIO<T>::real;
 
 // Calls body(j, offset, n) for the runs, each a vector of T, that the n elements of a group are
 // made of; the j-th vector of real is where a run begins.
 template <class T, int count, class N, class Body>
 FASTOPS_FN void runs(N n, Body body) {
-  using L = Lanes<T>;
+  using L = VecIO<T>;
   if constexpr (L::count == count) {
     body(0, int64_t{0}, n);
   } else {
@@ -38,7 +40,7 @@ FASTOPS_FN void runs(N n, Body body) {
 }
 template <class T, int count, class N>
 FASTOPS_FN void load_group(const T* p, N n, Vec<Real<T>> (&v)[count]) {
-  using L = Lanes<T>;
+  using L = VecIO<T>;
   if constexpr (L::count != count)
     for (auto& each : v) each = typename L::V(0);  // what lies beyond n is computed too
   runs<T, count>(n, [&](int j, int64_t offset, auto m) {
@@ -47,7 +49,7 @@ FASTOPS_FN void load_group(const T* p, N n, Vec<Real<T>> (&v)[count]) {
 }
 template <class T, int count, class N>
 FASTOPS_FN void store_group(T* p, N n, const Vec<Real<T>> (&v)[count]) {
-  using L = Lanes<T>;
+  using L = VecIO<T>;
   runs<T, count>(n, [&](int j, int64_t offset, auto m) {
     L::store(p + offset, m, reinterpret_cast<const typename L::V(&)[L::count]>(v[j]));
   });
@@ -60,7 +62,7 @@ struct Words {
   U32 offsets = lane_offsets();
   int64_t span[pairs];
   uint32_t word[pairs][kSpan + 64];  // a group may be read past its end
-  explicit FASTOPS_FN Words(const StepNoise& n)
+  explicit FASTOPS_FN Words(const OptimizerNoise& n)
       : noise{static_cast<uint32_t>(n.seed), static_cast<uint32_t>(n.seed >> 32), n.step,
               n.number} {
     for (auto& s : span) s = -1;
@@ -95,18 +97,18 @@ FASTOPS_FN void store_stochastically(c10::BFloat16* p, int64_t i, N n, const Vec
 
 // Elements [begin, end) of one tensor.
 template <class Op, class scalar_t, class state_t, bool stochastic>
-FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end,
-                           Real<scalar_t> inverse_scale, const StepNoise* noise) {
+FASTOPS_FN void step_range(const OptimizerTensor& t, int64_t begin, int64_t end,
+                           Real<scalar_t> inverse_scale, const OptimizerNoise* noise) {
   using real = Real<scalar_t>;
   using V = Vec<real>;
   // A group is a vector of the narrower dtype.
   constexpr int64_t size =
       Vec<scalar_t>::size() > Vec<state_t>::size() ? Vec<scalar_t>::size() : Vec<state_t>::size();
   constexpr int count = size / V::size();
-  typename Op::template Numbers<real> numbers;
-  static_assert(sizeof numbers == Op::numbers * sizeof(real));
-  for (int k = 0; k < Op::numbers; ++k)
-    reinterpret_cast<real*>(&numbers)[k] = static_cast<real>(t.numbers[k]);
+  typename Op::template StepScalars<real> scalars;
+  static_assert(sizeof scalars == Op::scalars * sizeof(real));
+  for (int k = 0; k < Op::scalars; ++k)
+    reinterpret_cast<real*>(&scalars)[k] = static_cast<real>(t.scalars[k]);
   auto* p = static_cast<scalar_t*>(t.p);
   auto* g = static_cast<const scalar_t*>(t.g);
   state_t* s[state_slots<Op>];
@@ -139,7 +141,7 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end,
       if (scaled) vg[j] = vg[j] * scale;
       V state[state_slots<Op>];
       for (int k = 0; k < Op::states; ++k) state[k] = vs[k][j];
-      Op::step(numbers, vp[j], vg[j], state);
+      Op::step(scalars, vp[j], vg[j], state);
       for (int k = 0; k < Op::states; ++k) vs[k][j] = state[k];
     }
     put(p, i, n, vp, words, 0);
@@ -156,17 +158,17 @@ FASTOPS_FN void step_range(const StepTensor& t, int64_t begin, int64_t end,
     static_assert(kSpan % size == 0);
     const int64_t aligned = (begin + size - 1) / size * size, head = aligned < end ? aligned : end;
     if (begin < head) group(begin, head - begin, words);
-    groups<size, false>(head, end, [&](int64_t i, auto n) { group(i, n, words); });
+    for_each_vector<size, false>(head, end, [&](int64_t i, auto n) { group(i, n, words); });
   } else {
     int none = 0;
-    groups<size>(begin, end, [&](int64_t i, auto n) { group(i, n, none); });
+    for_each_vector<size>(begin, end, [&](int64_t i, auto n) { group(i, n, none); });
   }
 }
 
 // Asks for where a tensor begins: of small ones that is all there is, and the processor cannot
 // guess where the next lies.
 template <class Op, class scalar_t, class state_t>
-FASTOPS_FN void expect(const StepTensor& t) {
+FASTOPS_FN void expect(const OptimizerTensor& t) {
   const auto ask = [elements = t.n < kAhead ? t.n : kAhead](const void* data, size_t size) {
     const size_t bytes = static_cast<size_t>(elements) * size;
     for (size_t at = 0; at < bytes; at += 64)
@@ -178,13 +180,13 @@ FASTOPS_FN void expect(const StepTensor& t) {
 }
 
 template <class Op, class scalar_t, class state_t, bool stochastic = false>
-void step_all(const StepArgs& a) {
+void step_all(const OptimizerArgs& a) {
   using real = Real<scalar_t>;
   const real inverse_scale = a.grad_scale ? real(1) / static_cast<real>(*a.grad_scale) : real(1);
   int64_t total = 0;
   for (int64_t k = 0; k < a.count; ++k) total += a.tensors[k].n;
-  const StepTensor* tensors = a.tensors;
-  const StepNoise* noise = a.noise;
+  const OptimizerTensor* tensors = a.tensors;
+  const OptimizerNoise* noise = a.noise;
   const int64_t count = a.count;
   // The tensors, end to end, are one run of `total` elements; a thread takes a range of it, rounded
   // to whole chunks of a tensor, and finds the tensors in it by walking the list.
@@ -207,7 +209,7 @@ void step_all(const StepArgs& a) {
 
 template <class scalar_t>
 double squares(const scalar_t* g, int64_t n) {
-  using L = Lanes<scalar_t>;
+  using L = VecIO<scalar_t>;
   using V = typename L::V;
   constexpr int64_t kRun =
       2 * kFew * L::size;  // elements that are added up in the lanes of two sums
@@ -215,35 +217,38 @@ double squares(const scalar_t* g, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kRun) {
     V sum[2] = {V(0), V(0)};
     int next = 0;
-    groups<L::size>(begin, begin + kRun < n ? begin + kRun : n, [&](int64_t i, auto count) {
-      V v[L::count];
-      L::load(g + i, count, v);
-      if (count < L::size) L::keep(count, 0, v);
-      for (int k = 0; k < L::count; ++k, next ^= 1) sum[next] = sum[next] + v[k] * v[k];
-    });
+    for_each_vector<L::size>(begin, begin + kRun < n ? begin + kRun : n,
+                             [&](int64_t i, auto count) {
+                               V v[L::count];
+                               L::load(g + i, count, v);
+                               if (count < L::size) L::mask_tail(count, 0, v);
+                               for (int k = 0; k < L::count; ++k, next ^= 1)
+                                 sum[next] = sum[next] + v[k] * v[k];
+                             });
     total += sum_of_lanes(sum[0] + sum[1]);
   }
   return total;
 }
 
-Error sums_of_squares(const StepArgs& a, double* sums) {
+Error sums_of_squares(const OptimizerArgs& a, double* sums) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     int64_t pieces = 0, total = 0;
     for (int64_t k = 0; k < a.count; ++k)
-      pieces += norm_chunks(a.tensors[k].n), total += a.tensors[k].n;
+      pieces += gradient_norm_chunks(a.tensors[k].n), total += a.tensors[k].n;
     if (pieces == 0) return nullptr;
-    const StepTensor* tensors = a.tensors;
+    const OptimizerTensor* tensors = a.tensors;
     const int64_t mean = total / pieces < 1 ? 1 : total / pieces;
     cpu::parallel(pieces, kGrain / mean < 1 ? 1 : kGrain / mean, [=](int64_t begin, int64_t end) {
       int64_t piece = 0;  // the first of tensor k
-      for (int64_t k = 0; piece < end; piece += norm_chunks(tensors[k++].n)) {
+      for (int64_t k = 0; piece < end; piece += gradient_norm_chunks(tensors[k++].n)) {
         const int64_t n = tensors[k].n;
         const auto* g = static_cast<const scalar_t*>(tensors[k].g);
-        for (int64_t j = begin > piece ? begin - piece : 0; j < norm_chunks(n) && piece + j < end;
-             ++j) {
-          const int64_t at = j * kNormChunk;
-          sums[piece + j] = squares(g + at, n - at < kNormChunk ? n - at : kNormChunk);
+        for (int64_t j = begin > piece ? begin - piece : 0;
+             j < gradient_norm_chunks(n) && piece + j < end; ++j) {
+          const int64_t at = j * kGradientNormChunk;
+          sums[piece + j] =
+              squares(g + at, n - at < kGradientNormChunk ? n - at : kGradientNormChunk);
         }
       }
     });
@@ -261,15 +266,15 @@ Error clip(const ClipArgs& a) {
 }
 
 template <class Op>
-struct MakeStep {
-  static Error step(const StepArgs& a) {
-    if (a.on_device) return "the numbers of a step are made on the host";
+struct MakeOptimizer {
+  static Error step(const OptimizerArgs& a) {
+    if (a.on_device) return "the scalars of a step are made on the host";
     if (a.found_inf && *a.found_inf != 0.0f) return nullptr;
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
       using c10::BFloat16;
       const bool own = a.state_dtype == a.dtype || Op::states == 0;
-      constexpr bool reduced = Lanes<scalar_t>::reduced;
+      constexpr bool reduced = VecIO<scalar_t>::reduced;
       const bool in_float = reduced && !own && a.state_dtype == c10::ScalarType::Float;
       const bool in_bfloat16 =
           std::is_same_v<scalar_t, float> && !own && a.state_dtype == c10::ScalarType::BFloat16;
@@ -287,19 +292,21 @@ struct MakeStep {
       return "unsupported dtype of the optimizer state";
     });
   }
-  static void derive(const double* options, double step, bool first, double* numbers) {
-    const auto derived = Op::derive(options, step, first);
-    static_assert(sizeof derived == Op::numbers * sizeof(double));
-    memcpy(numbers, &derived, sizeof derived);
+  static void scalars_for_step(const double* options, double step, bool first, double* scalars) {
+    const auto derived = Op::scalars_for_step(options, step, first);
+    static_assert(sizeof derived == Op::scalars * sizeof(double));
+    memcpy(scalars, &derived, sizeof derived);
   }
-  static constexpr StepRow row{Op::name,    Op::states,      Op::numbers, &step,
-                               Op::options, Op::state_names, Op::counts,  &derive};
+  static constexpr OptimizerKernel row{Op::name,   Op::states,       Op::scalars,
+                                       &step,      Op::options,      Op::state_names,
+                                       Op::counts, &scalars_for_step};
 };
-using StepTable = Table<StepRow, MakeStep, Optimizers>;
+using OptimizerTable = Table<OptimizerKernel, MakeOptimizer, Optimizers>;
 
 }  // namespace
 
-extern constinit const NormRow norm_row{&sums_of_squares, &clip};
-extern constinit const Rows<StepRow> step_rows{StepTable::rows, std::size(StepTable::rows)};
+extern constinit const GradientNormKernel gradient_norm_kernel{&sums_of_squares, &clip};
+extern constinit const KernelTable<OptimizerKernel> optimizer_kernels{
+    OptimizerTable::rows, std::size(OptimizerTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

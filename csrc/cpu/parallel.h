@@ -26,7 +26,7 @@ FASTOPS_FN void parallel(int64_t n, int64_t grain, F f) {
 // Calls f(begin, end) on disjoint ranges that cover [0, n) and begin where a group does, so that
 // where the memory is aligned every whole group is.
 template <int64_t group, class F>
-FASTOPS_FN void parallel_groups(int64_t n, int64_t grain, F f) {
+FASTOPS_FN void parallel_vectors(int64_t n, int64_t grain, F f) {
   parallel((n + group - 1) / group, grain / group, [=](int64_t first, int64_t last) {
     f(first * group, last * group < n ? last * group : n);
   });

@@ -10,14 +10,14 @@
 
 #include <utility>
 
-#include "../kernels.h"
+#include "../kernels/kernel_table.h"
 #include "../math.h"
 
 namespace fastops::CPU_CAPABILITY {
 
 // A group of `size` consecutive elements of scalar_t, held as `count` vectors of real.
 template <class scalar_t>
-struct Lanes {
+struct VecIO {
   static constexpr bool reduced = sizeof(scalar_t) == 2,
                         bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
   using real = std::conditional_t<reduced, float, scalar_t>;
@@ -95,7 +95,7 @@ struct Lanes {
   }
   // Writes a group, past the caches where it is `streamed` and whole.
   template <class N>
-  static FASTOPS_FN void leave(scalar_t* p, N n, const V (&v)[count], bool streamed) {
+  static FASTOPS_FN void store(scalar_t* p, N n, const V (&v)[count], bool streamed) {
     if (streamed && n == size) {
       stream(p, v);
     } else {
@@ -118,7 +118,7 @@ struct Lanes {
   }
   // The first n lanes of the group as they are, the others filled: for sums and maxima over a
   // masked tail.
-  static FASTOPS_FN void keep(int64_t n, real filler, V (&v)[count]) {
+  static FASTOPS_FN void mask_tail(int64_t n, real filler, V (&v)[count]) {
     for (int k = 0; k < count; ++k) {
       const int64_t left = n - k * V::size();
       v[k] = V::set(V(filler), v[k], left < 0 ? 0 : left > V::size() ? V::size() : left);
@@ -127,8 +127,8 @@ struct Lanes {
 };
 
 // The lanes of a vector in double.
-FASTOPS_FN void widen(const Vec<double>& v, Vec<double> (&wide)[1]) { wide[0] = v; }
-FASTOPS_FN void widen(const Vec<float>& v, Vec<double> (&wide)[2]) {
+FASTOPS_FN void promote(const Vec<double>& v, Vec<double> (&wide)[1]) { wide[0] = v; }
+FASTOPS_FN void promote(const Vec<float>& v, Vec<double> (&wide)[2]) {
 #if defined(CPU_CAPABILITY_AVX512)
   wide[0] = _mm512_maskz_cvtps_pd(-1, _mm512_castps512_ps256(v));
   wide[1] = _mm512_maskz_cvtps_pd(-1, _mm512_maskz_extractf32x8_ps(-1, v, 1));
@@ -148,7 +148,7 @@ FASTOPS_FN void widen(const Vec<float>& v, Vec<double> (&wide)[2]) {
 // All lanes joined by halves: f(lane, lane). One after the other, each would wait for the one
 // before.
 template <class V, class F>
-FASTOPS_FN typename V::value_type joined(const V& v, F f) {
+FASTOPS_FN typename V::value_type reduce_lanes(const V& v, F f) {
   typename V::value_type lane[V::size()];
   v.store(lane);
 #pragma GCC unroll 8
@@ -161,12 +161,12 @@ FASTOPS_FN typename V::value_type joined(const V& v, F f) {
 template <int n>
 FASTOPS_FN double sum_of_lanes(const Vec<double> (&v)[n]) {
   static_assert(n <= 2);
-  return joined(n == 2 ? v[0] + v[n - 1] : v[0], [](double a, double b) { return a + b; });
+  return reduce_lanes(n == 2 ? v[0] + v[n - 1] : v[0], [](double a, double b) { return a + b; });
 }
 template <class V>
 FASTOPS_FN double sum_of_lanes(const V& v) {
   Vec<double> wide[sizeof(double) / sizeof(typename V::value_type)];
-  widen(v, wide);
+  promote(v, wide);
   return sum_of_lanes(wide);
 }
 
@@ -174,7 +174,7 @@ FASTOPS_FN double sum_of_lanes(const V& v) {
 // elements reach into.
 template <class L, class N>
 FASTOPS_FN void load_real(const typename L::real* p, N count, typename L::V (&v)[L::count]) {
-  using R = Lanes<typename L::real>;
+  using R = VecIO<typename L::real>;
   for (int k = 0; k < L::count; ++k) {
     typename R::V one[1] = {typename R::V(typename L::real(0))};
     const int64_t left = count - k * R::size;
@@ -184,7 +184,7 @@ FASTOPS_FN void load_real(const typename L::real* p, N count, typename L::V (&v)
 }
 template <class L, class N>
 FASTOPS_FN void store_real(typename L::real* p, N count, const typename L::V (&v)[L::count]) {
-  using R = Lanes<typename L::real>;
+  using R = VecIO<typename L::real>;
   for (int k = 0; k < L::count; ++k) {
     const typename R::V one[1] = {v[k]};
     const int64_t left = count - k * R::size;
@@ -203,7 +203,7 @@ FASTOPS_FN void add_real(typename L::real* p, N count, const typename L::V (&v)[
 
 constexpr int64_t kStreamBytes = int64_t{24} << 20;  // of results that cannot stay in the caches
 
-// Whether a result of n elements should go past the caches: it is large, its groups are aligned,
+// Whether a result of n elements should go past the caches: it is large, its vectors are aligned,
 // and none of its lines is in the caches because it is an input as well.
 template <class L, class scalar_t>
 FASTOPS_FN bool streams(const scalar_t* out, int64_t n, const void* in) {
@@ -228,11 +228,11 @@ FASTOPS_FN void in_runs(int64_t n, Body body) {
 }
 
 // Calls body(i, n) for every group of `group` elements in [begin, end), n < group in the last one
-// only. The full groups are a loop of their own, in which n is a constant: that is twice the code,
+// only. The full vectors are a loop of their own, in which n is a constant: that is twice the code,
 // and up to twice as fast where a group takes only a few instructions. Not so where it is not
 // `hot`.
 template <int64_t group, bool hot = true, class Body>
-FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) {
+FASTOPS_FN void for_each_vector(int64_t begin, int64_t end, Body body) {
   int64_t i = begin;
   if constexpr (hot)
     for (; i + group <= end; i += group) body(i, std::integral_constant<int64_t, group>{});
@@ -242,10 +242,10 @@ FASTOPS_FN void groups(int64_t begin, int64_t end, Body body) {
 // The same for the elements beside a row of `period` that is repeated: body(i, i % period, n). A
 // group ends where the row does.
 template <int64_t group, bool hot = true, class Body>
-FASTOPS_FN void groups_beside(int64_t begin, int64_t end, int64_t period, Body body) {
+FASTOPS_FN void for_each_vector_beside(int64_t begin, int64_t end, int64_t period, Body body) {
   for (int64_t at = begin; at < end;) {
     const int64_t j = at % period, run = period - j < end - at ? period - j : end - at;
-    groups<group, hot>(0, run, [&](int64_t i, auto n) { body(at + i, j + i, n); });
+    for_each_vector<group, hot>(0, run, [&](int64_t i, auto n) { body(at + i, j + i, n); });
     at += run;
   }
 }

@@ -10,7 +10,7 @@
 // the C library's double: AVX512, AVX2, DEFAULT. tests/test_words.py repeats this with a stride.
 #pragma once
 
-namespace words {
+namespace vec_math {
 
 // ------------------------------------------------------------------------------------ registers
 // F holds floats in one register, I their bits. Operators on them are those of GCC and clang.
@@ -81,7 +81,7 @@ FASTOPS_FN Reduced reduce(F x) {
   return {shifted, fma(n, -kLn2Rest, fma(n, -kLn2, x))};
 }
 
-// 2^n scale, where neither the result nor scale is out of the range of normal numbers.
+// 2^n scale, where neither the result nor scale is out of the range of normal scalars.
 FASTOPS_FN F power(I shifted, float scale) { return (F)((shifted << 23) + (I)splat(scale)); }
 
 // (e^r - 1 - r) / r^2
@@ -379,15 +379,15 @@ FASTOPS_FN Tail normal(F x) {
   return {(I)x < 0 ? below : 1.f - below, e};
 }
 #endif
-}  // namespace words
+}  // namespace vec_math
 
 // at::vec's vector is one register, or in DEFAULT an array of two. Of double, a word is at::vec's
 // `of_double`.
 #define FASTOPS_WORD(word, of_double)               \
   FASTOPS_FN Vec<float> word(const Vec<float>& x) { \
-    words::F f[sizeof(x) / sizeof(words::F)];       \
+    vec_math::F f[sizeof(x) / sizeof(vec_math::F)]; \
     x.store(f);                                     \
-    for (words::F& v : f) v = words::word(v);       \
+    for (vec_math::F& v : f) v = vec_math::word(v); \
     return Vec<float>::loadu(f);                    \
   }                                                 \
   FASTOPS_FN Vec<double> word(const Vec<double>& x) { return x.of_double(); }
@@ -402,11 +402,11 @@ FASTOPS_WORD(log1p_unit, log1p)
 #undef FASTOPS_WORD
 
 FASTOPS_FN Logs<Vec<float>> logs(const Vec<float>& x) {
-  constexpr int count = sizeof(x) / sizeof(words::F);
-  words::F of[count], of_rest[count];
+  constexpr int count = sizeof(x) / sizeof(vec_math::F);
+  vec_math::F of[count], of_rest[count];
   x.store(of);
   for (int k = 0; k < count; ++k) {
-    const words::Both both = words::logs(of[k]);
+    const vec_math::Both both = vec_math::logs(of[k]);
     of[k] = both.of;
     of_rest[k] = both.of_rest;
   }
@@ -416,11 +416,11 @@ FASTOPS_FN Logs<Vec<float>> logs(const Vec<float>& x) {
 // The exponentials of several vectors at once.
 template <int m, int n>
 FASTOPS_FN void exp(Vec<float> (&x)[m][n]) {
-  constexpr int count = sizeof(Vec<float>) / sizeof(words::F);
-  words::F f[m * n * count];
+  constexpr int count = sizeof(Vec<float>) / sizeof(vec_math::F);
+  vec_math::F f[m * n * count];
 #pragma GCC unroll 8
   for (int k = 0; k < m * n; ++k) x[k / n][k % n].store(f + k * count);
-  words::exp(f);
+  vec_math::exp(f);
 #pragma GCC unroll 8
   for (int k = 0; k < m * n; ++k) x[k / n][k % n] = Vec<float>::loadu(f + k * count);
 }
@@ -432,11 +432,11 @@ FASTOPS_FN void exp(Vec<double> (&x)[m][n]) {
 
 #if !defined(CPU_CAPABILITY_AVX512)
 FASTOPS_FN Normal<Vec<float>> normal(const Vec<float>& x) {
-  constexpr int count = sizeof(x) / sizeof(words::F);
-  words::F f[count], e[count];
+  constexpr int count = sizeof(x) / sizeof(vec_math::F);
+  vec_math::F f[count], e[count];
   x.store(f);
   for (int k = 0; k < count; ++k) {
-    const words::Tail tail = words::normal(f[k]);
+    const vec_math::Tail tail = vec_math::normal(f[k]);
     f[k] = tail.cdf;
     e[k] = tail.e * 0.3989423f;
   }

@@ -1,7 +1,7 @@
 // Vectors of 32-bit words, and the random words of consecutive elements. No formula.
 #pragma once
 #include "../formulas/philox.h"
-#include "lanes.h"
+#include "vec_io.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {

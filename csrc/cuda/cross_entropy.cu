@@ -2,7 +2,9 @@
 // inner is 1 a row is contiguous: a warp takes a short one and a block a long one, held in
 // registers between its visits while it fits, read again where it does not. Elsewhere neighbouring
 // threads take neighbouring rows, so that every access is coalesced.
-#include "../formulas/softmax.h"
+#include "../formulas/cross_entropy.h"
+#include "../kernels/cross_entropy.h"
+#include "../kernels/softmax.h"
 #include "launch.cuh"
 #include "pack.cuh"
 #include "team.cuh"
@@ -70,14 +72,14 @@ struct Row {
 };
 
 template <class scalar_t>
-__host__ __device__ __forceinline__ bool together(const scalar_t* a, const scalar_t* b) {
+__host__ __device__ __forceinline__ bool same_alignment(const scalar_t* a, const scalar_t* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kPackBytes == 0;
 }
 
 // The packs of `inputs` rows of one shape that this thread works on. Where `held` they are read
 // once; each() then goes over registers. Elements outside the row are fillers.
 template <class scalar_t, int threads, bool held, int inputs>
-struct Walk {
+struct RegisterTile {
   using real = real_of<scalar_t>;
   static constexpr int size = pack_size<scalar_t>;
   static constexpr int slots = held ? kHeld<scalar_t> / size : 1;
@@ -91,8 +93,8 @@ struct Walk {
   int rank;
   Values v[slots];
 
-  __device__ __forceinline__ Walk(int64_t n, const scalar_t* first, const scalar_t* second,
-                                  bool wide, real filler, int rank)
+  __device__ __forceinline__ RegisterTile(int64_t n, const scalar_t* first, const scalar_t* second,
+                                          bool wide, real filler, int rank)
       : row(first, n), wide(wide), filler(filler), rank(rank) {
     p[0] = first;
     if constexpr (inputs == 2) p[1] = second;
@@ -125,17 +127,18 @@ struct Walk {
 };
 
 // The maximum of the row and the sum of exp(x - maximum). Each thread keeps its own maximum, and
-// threads are joined once at the end: joining pack by pack costs twice the instructions. also(i,
+// threads are joined once at the end: joining pack by pack costs twice the instructions. visitor(i,
 // values, base) sees every pack with the base that the thread's exponentials have at that time.
 // Where the row is held and `leave` is set, x becomes exp(x - maximum).
-template <bool leave, int threads, class scalar_t, bool held, int inputs, class Also>
-__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(
-    Walk<scalar_t, threads, held, inputs>& walk, const Team<threads>& team, Also also) {
+template <bool leave, int threads, class scalar_t, bool held, int inputs, class Visitor>
+__device__ __forceinline__ LogSumExp<real_of<scalar_t>> online_softmax(
+    RegisterTile<scalar_t, threads, held, inputs>& tile, const Team<threads>& team,
+    Visitor visitor) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
   LogSumExp<real> mine;
   const auto add = [&](auto i, auto& v, real base) {
-    also(i, v, base);
+    visitor(i, v, base);
 #pragma unroll
     for (int k = 0; k < size; ++k) {
       const real e = exp(v[0][k] - base);
@@ -150,13 +153,13 @@ __device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit(
     return peak;
   };
   if constexpr (held) {
-    walk.each([&](auto, auto& v) { mine.peak = peak_of(v); });
+    tile.each([&](auto, auto& v) { mine.peak = peak_of(v); });
     mine.peak = team.maximum(mine.peak);
     const real base = LogSumExp<real>::origin(mine.peak);
-    walk.each([&](auto i, auto& v) { add(i, v, base); });
+    tile.each([&](auto i, auto& v) { add(i, v, base); });
   } else {
     real base = LogSumExp<real>::origin(mine.peak);
-    walk.each([&](auto i, auto& v) {
+    tile.each([&](auto i, auto& v) {
       const real peak = peak_of(v);
       if (peak != mine.peak) {
         base = LogSumExp<real>::origin(peak);
@@ -192,16 +195,16 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   const Team<threads> team;
   each_row<threads>(rows, [&](int64_t r) {
     const real lowest = c<real>(-std::numeric_limits<double>::infinity());
-    Walk<scalar_t, threads, held, 1> walk(n, x + r * n, nullptr, true, lowest, team.rank);
-    const LogSumExp<real> total = visit<leave>(walk, team, [](auto, auto&, real) {});
+    RegisterTile<scalar_t, threads, held, 1> tile(n, x + r * n, nullptr, true, lowest, team.rank);
+    const LogSumExp<real> total = online_softmax<leave>(tile, team, [](auto, auto&, real) {});
     const real base = LogSumExp<real>::origin(total.peak), constant = Op::constant(total.sum);
-    walk.each([&](auto i, auto& v) {
+    tile.each([&](auto i, auto& v) {
 #pragma unroll
       for (real& u : v[0]) {
         if constexpr (leave && !held) u = exp(u - base);
         u = Op::forward(u, total.peak, constant);
       }
-      walk.row.put(y + r * n, wide, i, v[0]);
+      tile.row.put(y + r * n, wide, i, v[0]);
     });
   });
 }
@@ -213,17 +216,18 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   using real = real_of<scalar_t>;
   const Team<threads> team;
   each_row<threads>(rows, [&](int64_t r) {
-    Walk<scalar_t, threads, held, 2> walk(n, y + r * n, dy + r * n, wide_dy, real(0), team.rank);
+    RegisterTile<scalar_t, threads, held, 2> tile(n, y + r * n, dy + r * n, wide_dy, real(0),
+                                                  team.rank);
     real total = 0;
-    walk.each([&](auto, auto& v) {
+    tile.each([&](auto, auto& v) {
 #pragma unroll
-      for (int k = 0; k < walk.size; ++k) total += Op::summand(v[0][k], v[1][k]);
+      for (int k = 0; k < tile.size; ++k) total += Op::summand(v[0][k], v[1][k]);
     });
     total = team.sum(total);
-    walk.each([&](auto i, auto& v) {
+    tile.each([&](auto i, auto& v) {
 #pragma unroll
-      for (int k = 0; k < walk.size; ++k) v[0][k] = Op::backward(v[0][k], v[1][k], total);
-      walk.row.put(dx + r * n, wide_dx, i, v[0]);
+      for (int k = 0; k < tile.size; ++k) v[0][k] = Op::backward(v[0][k], v[1][k], total);
+      tile.row.put(dx + r * n, wide_dx, i, v[0]);
     });
   });
 }
@@ -277,10 +281,11 @@ struct Tiles {
   }
 };
 
-template <class scalar_t, class Also>
-__device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit_column(const Tiles& tiles,
-                                                                     const scalar_t* x, bool live,
-                                                                     Also also) {
+template <class scalar_t, class Visitor>
+__device__ __forceinline__ LogSumExp<real_of<scalar_t>> online_softmax_of_column(const Tiles& tiles,
+                                                                                 const scalar_t* x,
+                                                                                 bool live,
+                                                                                 Visitor visitor) {
   using real = real_of<scalar_t>;
   LogSumExp<real> mine;
   real base = LogSumExp<real>::origin(mine.peak);
@@ -291,7 +296,7 @@ __device__ __forceinline__ LogSumExp<real_of<scalar_t>> visit_column(const Tiles
       mine.sum *= exp(mine.peak - base);
       mine.peak = peak;
     }
-    also(j, u, base);
+    visitor(j, u, base);
     mine.sum += exp(u - base);
   }
   const real peak = tiles.maximum(mine.peak);
@@ -305,7 +310,8 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     softmax_columns_kernel(Tiles tiles, const scalar_t* x, scalar_t* y) {
   using real = real_of<scalar_t>;
   tiles.each([&](int64_t, int64_t offset, bool live) {
-    const LogSumExp<real> total = visit_column(tiles, x + offset, live, [](int64_t, real, real) {});
+    const LogSumExp<real> total =
+        online_softmax_of_column(tiles, x + offset, live, [](int64_t, real, real) {});
     const real base = LogSumExp<real>::origin(total.peak), constant = Op::constant(total.sum);
     for (int64_t j = tiles.first(); live && j < tiles.n; j += tiles.slices()) {
       const int64_t at = offset + j * tiles.inner;
@@ -491,14 +497,14 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
       return;
     }
     const real lowest = c<real>(-std::numeric_limits<double>::infinity());
-    Walk<scalar_t, threads, held, 1> walk(n, x + r * n, nullptr, true, lowest, team.rank);
+    RegisterTile<scalar_t, threads, held, 1> tile(n, x + r * n, nullptr, true, lowest, team.rank);
     Expectation<real> smooth;
-    const LogSumExp<real> total = visit<true>(walk, team, [&](auto i, auto& v, real base) {
+    const LogSumExp<real> total = online_softmax<true>(tile, team, [&](auto i, auto& v, real base) {
       if (!smoothing) return;
       smooth.move(base);
 #pragma unroll
       for (int k = 0; k < size; ++k)
-        if (walk.row.has(i + k)) smooth.add(targets.weight_of(i + k), v[0][k]);
+        if (tile.row.has(i + k)) smooth.add(targets.weight_of(i + k), v[0][k]);
     });
     const real base = LogSumExp<real>::origin(total.peak);
     if (smoothing) join(smooth, team, base);
@@ -513,16 +519,16 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
     const real slope = targets.template slope<Op>(total.peak + log_sum);
     const real all = (of.hard[0] + of.hard[1] + soft_part * smooth.mass + slope) * scale,
                soft = soft_part * scale;
-    walk.each([&](auto i, auto& v) {
+    tile.each([&](auto i, auto& v) {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
         const real e = held ? v[0][k] : exp(v[0][k] - base);
         real soft_weight = soft;
-        if (smoothing && walk.row.has(i + k)) soft_weight = soft * targets.weight_of(i + k);
+        if (smoothing && tile.row.has(i + k)) soft_weight = soft * targets.weight_of(i + k);
         v[0][k] = Op::gradient(e * inverse, all, soft_weight);
         of.subtract(v[0][k], i + k, scale);
       }
-      walk.row.put(grad + r * n, wide, i, v[0]);
+      tile.row.put(grad + r * n, wide, i, v[0]);
     });
   });
 }
@@ -538,7 +544,7 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     const bool live = of.live;
     Expectation<real> smooth;
     const LogSumExp<real> total =
-        visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
+        online_softmax_of_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
           if (!smoothing) return;
           smooth.move(base);
           smooth.add(targets.weight_of(j), u);
@@ -581,14 +587,14 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
   const Team<threads> team;
   each_row<threads>(rows, [&](int64_t r) {
     const real lowest = c<real>(-std::numeric_limits<double>::infinity());
-    Walk<scalar_t, threads, held, 2> walk(n, x + r * n, targets.probability + r * n, wide_q, lowest,
-                                          team.rank);
+    RegisterTile<scalar_t, threads, held, 2> tile(n, x + r * n, targets.probability + r * n, wide_q,
+                                                  lowest, team.rank);
     Expectation<real> of;
-    const LogSumExp<real> total = visit<true>(walk, team, [&](auto i, auto& v, real base) {
+    const LogSumExp<real> total = online_softmax<true>(tile, team, [&](auto i, auto& v, real base) {
       of.move(base);
 #pragma unroll
-      for (int k = 0; k < walk.size; ++k) {
-        if (!walk.row.has(i + k)) continue;
+      for (int k = 0; k < tile.size; ++k) {
+        if (!tile.row.has(i + k)) continue;
         if constexpr (held) {
           v[1][k] = targets.mix(v[1][k], i + k);
           of.add(v[1][k], v[0][k]);
@@ -606,14 +612,14 @@ __global__ void __launch_bounds__(threads == kWarp ? kWarpBlock : threads, kResi
 
     const real scale = targets.gradient_scale(), inverse = real(1) / total.sum;
     const real all = (of.mass + targets.template slope<Op>(value)) * scale;
-    walk.each([&](auto i, auto& v) {
+    tile.each([&](auto i, auto& v) {
 #pragma unroll
-      for (int k = 0; k < walk.size; ++k) {
+      for (int k = 0; k < tile.size; ++k) {
         const real e = held ? v[0][k] : exp(v[0][k] - base);
-        const real w = held || !walk.row.has(i + k) ? v[1][k] : targets.mix(v[1][k], i + k);
+        const real w = held || !tile.row.has(i + k) ? v[1][k] : targets.mix(v[1][k], i + k);
         v[0][k] = Op::gradient(e * inverse, all, w * scale);
       }
-      walk.row.put(grad + r * n, wide_grad, i, v[0]);
+      tile.row.put(grad + r * n, wide_grad, i, v[0]);
     });
   });
 }
@@ -630,7 +636,7 @@ __global__ void __launch_bounds__(kColumnBlock, kResident)
     };
     Expectation<real> of;
     const LogSumExp<real> total =
-        visit_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
+        online_softmax_of_column(tiles, x + offset, live, [&](int64_t j, real u, real base) {
           of.move(base);
           of.add(mixed(j), u);
         });
@@ -719,7 +725,7 @@ Error softmax(const SoftmaxArgs& a) {
                             x, y);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
       return launch_rows<threads>(softmax_kernel<Op, scalar_t, threads, held>, a.stream, a.outer,
-                                  a.n, x, y, together<scalar_t>(x, y));
+                                  a.n, x, y, same_alignment<scalar_t>(x, y));
     });
   });
 }
@@ -737,8 +743,8 @@ Error softmax_backward(const SoftmaxArgs& a) {
                             a.inner, y, dy, dx);
     return by_length<scalar_t>(a.n, y, [&](auto threads, auto held) {
       return launch_rows<threads>(softmax_backward_kernel<Op, scalar_t, threads, held>, a.stream,
-                                  a.outer, a.n, y, dy, dx, together(y, dy),
-                                  together<scalar_t>(y, dx));
+                                  a.outer, a.n, y, dy, dx, same_alignment(y, dy),
+                                  same_alignment<scalar_t>(y, dx));
     });
   });
 }
@@ -779,7 +785,8 @@ Error cross_entropy(const CrossEntropyArgs& a) {
                             a.inner, x, grad, targets);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
       return launch_rows<threads>(cross_entropy_kernel<Op, scalar_t, threads, held>, a.stream,
-                                  a.outer, a.n, x, grad, together<scalar_t>(x, grad), targets);
+                                  a.outer, a.n, x, grad, same_alignment<scalar_t>(x, grad),
+                                  targets);
     });
   });
 }
@@ -797,8 +804,8 @@ Error cross_entropy_probability(const CrossEntropyArgs& a) {
                             a.inner, x, grad, targets);
     return by_length<scalar_t>(a.n, x, [&](auto threads, auto held) {
       return launch_rows<threads>(probability_kernel<Op, scalar_t, threads, held>, a.stream,
-                                  a.outer, a.n, x, grad, together(x, targets.probability),
-                                  together<scalar_t>(x, grad), targets);
+                                  a.outer, a.n, x, grad, same_alignment(x, targets.probability),
+                                  same_alignment<scalar_t>(x, grad), targets);
     });
   });
 }
@@ -825,21 +832,21 @@ Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
 
 template <class Op>
 struct MakeSoftmax {
-  static constexpr SoftmaxRow row{Op::name, &softmax<Op>, &softmax_backward<Op>};
+  static constexpr SoftmaxKernel row{Op::name, &softmax<Op>, &softmax_backward<Op>};
 };
 template <class Op>
 struct MakeCrossEntropy {
-  static constexpr CrossEntropyRow row{Op::name, &cross_entropy<Op>, &cross_entropy_probability<Op>,
-                                       &divisor};
+  static constexpr CrossEntropyKernel row{Op::name, &cross_entropy<Op>,
+                                          &cross_entropy_probability<Op>, &divisor};
 };
-using SoftmaxTable = Table<SoftmaxRow, MakeSoftmax, Softmaxes>;
-using CrossEntropyTable = Table<CrossEntropyRow, MakeCrossEntropy, CrossEntropies>;
+using SoftmaxTable = Table<SoftmaxKernel, MakeSoftmax, Softmaxes>;
+using CrossEntropyTable = Table<CrossEntropyKernel, MakeCrossEntropy, CrossEntropies>;
 
 }  // namespace
 
-extern constinit const Rows<SoftmaxRow> softmax_rows{SoftmaxTable::rows,
-                                                     std::size(SoftmaxTable::rows)};
-extern constinit const Rows<CrossEntropyRow> cross_entropy_rows{CrossEntropyTable::rows,
-                                                                std::size(CrossEntropyTable::rows)};
+extern constinit const KernelTable<SoftmaxKernel> softmax_kernels{SoftmaxTable::rows,
+                                                                  std::size(SoftmaxTable::rows)};
+extern constinit const KernelTable<CrossEntropyKernel> cross_entropy_kernels{
+    CrossEntropyTable::rows, std::size(CrossEntropyTable::rows)};
 
 }  // namespace fastops::cuda

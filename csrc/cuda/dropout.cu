@@ -2,9 +2,10 @@
 // the seed and its logical index alone, so the mask is the CPU's, bit for bit, for any grid,
 // alignment and memory layout.
 #include "../formulas/dropout.h"
+#include "../kernels/dropout.h"
+#include "column_sums.cuh"
 #include "launch.cuh"
 #include "pack.cuh"
-#include "strips.cuh"
 
 namespace fastops::cuda {
 namespace {
@@ -173,14 +174,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
       }
     }
   };
-  down_strips<width, kThreads>(rows, period, out, sums, [&](int64_t) { return compute; });
+  for_each_row_block<width, kThreads>(rows, period, out, sums, [&](int64_t) { return compute; });
 }
 
 // ------------------------------------------------------------------------------------------------
 // launchers
 
 template <class Op>
-Error forward(const RandomArgs& a) {
+Error forward(const DropoutArgs& a) {
   static_assert(Op::inputs == 1 || Op::inputs == 3);
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
@@ -207,11 +208,11 @@ Error forward(const RandomArgs& a) {
 
 template <class Op, class scalar_t>
 __global__ void __launch_bounds__(kThreads, kResident)
-    backward_kernel(Cut cut, scalar_t* dx, const scalar_t* y, const scalar_t* dy,
+    backward_kernel(AlignedSpan cut, scalar_t* dx, const scalar_t* y, const scalar_t* dy,
                     real_of<scalar_t> scale) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
-  walk<size>(
+  for_each_pack<size>(
       cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
       [&](int64_t i) {
         real s[size], g[size];
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 template <class Op>
-Error backward(const RandomArgs& a) {
+Error backward(const DropoutArgs& a) {
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -236,7 +237,7 @@ Error backward(const RandomArgs& a) {
     auto* dx = static_cast<scalar_t*>(a.out);
     auto* y = static_cast<const scalar_t*>(a.in[0]);
     auto* dy = static_cast<const scalar_t*>(a.in[1]);
-    const Cut whole = cut(a.n, size, dx, y, dy);
+    const AlignedSpan whole = aligned_span(a.n, size, dx, y, dy);
     const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
     return launch(backward_kernel<Op, scalar_t>, grid_for(items, kThreads), kThreads, a.stream,
                   whole, dx, y, dy, static_cast<real_of<scalar_t>>(a.scale));
@@ -244,7 +245,7 @@ Error backward(const RandomArgs& a) {
 }
 
 template <class Op>
-Error summed(const RandomArgs& a) {
+Error summed(const DropoutArgs& a) {
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -254,7 +255,7 @@ Error summed(const RandomArgs& a) {
     auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
     const int64_t rows = a.n / a.period;
     const bool wide = a.period % size == 0 && aligned(out, in) && aligned(sums);
-    const int64_t items = strip_items(rows, a.period, wide, size);
+    const int64_t items = row_block_items(rows, a.period, wide, size);
     return launch(wide ? summed_kernel<Op, size, scalar_t> : summed_kernel<Op, 1, scalar_t>,
                   grid_for(items, kThreads), kThreads, a.stream, rows, a.period, out, in,
                   Mask{a.seed, a.threshold}, static_cast<real_of<scalar_t>>(a.scale), sums);
@@ -265,19 +266,20 @@ Error summed(const RandomArgs& a) {
 // table
 
 template <class Op>
-struct MakeRandom {
-  static constexpr RandomRow row_of() {
-    RandomRow row{Op::name, Op::inputs, &forward<Op>, nullptr, nullptr};
+struct MakeDropout {
+  static constexpr DropoutKernel row_of() {
+    DropoutKernel row{Op::name, Op::inputs, &forward<Op>, nullptr, nullptr};
     if constexpr (Op::from_output) row.backward = &backward<Op>;
     if constexpr (Op::own_derivative) row.summed = &summed<Op>;
     return row;
   }
-  static constexpr RandomRow row = row_of();
+  static constexpr DropoutKernel row = row_of();
 };
-using RandomTable = Table<RandomRow, MakeRandom, Dropouts>;
+using DropoutTable = Table<DropoutKernel, MakeDropout, Dropouts>;
 
 }  // namespace
 
-extern constinit const Rows<RandomRow> random_rows{RandomTable::rows, std::size(RandomTable::rows)};
+extern constinit const KernelTable<DropoutKernel> dropout_kernels{DropoutTable::rows,
+                                                                  std::size(DropoutTable::rows)};
 
 }  // namespace fastops::cuda

@@ -1,6 +1,7 @@
 // The elementwise loop: out[i] = f(in0[i], in1[i], ...), for every activation, forward, backward
 // and second derivative.
 #include "../formulas/activations.h"
+#include "../kernels/elementwise.h"
 #include "launch.cuh"
 #include "pack.cuh"
 
@@ -20,7 +21,7 @@ struct Inputs {
 // out may be in[0]: no __restrict__.
 template <class F, class scalar_t, int inputs, int params>
 __global__ void __launch_bounds__(kThreads, kResident)
-    map_kernel(Cut cut, scalar_t* out, Inputs<scalar_t, inputs> in,
+    map_kernel(AlignedSpan cut, scalar_t* out, Inputs<scalar_t, inputs> in,
                Params<params, real_of<scalar_t>> p) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if constexpr (inputs == 2) return apply<F>(p, x[0], x[1]);
     if constexpr (inputs == 3) return apply<F>(p, x[0], x[1], x[2]);
   };
-  walk<size>(
+  for_each_pack<size>(
       cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
       [&](int64_t i) {
         real x[inputs][size], y[size];
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // launchers
 
 template <class F, int inputs, int params>
-Error map(const MapArgs& a) {
+Error map(const ElementwiseArgs& a) {
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -64,7 +65,8 @@ Error map(const MapArgs& a) {
     auto* out = static_cast<scalar_t*>(a.out);
     Inputs<scalar_t, inputs> in;
     for (int j = 0; j < inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
-    const Cut whole = cut(a.n, size, out, in.p[0], in.p[inputs > 1], in.p[inputs - 1]);
+    const AlignedSpan whole =
+        aligned_span(a.n, size, out, in.p[0], in.p[inputs > 1], in.p[inputs - 1]);
     const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
     return launch(map_kernel<F, scalar_t, inputs, params>, grid_for(items, kThreads), kThreads,
                   a.stream, whole, out, in, Params<params, real_of<scalar_t>>(a.params));
@@ -98,19 +100,20 @@ struct Second {
 // table
 
 template <class Op>
-struct MakeMap {
+struct MakeElementwise {
   static constexpr int params = count_params(Op::params);
-  static constexpr MapRow row{Op::name,
-                              Op::params,
-                              Op::from_output,
-                              &map<Forward<Op>, 1, params>,
-                              &map<Backward<Op>, 2, params>,
-                              &map<Second<Op>, 3, params>};
+  static constexpr ElementwiseKernel row{Op::name,
+                                         Op::params,
+                                         Op::from_output,
+                                         &map<Forward<Op>, 1, params>,
+                                         &map<Backward<Op>, 2, params>,
+                                         &map<Second<Op>, 3, params>};
 };
-using MapTable = Table<MapRow, MakeMap, Activations>;
+using ElementwiseTable = Table<ElementwiseKernel, MakeElementwise, Activations>;
 
 }  // namespace
 
-extern constinit const Rows<MapRow> map_rows{MapTable::rows, std::size(MapTable::rows)};
+extern constinit const KernelTable<ElementwiseKernel> elementwise_kernels{
+    ElementwiseTable::rows, std::size(ElementwiseTable::rows)};
 
 }  // namespace fastops::cuda

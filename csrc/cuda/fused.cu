@@ -1,8 +1,9 @@
 // The elementwise loop of two inputs, of which the second may be one row, repeated.
 #include "../formulas/fused.h"
+#include "../kernels/elementwise.h"
+#include "column_sums.cuh"
 #include "launch.cuh"
 #include "pack.cuh"
-#include "strips.cuh"
 
 namespace fastops::cuda {
 namespace {
@@ -18,7 +19,7 @@ struct Inputs {
 // that in[1] is read in packs too. out may be in[0]: no __restrict__.
 template <class F, class scalar_t, int inputs>
 __global__ void __launch_bounds__(kThreads, kResident)
-    fused_kernel(Cut cut, int64_t period, bool wide_row, scalar_t* out,
+    fused_kernel(AlignedSpan cut, int64_t period, bool wide_row, scalar_t* out,
                  Inputs<scalar_t, inputs> in) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if constexpr (inputs == 2) return F::apply(x[0], x[1]);
     if constexpr (inputs == 3) return F::apply(x[0], x[1], x[2]);
   };
-  walk<size>(
+  for_each_pack<size>(
       cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
       [&](int64_t i) {
         real x[inputs][size], y[size];
@@ -60,7 +61,7 @@ Error fused(const FusedArgs& a) {
     auto* out = static_cast<scalar_t*>(a.out);
     Inputs<scalar_t, inputs> in;
     for (int j = 0; j < inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
-    const Cut whole = cut(a.n, size, out, in.p[0], in.p[inputs == 3 ? 2 : 0]);
+    const AlignedSpan whole = aligned_span(a.n, size, out, in.p[0], in.p[inputs == 3 ? 2 : 0]);
     const bool wide_row = wide_beside(whole, size, in.p[1], a.period);
     const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
     return launch(fused_kernel<F, scalar_t, inputs>, grid_for(items, kThreads), kThreads, a.stream,
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     summed_kernel(int64_t rows, int64_t period, scalar_t* out, Inputs<scalar_t, 3> in,
                   real_of<scalar_t>* sums) {
   using real = real_of<scalar_t>;
-  down_strips<width, kThreads>(rows, period, out, sums, [&](int64_t left) {
+  for_each_row_block<width, kThreads>(rows, period, out, sums, [&](int64_t left) {
     Pack<real, width> t;
     load_columns(in.p[1] + left, t.v);
     return [&in, t](int64_t i, real(&x)[width]) {
@@ -101,7 +102,7 @@ Error summed(const FusedArgs& a) {
     const int64_t rows = a.n / a.period;
     const bool wide =
         a.period % size == 0 && aligned(out, in.p[0], in.p[1], in.p[2]) && aligned(sums);
-    const int64_t items = strip_items(rows, a.period, wide, size);
+    const int64_t items = row_block_items(rows, a.period, wide, size);
     return launch(wide ? summed_kernel<F, size, scalar_t> : summed_kernel<F, 1, scalar_t>,
                   grid_for(items, kThreads), kThreads, a.stream, rows, a.period, out, in, sums);
   });
@@ -124,18 +125,20 @@ struct Backward {
 
 template <class Op>
 struct MakeFused {
-  static constexpr FusedRow row_of() {
-    FusedRow row{Op::name, Op::activation, Op::broadcast, &fused<Forward<Op>, 2>, nullptr, nullptr};
+  static constexpr FusedKernel row_of() {
+    FusedKernel row{Op::name, Op::activation, Op::broadcast, &fused<Forward<Op>, 2>,
+                    nullptr,  nullptr};
     if constexpr (Op::broadcast)
       row.backward = &fused<Backward<Op>, 3>, row.summed = &summed<Backward<Op>>;
     return row;
   }
-  static constexpr FusedRow row = row_of();
+  static constexpr FusedKernel row = row_of();
 };
-using FusedTable = Table<FusedRow, MakeFused, Fused>;
+using FusedTable = Table<FusedKernel, MakeFused, Fused>;
 
 }  // namespace
 
-extern constinit const Rows<FusedRow> fused_rows{FusedTable::rows, std::size(FusedTable::rows)};
+extern constinit const KernelTable<FusedKernel> fused_kernels{FusedTable::rows,
+                                                              std::size(FusedTable::rows)};
 
 }  // namespace fastops::cuda

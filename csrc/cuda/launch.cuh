@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "../kernels.h"
+#include "../kernels/kernel_table.h"
 #include "../math.h"
 
 namespace fastops::cuda {

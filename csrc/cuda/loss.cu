@@ -2,6 +2,7 @@
 // two stages over chunks whose order n alone decides, without atomics, so that it has the same bits
 // on every device and in every run.
 #include "../formulas/losses.h"
+#include "../kernels/loss.h"
 #include "launch.cuh"
 #include "pack.cuh"
 #include "team.cuh"
@@ -16,7 +17,7 @@ constexpr int kThreads = 256;
 
 template <class scalar_t>
 struct EachArgs {
-  Cut cut;
+  AlignedSpan cut;
   scalar_t* out;
   const scalar_t *x, *t, *w, *grad;  // grad: null, one value, or (each_grad) n of them
   int64_t period;                    // of w, where there are three inputs
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   constexpr int size = pack_size<scalar_t>;
   real factor = static_cast<real>(F::slope) * (a.grad ? a.scale : real(1));
   if (a.grad && !a.each_grad) factor *= static_cast<real>(load(a.grad));
-  walk<size>(
+  for_each_pack<size>(
       a.cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
       [&](int64_t i) {
         real x[size], t[size], w[size] = {}, g[size];
@@ -96,8 +97,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
                  Params<params, real_of<scalar_t>> p) {
   using real = real_of<scalar_t>;
   constexpr int size = pack_size<scalar_t>;
-  const int64_t begin = int64_t{blockIdx.x} * kReduceChunk;
-  const int64_t end = begin + kReduceChunk < n ? begin + kReduceChunk : n;
+  const int64_t begin = int64_t{blockIdx.x} * kLossChunk;
+  const int64_t end = begin + kLossChunk < n ? begin + kLossChunk : n;
   real sum = 0;
   for (int64_t i = begin + threadIdx.x * size; i < end; i += kThreads * size) {
     const int64_t left = end - i;
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // launchers
 
 template <class F, int inputs, int params>
-Error each(const ReduceArgs& a) {
+Error each(const LossArgs& a) {
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -154,7 +155,7 @@ Error each(const ReduceArgs& a) {
     e.w = inputs == 3 ? static_cast<const scalar_t*>(a.in[2]) : nullptr;
     e.period = a.period;
     e.each_grad = a.grad && !a.grad_is_scalar;
-    e.cut = cut(a.n, size, e.out, e.x, e.t, e.each_grad ? e.grad : e.x);
+    e.cut = aligned_span(a.n, size, e.out, e.x, e.t, e.each_grad ? e.grad : e.x);
     e.wide_w = inputs == 3 && wide_beside(e.cut, size, e.w, e.period);
     const int64_t items = std::max(e.cut.packs, a.n - e.cut.packs * size);
     return launch(each_kernel<F, scalar_t, inputs, params>, grid_for(items, kThreads), kThreads,
@@ -163,7 +164,7 @@ Error each(const ReduceArgs& a) {
 }
 
 template <class F, int inputs, int params>
-Error total(const ReduceArgs& a) {
+Error total(const LossArgs& a) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     using real = real_of<scalar_t>;
@@ -175,7 +176,7 @@ Error total(const ReduceArgs& a) {
     auto* partial = static_cast<double*>(a.workspace);
     const Finish<real> finish{static_cast<real*>(a.out), static_cast<const real*>(a.divisor),
                               a.scale};
-    const int64_t chunks = (a.n + kReduceChunk - 1) / kReduceChunk;
+    const int64_t chunks = (a.n + kLossChunk - 1) / kLossChunk;
     if (chunks > 0) {
       const Error error = launch(chunk_kernel<F, scalar_t, inputs, params>, chunks, kThreads,
                                  a.stream, a.n, x, t, w, a.period, aligned(x, t), wide_w, partial,
@@ -230,30 +231,31 @@ struct Identity {
 // table
 
 template <class Op>
-struct MakeReduce {
+struct MakeLoss {
   static constexpr int params = count_params(Op::params), inputs = 2 + count_tensors(Op::params);
-  static constexpr ReduceRow row{Op::name,
-                                 Op::params,
-                                 &each<Value<Op>, inputs, params>,
-                                 &total<Value<Op>, inputs, params>,
-                                 &each<D0<Op>, inputs, params>,
-                                 &each<D1<Op>, inputs, params>,
-                                 &each<Second<Op>, inputs, params>,
-                                 domain_of<Op>().low,
-                                 domain_of<Op>().high};
+  static constexpr LossKernel row{Op::name,
+                                  Op::params,
+                                  &each<Value<Op>, inputs, params>,
+                                  &total<Value<Op>, inputs, params>,
+                                  &each<D0<Op>, inputs, params>,
+                                  &each<D1<Op>, inputs, params>,
+                                  &each<Second<Op>, inputs, params>,
+                                  domain_of<Op>().low,
+                                  domain_of<Op>().high};
 };
 template <>
-struct MakeReduce<Identity> {
-  static constexpr ReduceRow row{"sum",   "", nullptr, &total<Identity, 1, 0>, nullptr, nullptr,
-                                 nullptr, 0,  0};
+struct MakeLoss<Identity> {
+  static constexpr LossKernel row{"sum",   "", nullptr, &total<Identity, 1, 0>, nullptr, nullptr,
+                                  nullptr, 0,  0};
 };
 
 template <class... Ops>
 auto with_sum(List<Ops...>) -> List<Ops..., Identity>;
-using ReduceTable = Table<ReduceRow, MakeReduce, decltype(with_sum(Losses{}))>;
+using LossTable = Table<LossKernel, MakeLoss, decltype(with_sum(Losses{}))>;
 
 }  // namespace
 
-extern constinit const Rows<ReduceRow> reduce_rows{ReduceTable::rows, std::size(ReduceTable::rows)};
+extern constinit const KernelTable<LossKernel> loss_kernels{LossTable::rows,
+                                                            std::size(LossTable::rows)};
 
 }  // namespace fastops::cuda

@@ -1,11 +1,13 @@
 // The optimizer step over a list of tensors: all of them are cut into chunks, and one launch runs
 // over the chunks, its table of pointers among the kernel's parameters, so that nothing is copied
 // or allocated and a graph can capture it. Where step counts or options are in device memory, a
-// launch of one thread per tensor makes the numbers before. And the norm of all gradients.
+// launch of one thread per tensor makes the scalars before. And the norm of all gradients.
 #include <cstring>
 
 #include "../formulas/optimizers.h"
 #include "../formulas/philox.h"
+#include "../kernels/gradient_norm.h"
+#include "../kernels/optimizer.h"
 #include "launch.cuh"
 #include "pack.cuh"
 #include "team.cuh"
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kChunk = 4096;  // elements of one tensor that a block works on
-constexpr int kGroups = 8;        // different sets of numbers in one launch
+constexpr int kGroups = 8;        // different sets of scalars in one launch
 
 #if defined(FASTOPS_EMULATION) || CUDART_VERSION >= 12010
 constexpr size_t kParameterBytes = 32764;  // sm_70 and newer, since CUDA 12.1
@@ -27,15 +29,15 @@ constexpr size_t kParameterBytes = 4096;
 // kernels
 
 // What the tensors of one group are stepped with. Extended kernels, apart so that the others pay
-// nothing for it, can also round stochastically and read the numbers from device memory.
+// nothing for it, can also round stochastically and read the scalars from device memory.
 template <class Op, class real, bool extended>
-struct Numbers {
-  typename Op::template Numbers<real> of_op;
+struct StepScalars {
+  typename Op::template StepScalars<real> of_op;
   real weight;  // of the new value in the average
 };
 template <class Op, class real>
-struct Numbers<Op, real, true> {
-  typename Op::template Numbers<real> of_op;
+struct StepScalars<Op, real, true> {
+  typename Op::template StepScalars<real> of_op;
   real weight;
   Noise noise;  // without the tensor's number
 };
@@ -44,13 +46,13 @@ template <class Op, class real, bool extended, int capacity>
 struct Extension {};
 template <class Op, class real, int capacity>
 struct Extension<Op, real, true, capacity> {
-  const Numbers<Op, real, true>* derived;  // one per tensor, or null
-  bool rounds;                             // stochastically
-  uint32_t number[capacity];               // of the tensor, to Noise
+  const StepScalars<Op, real, true>* derived;  // one per tensor, or null
+  bool rounds;                                 // stochastically
+  uint32_t number[capacity];                   // of the tensor, to Noise
 };
 
-constexpr int tensors_that_fit(size_t per_tensor, size_t numbers) {
-  return static_cast<int>((kParameterBytes - kGroups * numbers - 3 * sizeof(void*) - 96) /
+constexpr int tensors_that_fit(size_t per_tensor, size_t scalars) {
+  return static_cast<int>((kParameterBytes - kGroups * scalars - 3 * sizeof(void*) - 96) /
                           per_tensor);
 }
 
@@ -59,9 +61,9 @@ constexpr int tensors_that_fit(size_t per_tensor, size_t numbers) {
 template <class Op, class real, class scalar_t, class state_t, bool extended,
           int capacity_ = tensors_that_fit((3 + state_slots<Op>)*sizeof(void*) + sizeof(int64_t) +
                                                sizeof(int) + 1 + (extended ? sizeof(uint32_t) : 0),
-                                           sizeof(Numbers<Op, real, extended>))>
+                                           sizeof(StepScalars<Op, real, extended>))>
 struct Batch : Extension<Op, real, extended, capacity_> {
-  using N = Numbers<Op, real, extended>;
+  using N = StepScalars<Op, real, extended>;
   static constexpr int capacity = capacity_;
 
   scalar_t* p[capacity];
@@ -70,16 +72,16 @@ struct Batch : Extension<Op, real, extended, capacity_> {
   real* average[capacity];
   int64_t n[capacity];
   const float *grad_scale, *found_inf;
-  N numbers[kGroups];
+  N scalars[kGroups];
   int first[capacity + 1];
   int count;
   unsigned char group[capacity];
 
   __device__ __forceinline__ decltype(auto) numbers_of(int tensor) const {
     if constexpr (extended) {
-      return this->derived ? load(this->derived + tensor) : numbers[group[tensor]];
+      return this->derived ? load(this->derived + tensor) : scalars[group[tensor]];
     } else {
-      return (numbers[group[tensor]]);
+      return (scalars[group[tensor]]);
     }
   }
 };
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int middle = (tensor + above) / 2;
     (batch.first[middle] <= block ? tensor : above) = middle;
   }
-  const auto& numbers = batch.numbers_of(tensor);
+  const auto& scalars = batch.numbers_of(tensor);
   const int64_t begin = (block - batch.first[tensor]) * kChunk;
   const int64_t left = batch.n[tensor] - begin;
   scalar_t* p = batch.p[tensor] + begin;
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
   real* const average = batch.average[tensor] ? batch.average[tensor] + begin : nullptr;
 
-  Cut whole = cut(left < kChunk ? left : kChunk, size, p, g);
+  AlignedSpan whole = aligned_span(left < kChunk ? left : kChunk, size, p, g);
   if (average && !aligned(average + whole.head)) whole = {whole.n, whole.n, 0};
 #pragma unroll
   for (int j = 0; j < states; ++j)
@@ -182,14 +184,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
                                        std::is_same_v<state_t, c10::BFloat16>);
   Stores<rounds> put;
   if constexpr (rounds) {
-    put.noise = numbers.noise;
+    put.noise = scalars.noise;
     put.noise.number = batch.number[tensor];
     put.begin = begin;
     put.on = batch.rounds;
     if (put.on && whole.head % 4 != 0) whole = {whole.n, whole.n, 0};
   }
 
-  walk<size>(
+  for_each_pack<size>(
       whole, threadIdx.x, kThreads,
       [&](int64_t i) {
         real vp[size], vg[size], vs[slots][size];
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
           real state[slots];
 #pragma unroll
           for (int j = 0; j < states; ++j) state[j] = vs[j][k];
-          Op::step(numbers.of_op, vp[k], vg[k] * scale, state);
+          Op::step(scalars.of_op, vp[k], vg[k] * scale, state);
 #pragma unroll
           for (int j = 0; j < states; ++j) vs[j][k] = state[j];
         }
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         if (average) {
           load_wide(average + i, vg);
 #pragma unroll
-          for (int k = 0; k < size; ++k) vg[k] = lerp(vg[k], vp[k], numbers.weight);
+          for (int k = 0; k < size; ++k) vg[k] = lerp(vg[k], vp[k], scalars.weight);
           store_wide(average + i, vg);
         }
       },
@@ -220,23 +222,23 @@ __global__ void __launch_bounds__(kThreads, kResident)
         real vp = static_cast<real>(load(p + i)), state[slots];
 #pragma unroll
         for (int j = 0; j < states; ++j) state[j] = static_cast<real>(load(s[j] + i));
-        Op::step(numbers.of_op, vp, static_cast<real>(load(g + i)) * scale, state);
+        Op::step(scalars.of_op, vp, static_cast<real>(load(g + i)) * scale, state);
         put.single(p, i, vp, 0);
 #pragma unroll
         for (int j = 0; j < states; ++j) put.single(s[j], i, state[j], 1 + j);
-        if (average) store(average + i, lerp(load(average + i), vp, numbers.weight));
+        if (average) store(average + i, lerp(load(average + i), vp, scalars.weight));
       });
 }
 
-// The numbers of a batch's tensors, from step counts and options in device memory.
+// The scalars of a batch's tensors, from step counts and options in device memory.
 constexpr int kDerived = 1024;
 template <class Op, class real>
 struct Derivation {
-  StepOnDevice from;
+  OptimizerOnDevice from;
   const float* found_inf;
-  Numbers<Op, real, true>
+  StepScalars<Op, real, true>
       given[2];  // of tensors before and at their first step: what does not depend on the step
-  Numbers<Op, real, true>* made;
+  StepScalars<Op, real, true>* made;
   int count;
   void* counts[kDerived];
   bool first[kDerived];
@@ -261,10 +263,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
     step = static_cast<double>(next);
   }
   const bool first = d.first[tensor];
-  const auto derived = Op::derive(options, step, first);
-  Numbers<Op, real, true> made = d.given[first];
+  const auto derived = Op::scalars_for_step(options, step, first);
+  StepScalars<Op, real, true> made = d.given[first];
 #pragma unroll
-  for (int k = 0; k < Op::numbers; ++k)
+  for (int k = 0; k < Op::scalars; ++k)
     reinterpret_cast<real*>(&made.of_op)[k] =
         static_cast<real>(reinterpret_cast<const double*>(&derived)[k]);
   if (d.counts[tensor]) made.noise.step = static_cast<uint32_t>(step);
@@ -295,12 +297,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int middle = (tensor + above) / 2;
     (batch.first[middle] <= block ? tensor : above) = middle;
   }
-  const int64_t begin = (block - batch.first[tensor]) * kNormChunk;
+  const int64_t begin = (block - batch.first[tensor]) * kGradientNormChunk;
   const int64_t left = batch.n[tensor] - begin;
   const scalar_t* g = batch.g[tensor] + begin;
   real sum = 0;
-  walk<size>(
-      cut(left < kNormChunk ? left : kNormChunk, size, g), threadIdx.x, kThreads,
+  for_each_pack<size>(
+      aligned_span(left < kGradientNormChunk ? left : kGradientNormChunk, size, g), threadIdx.x,
+      kThreads,
       [&](int64_t i) {
         real v[size];
         load_wide(g + i, v);
@@ -333,10 +336,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // launchers
 
 template <class Op, class real, bool extended>
-void fill(Numbers<Op, real, extended>& made, const StepTensor& t, const StepNoise* noise) {
+void fill(StepScalars<Op, real, extended>& made, const OptimizerTensor& t,
+          const OptimizerNoise* noise) {
   memset(&made, 0, sizeof made);  // the padding too: they are compared as bytes
-  for (int k = 0; k < Op::numbers; ++k)
-    if (t.numbers) reinterpret_cast<real*>(&made.of_op)[k] = static_cast<real>(t.numbers[k]);
+  for (int k = 0; k < Op::scalars; ++k)
+    if (t.scalars) reinterpret_cast<real*>(&made.of_op)[k] = static_cast<real>(t.scalars[k]);
   made.weight = static_cast<real>(t.weight);
   if constexpr (extended)
     if (noise)
@@ -344,19 +348,20 @@ void fill(Numbers<Op, real, extended>& made, const StepTensor& t, const StepNois
                     noise->step, 0};
 }
 
-// The group that holds these numbers, added if there is room; else kGroups.
+// The group that holds these scalars, added if there is room; else kGroups.
 template <class N>
-int group_of(N (&groups)[kGroups], int& used, const N& numbers) {
+int group_of(N (&groups)[kGroups], int& used, const N& scalars) {
   int group = 0;
-  while (group < used && memcmp(&groups[group], &numbers, sizeof numbers) != 0) ++group;
-  if (group == used && used < kGroups) memcpy(&groups[used++], &numbers, sizeof numbers);
+  while (group < used && memcmp(&groups[group], &scalars, sizeof scalars) != 0) ++group;
+  if (group == used && used < kGroups) memcpy(&groups[used++], &scalars, sizeof scalars);
   return group;
 }
 
-// Starts the derivation of the numbers of tensors [begin, end).
+// Starts the derivation of the scalars of tensors [begin, end).
 template <class Op, class real>
-Error derive_all(const StepArgs& a, int64_t begin, int64_t end, Numbers<Op, real, true>* made) {
-  static_assert(sizeof(*made) <= kNumbersBytes);
+Error derive_all(const OptimizerArgs& a, int64_t begin, int64_t end,
+                 StepScalars<Op, real, true>* made) {
+  static_assert(sizeof(*made) <= kScalarsBytes);
   static_assert(count_options(Op::options) <= kMaxOptions);
   Derivation<Op, real> d;
   d.from = *a.on_device;
@@ -374,7 +379,7 @@ Error derive_all(const StepArgs& a, int64_t begin, int64_t end, Numbers<Op, real
 }
 
 template <class Op, class scalar_t, class state_t, bool extended>
-Error step_all(const StepArgs& a) {
+Error step_all(const OptimizerArgs& a) {
   using real = real_of<scalar_t>;
   using B = Batch<Op, real, scalar_t, state_t, extended>;
   static_assert(sizeof(B) <= kParameterBytes && B::capacity <= kDerived);
@@ -387,14 +392,14 @@ Error step_all(const StepArgs& a) {
     int64_t blocks = 0;
     batch.count = 0;
     for (; next < a.count && batch.count < B::capacity; ++next) {
-      const StepTensor& t = a.tensors[next];
+      const OptimizerTensor& t = a.tensors[next];
       if (t.n == 0 && !a.on_device) continue;
       const int64_t chunks = (t.n + kChunk - 1) / kChunk;
       if (batch.count > 0 && blocks + chunks > INT32_MAX) break;
-      const StepNoise* noise = a.noise ? a.noise + next : nullptr;
-      typename B::N numbers;
-      fill(numbers, t, noise);
-      const int group = group_of(batch.numbers, used, numbers);
+      const OptimizerNoise* noise = a.noise ? a.noise + next : nullptr;
+      typename B::N scalars;
+      fill(scalars, t, noise);
+      const int group = group_of(batch.scalars, used, scalars);
       if (group == kGroups) break;
       const int k = batch.count++;
       batch.p[k] = static_cast<scalar_t*>(t.p);
@@ -413,7 +418,7 @@ Error step_all(const StepArgs& a) {
       batch.rounds = a.noise != nullptr;
       batch.derived = nullptr;
       if (a.on_device) {
-        auto* made = static_cast<typename B::N*>(a.on_device->numbers) + begin;
+        auto* made = static_cast<typename B::N*>(a.on_device->scalars) + begin;
         batch.derived = made;
         const Error error = derive_all<Op, real>(a, begin, next, made);
         if (error) return error;
@@ -428,7 +433,7 @@ Error step_all(const StepArgs& a) {
 }
 
 template <class Op>
-Error step(const StepArgs& a) {
+Error step(const OptimizerArgs& a) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     const auto run = [&](auto state) -> Error {
@@ -445,7 +450,7 @@ Error step(const StepArgs& a) {
   });
 }
 
-Error sums_of_squares(const StepArgs& a, double* sums) {
+Error sums_of_squares(const OptimizerArgs& a, double* sums) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using B = Gradients<decltype(zero)>;
     static_assert(sizeof(B) <= kParameterBytes);
@@ -455,14 +460,14 @@ Error sums_of_squares(const StepArgs& a, double* sums) {
       batch.count = 0;
       batch.sums = sums;
       for (; next < a.count && batch.count < B::capacity; ++next) {
-        const StepTensor& t = a.tensors[next];
+        const OptimizerTensor& t = a.tensors[next];
         if (t.n == 0) continue;
-        if (batch.count > 0 && blocks + norm_chunks(t.n) > INT32_MAX) break;
+        if (batch.count > 0 && blocks + gradient_norm_chunks(t.n) > INT32_MAX) break;
         const int k = batch.count++;
         batch.g[k] = static_cast<const decltype(zero)*>(t.g);
         batch.n[k] = t.n;
         batch.first[k] = static_cast<int>(blocks);
-        blocks += norm_chunks(t.n);
+        blocks += gradient_norm_chunks(t.n);
       }
       batch.first[batch.count] = static_cast<int>(blocks);
       if (batch.count == 0) continue;
@@ -480,22 +485,24 @@ Error clip(const ClipArgs& a) { return launch(clip_kernel<float>, 1, kThreads, a
 // table
 
 template <class Op>
-void derive(const double* options, double step, bool first, double* numbers) {
-  const auto derived = Op::derive(options, step, first);
-  static_assert(sizeof derived == Op::numbers * sizeof(double));
-  memcpy(numbers, &derived, sizeof derived);
+void scalars_for_step(const double* options, double step, bool first, double* scalars) {
+  const auto derived = Op::scalars_for_step(options, step, first);
+  static_assert(sizeof derived == Op::scalars * sizeof(double));
+  memcpy(scalars, &derived, sizeof derived);
 }
 
 template <class Op>
-struct MakeStep {
-  static constexpr StepRow row{Op::name,    Op::states,      Op::numbers, &step<Op>,
-                               Op::options, Op::state_names, Op::counts,  &derive<Op>};
+struct MakeOptimizer {
+  static constexpr OptimizerKernel row{Op::name,   Op::states,           Op::scalars,
+                                       &step<Op>,  Op::options,          Op::state_names,
+                                       Op::counts, &scalars_for_step<Op>};
 };
-using StepTable = Table<StepRow, MakeStep, Optimizers>;
+using OptimizerTable = Table<OptimizerKernel, MakeOptimizer, Optimizers>;
 
 }  // namespace
 
-extern constinit const NormRow norm_row{&sums_of_squares, &clip};
-extern constinit const Rows<StepRow> step_rows{StepTable::rows, std::size(StepTable::rows)};
+extern constinit const GradientNormKernel gradient_norm_kernel{&sums_of_squares, &clip};
+extern constinit const KernelTable<OptimizerKernel> optimizer_kernels{
+    OptimizerTable::rows, std::size(OptimizerTable::rows)};
 
 }  // namespace fastops::cuda

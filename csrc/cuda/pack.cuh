@@ -149,15 +149,16 @@ __host__ __device__ __forceinline__ bool aligned(const T*... pointers) {
 }
 
 // A run of n elements: `head` up to a 16-byte boundary, whole packs, and what is left.
-struct Cut {
+struct AlignedSpan {
   int64_t n, head, packs;
 };
 
 // The cut that is right for all of these buffers at once; where their boundaries do not fall
 // together, all is head.
 template <class scalar_t, class... T>
-__host__ __device__ __forceinline__ Cut cut(int64_t n, int size, const scalar_t* first,
-                                            const T*... others) {
+__host__ __device__ __forceinline__ AlignedSpan aligned_span(int64_t n, int size,
+                                                             const scalar_t* first,
+                                                             const T*... others) {
   const uintptr_t over = reinterpret_cast<uintptr_t>(first) % kPackBytes;
   const int64_t head = over ? static_cast<int64_t>((kPackBytes - over) / sizeof(scalar_t)) : 0;
   if (head >= n || !aligned(first + head, others + head...)) return {n, n, 0};
@@ -166,8 +167,8 @@ __host__ __device__ __forceinline__ Cut cut(int64_t n, int size, const scalar_t*
 
 // Whether load_beside() of a row may be wide for every pack of the cut.
 template <class scalar_t>
-__host__ __device__ __forceinline__ bool wide_beside(const Cut& cut, int size, const scalar_t* row,
-                                                     int64_t period) {
+__host__ __device__ __forceinline__ bool wide_beside(const AlignedSpan& cut, int size,
+                                                     const scalar_t* row, int64_t period) {
   return cut.packs > 0 && aligned(row + cut.head) &&
          (period == cut.n || (period % size == 0 && cut.head == 0));
 }
@@ -175,8 +176,8 @@ __host__ __device__ __forceinline__ bool wide_beside(const Cut& cut, int size, c
 // Calls pack(i) for the first element of every pack and single(i) for every other element, among
 // `threads` threads.
 template <int size, class PackBody, class SingleBody>
-__device__ __forceinline__ void walk(const Cut& cut, int64_t thread, int64_t threads, PackBody pack,
-                                     SingleBody single) {
+__device__ __forceinline__ void for_each_pack(const AlignedSpan& cut, int64_t thread,
+                                              int64_t threads, PackBody pack, SingleBody single) {
   for (int64_t k = thread; k < cut.packs; k += threads) pack(cut.head + k * size);
   const int64_t packed = cut.packs * size;
   for (int64_t k = thread; k < cut.n - packed; k += threads) single(k < cut.head ? k : k + packed);

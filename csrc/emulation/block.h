@@ -39,8 +39,8 @@ struct Counters {
 };
 inline Counters counters;
 
-// Where a launch went: the device that was current, and the stream. Kept while there is a list to
-// keep them in.
+// Where a launch went: the device that was current, and the stream. ExpScratch while there is a
+// list to keep them in.
 struct Launched {
   int device;
   const void* stream;

@@ -104,7 +104,7 @@ inline void explain_faults() {
 
 constexpr uintptr_t kSector = 32;  // what a GPU's caches and memory move at the least
 
-// One sector that one instruction of one warp asks for. Lanes are in the same instruction where
+// One sector that one instruction of one warp asks for. VecIO are in the same instruction where
 // they are at the same place in the program for the same time in this block.
 struct Request {
   bool store;

@@ -156,7 +156,7 @@ struct Softsign {
   }
 };
 
-// Also called swish (Elfwing et al., 2017).
+// Visitor called swish (Elfwing et al., 2017).
 struct SiLU {
   static constexpr const char *name = "silu", *params = "";
   static constexpr bool from_output = false;

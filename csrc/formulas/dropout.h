@@ -1,4 +1,4 @@
-// Dropout. Its random numbers are Philox 4x32-10 keyed by (seed, logical element index), so that
+// Dropout. Its random scalars are Philox 4x32-10 keyed by (seed, logical element index), so that
 // the mask is the same on every back end, thread count, instruction set and memory layout.
 #pragma once
 #include "philox.h"

@@ -1,5 +1,5 @@
 // Elementwise losses: value(x, t), and its derivatives d0 to the input and d1 to the target, which
-// the loop multiplies by `slope`, where a formula has one. What `params` declares, numbers and
+// the loop multiplies by `slope`, where a formula has one. What `params` declares, scalars and
 // tensors, stands behind x and t. The reduction is the loop's affair; second derivatives are taken
 // of d0 and d1 by Dual, see second_derivative().
 #pragma once
@@ -148,7 +148,7 @@ struct BCEWithLogitsPosWeight {
   }
 };
 
-// What a loss takes as input: all numbers, unless it says otherwise.
+// What a loss takes as input: all scalars, unless it says otherwise.
 struct Domain {
   double low = -std::numeric_limits<double>::infinity(),
          high = std::numeric_limits<double>::infinity();

@@ -1,6 +1,6 @@
-// Optimizers: one struct each. derive() makes the numbers of one step of one tensor from the
-// options and the step count; step() updates a parameter p and its states s from a gradient g with
-// them. The order of operations is that of torch.optim's for-loop.
+// Optimizers: one struct each. scalars_for_step() makes the scalars of one step of one tensor from
+// the options and the step count; step() updates a parameter p and its states s from a gradient g
+// with them. The order of operations is that of torch.optim's for-loop.
 #pragma once
 #include "../math.h"
 
@@ -54,10 +54,10 @@ struct Adam {
       amsgrad ? "exp_avg exp_avg_sq max_exp_avg_sq" : "exp_avg exp_avg_sq";
   static constexpr bool counts = true;
   static constexpr int states = amsgrad ? 3 : 2;
-  static constexpr int numbers = 11;
+  static constexpr int scalars = 11;
 
   template <class real>
-  struct Numbers {
+  struct StepScalars {
     real sign;          // -1 to maximize
     real weight_decay;  // coupled: added to the gradient
     real keep;          // decoupled: 1 - lr weight_decay
@@ -71,7 +71,8 @@ struct Adam {
     real threshold;  // proximal: lr l1
   };
 
-  static FASTOPS_FN Numbers<double> derive(const double* o, double step, bool /*first*/) {
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, double step,
+                                                         bool /*first*/) {
     const double lr = o[0], beta1 = o[1], beta2 = o[2], weight_decay = o[4];
     const bool maximize = o[5] != 0, decoupled = o[6] != 0, proximal = o[8] != 0;
     return {.sign = maximize ? -1.0 : 1.0,
@@ -88,7 +89,7 @@ struct Adam {
   }
 
   template <class real, class T>
-  static FASTOPS_FN void step(const Numbers<real>& n, T& p, T g, T (&s)[states]) {
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
     g = g * T(n.sign);
     if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
     if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
@@ -115,10 +116,10 @@ struct SGD {
   static constexpr const char* state_names = with_momentum ? "momentum_buffer" : "";
   static constexpr bool counts = false;
   static constexpr int states = with_momentum ? 1 : 0;
-  static constexpr int numbers = 8;
+  static constexpr int scalars = 8;
 
   template <class real>
-  struct Numbers {
+  struct StepScalars {
     real sign;  // -1 to maximize
     real weight_decay;
     real lr;
@@ -128,7 +129,7 @@ struct SGD {
     real l1, threshold;  // as Adam's
   };
 
-  static FASTOPS_FN Numbers<double> derive(const double* o, double, bool first) {
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, double, bool first) {
     const bool proximal = o[7] != 0;
     return {
         .sign = o[5] != 0 ? -1.0 : 1.0,
@@ -143,7 +144,7 @@ struct SGD {
   }
 
   template <class real, class T>
-  static FASTOPS_FN void step(const Numbers<real>& n, T& p, T g, T (&s)[state_slots<SGD>]) {
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[state_slots<SGD>]) {
     g = g * T(n.sign);
     if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
     if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
@@ -172,10 +173,10 @@ struct RMSprop {
                : (with_momentum ? "square_avg momentum_buffer" : "square_avg");
   static constexpr bool counts = true;
   static constexpr int states = 1 + with_momentum + centered;
-  static constexpr int numbers = 9;
+  static constexpr int scalars = 9;
 
   template <class real>
-  struct Numbers {
+  struct StepScalars {
     real sign;  // -1 to maximize
     real weight_decay;
     real lr;
@@ -186,7 +187,7 @@ struct RMSprop {
     real l1, threshold;  // as Adam's
   };
 
-  static FASTOPS_FN Numbers<double> derive(const double* o, double, bool) {
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, double, bool) {
     const bool proximal = o[7] != 0;
     return {.sign = o[5] != 0 ? -1.0 : 1.0,
             .weight_decay = o[3],
@@ -200,7 +201,7 @@ struct RMSprop {
   }
 
   template <class real, class T>
-  static FASTOPS_FN void step(const Numbers<real>& n, T& p, T g, T (&s)[states]) {
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
     g = g * T(n.sign);
     if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
     if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));

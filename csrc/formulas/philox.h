@@ -1,4 +1,4 @@
-// Random numbers: Philox 4x32-10, and rounding that is decided by them. Both depend on a seed and
+// Random scalars: Philox 4x32-10, and rounding that is decided by them. Both depend on a seed and
 // on the place of an element alone, whatever computes them. Written over U: uint32_t or a vector of
 // them.
 #pragma once
@@ -7,7 +7,7 @@
 namespace fastops {
 
 // Four random words for the counter (c0, c1, c2, c3) under the key (k0, k1): Salmon et al.,
-// "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Element i of a tensor owns word i % 4 of
+// "Parallel random scalars: as easy as 1, 2, 3" (SC 2011). Element i of a tensor owns word i % 4 of
 // counter i / 4, which is (c0, c1).
 template <class U>
 struct Philox {

@@ -15,7 +15,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 namespace ca = torch::dynamo::autograd;
 
-struct KindNode final : Node {
+struct OpNode final : Node {
   std::string label;
   Backward backward = nullptr;
   c10::SmallVector<SavedVariable, 2> saved;
@@ -115,10 +115,10 @@ struct KindNode final : Node {
   }
 };
 
-c10::intrusive_ptr<KindNode> make_node(const char* name, Backward backward,
-                                       torch::autograd::edge_list&& edges,
-                                       std::vector<c10::IValue>&& attributes) {
-  auto node = c10::make_intrusive<KindNode>();
+c10::intrusive_ptr<OpNode> make_node(const char* name, Backward backward,
+                                     torch::autograd::edge_list&& edges,
+                                     std::vector<c10::IValue>&& attributes) {
+  auto node = c10::make_intrusive<OpNode>();
   node->label = name;
   node->backward = backward;
   node->attributes = std::move(attributes);
@@ -126,7 +126,7 @@ c10::intrusive_ptr<KindNode> make_node(const char* name, Backward backward,
   return node;
 }
 
-void save(KindNode& node, std::vector<Save>& saves, bool is_inplace_on_view = false) {
+void save(OpNode& node, std::vector<Save>& saves, bool is_inplace_on_view = false) {
   for (auto& s : saves) {
     node.saved.emplace_back(s.tensor, s.is_output, s.is_output && is_inplace_on_view);
     node.is_output.push_back(s.is_output);

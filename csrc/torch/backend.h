@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "../kernels.h"
+#include "../kernels/tables.h"
 
 namespace fastops {
 

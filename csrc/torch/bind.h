@@ -27,12 +27,12 @@ class Unlocked {
   std::optional<pybind11::gil_scoped_release> released_;
 };
 
-void bind_map(pybind11::module_& m);
+void bind_elementwise(pybind11::module_& m);
 void bind_fused(pybind11::module_& m);
-void bind_reduce(pybind11::module_& m);
+void bind_losses(pybind11::module_& m);
 void bind_rows(pybind11::module_& m);
-void bind_random(pybind11::module_& m);
-void bind_step(pybind11::module_& m);
+void bind_dropout(pybind11::module_& m);
+void bind_optimizers(pybind11::module_& m);
 
 // What fastops/_op.py makes of (name, arguments) of a call that was refused; NotImplemented where
 // it has nothing better.

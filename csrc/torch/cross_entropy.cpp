@@ -49,7 +49,9 @@ struct SoftmaxOps {
       backward;  // (grad, output, dim)
 };
 
-const Rows<SoftmaxRow>& softmax_table(c10::DeviceType device) { return tables(device).softmax; }
+const KernelTable<SoftmaxKernel>& softmax_table(c10::DeviceType device) {
+  return tables(device).softmax;
+}
 std::string softmax_name(size_t row) { return softmax_table(c10::DeviceType::CPU).data[row].name; }
 
 const SoftmaxOps& softmax_ops(size_t row) {
@@ -971,7 +973,7 @@ std::tuple<Tensor, Tensor> overwriting_autocast(Tensor& input, const Tensor& tar
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   size_t i = 0;
-  for (const SoftmaxRow& r : softmax_table(c10::DeviceType::CPU)) {
+  for (const SoftmaxKernel& r : softmax_table(c10::DeviceType::CPU)) {
     const std::string n = r.name, b = n + "_backward";
     m.def((n + "(Tensor input, int dim) -> Tensor").c_str(), tags);
     m.def((b + "(Tensor grad, Tensor output, int dim) -> Tensor").c_str(), tags);
@@ -1039,7 +1041,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 
 void bind_rows(pybind11::module_& m) {
   size_t i = 0;
-  for (const SoftmaxRow& r : softmax_table(c10::DeviceType::CPU)) {
+  for (const SoftmaxKernel& r : softmax_table(c10::DeviceType::CPU)) {
     def(m, r.name,
         [i](const Tensor& input, int64_t dim) { return softmax_ops(i).forward.call(input, dim); });
     ++i;

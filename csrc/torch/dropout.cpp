@@ -33,8 +33,8 @@ auto dropout_inplace_op() {
   return op;
 }
 
-const RandomRow& row_of(const char* name, c10::DeviceType device) {
-  for (const RandomRow& row : tables(device).random)
+const DropoutKernel& row_of(const char* name, c10::DeviceType device) {
+  for (const DropoutKernel& row : tables(device).dropout)
     if (std::string_view(name) == row.name) return row;
   TORCH_INTERNAL_ASSERT(false, "no row ", name);
 }
@@ -52,8 +52,8 @@ void run(const char* name, const Tensor& out, std::initializer_list<const Tensor
          const Tensor& seed, const Tensor& sums = Tensor()) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
-  const RandomRow& row = row_of(name, out.device().type());
-  RandomArgs a{};
+  const DropoutKernel& row = row_of(name, out.device().type());
+  DropoutArgs a{};
   a.dtype = out.scalar_type();
   a.n = out.numel();
   a.out = out.mutable_data_ptr();
@@ -177,7 +177,7 @@ variable_list relu_dropout_vjp(const variable_list& grads, const BackwardContext
   const Tensor s = dense(y), g = matching(resolved(dy), s), dx = output_like(s);
   if (s.numel() > 0) {
     const c10::DeviceGuard guard(s.device());
-    RandomArgs a{};
+    DropoutArgs a{};
     a.dtype = s.scalar_type();
     a.n = s.numel();
     a.out = dx.mutable_data_ptr();
@@ -343,7 +343,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 
 }  // namespace
 
-void bind_random(pybind11::module_& m) {
+void bind_dropout(pybind11::module_& m) {
   def(m, "dropout", UserDropout{}, pybind11::arg("input"), pybind11::arg("p"),
       pybind11::arg("training"), pybind11::arg("inplace") = false,
       pybind11::arg("generator") = pybind11::none());

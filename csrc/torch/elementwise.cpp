@@ -44,7 +44,7 @@ const Ops<P...>& ops(size_t row) {
   if (const auto* found = ready[row].load(std::memory_order_acquire)) return *found;
   std::lock_guard<std::mutex> lock(mutex);
   if (!cache[row]) {
-    const MapRow& r = tables(c10::DeviceType::CPU).map.data[row];
+    const ElementwiseKernel& r = tables(c10::DeviceType::CPU).elementwise.data[row];
     const std::string n = r.name;
     cache[row] = std::make_unique<const Ops<P...>>(Ops<P...>{
         n, r.from_output, find_op<Tensor(const Tensor&, P...)>(n),
@@ -60,19 +60,20 @@ const Ops<P...>& ops(size_t row) {
 // kernels
 
 template <class... P>
-void run(size_t row, MapKernel MapRow::* kernel, const Tensor& out,
+void run(size_t row, ElementwiseLauncher ElementwiseKernel::* kernel, const Tensor& out,
          std::initializer_list<const Tensor*> in, P... p) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
-  const MapRow& r = tables(out.device().type()).map.data[row];
+  const ElementwiseKernel& r = tables(out.device().type()).elementwise.data[row];
   const double params[sizeof...(P) + 1] = {p...};
-  MapArgs args{out.scalar_type(), out.numel(), out.mutable_data_ptr(), {}, params, stream_of(out)};
+  ElementwiseArgs args{out.scalar_type(), out.numel(), out.mutable_data_ptr(), {}, params,
+                       stream_of(out)};
   size_t k = 0;
   for (const Tensor* t : in) args.in[k++] = t->const_data_ptr();
   check(r.name, (r.*kernel)(args));
 }
 
-const char* name_of(size_t row) { return tables(c10::DeviceType::CPU).map.data[row].name; }
+const char* name_of(size_t row) { return tables(c10::DeviceType::CPU).elementwise.data[row].name; }
 
 void check_same(const char* op, const Tensor& a, const Tensor& b) {
   TORCH_CHECK(
@@ -89,11 +90,11 @@ struct Forward {
     check_dtype(name_of(row), input);
     if (input.is_non_overlapping_and_dense()) {
       Tensor y = output_like(input);
-      run(row, &MapRow::forward, y, {&input}, p...);
+      run(row, &ElementwiseKernel::forward, y, {&input}, p...);
       return y;
     }
     const Tensor y = dense(input);
-    run(row, &MapRow::forward, y, {&y}, p...);
+    run(row, &ElementwiseKernel::forward, y, {&y}, p...);
     return y;
   }
 };
@@ -105,12 +106,12 @@ struct Inplace {
   void operator()(Tensor& self, P... p) {
     check_dtype(name_of(row), self);
     if (self.is_non_overlapping_and_dense()) {
-      run(row, &MapRow::forward, self, {&self}, p...);
+      run(row, &ElementwiseKernel::forward, self, {&self}, p...);
       return;
     }
     at::assert_no_internal_overlap(self);
     const Tensor y = dense(self);
-    run(row, &MapRow::forward, y, {&y}, p...);
+    run(row, &ElementwiseKernel::forward, y, {&y}, p...);
     self.copy_(y);
   }
 };
@@ -123,7 +124,7 @@ struct BackwardOp {
     check_same(name_of(row), saved, grad);
     const Tensor s = dense(saved), dy = matching(grad, s);
     Tensor dx = output_like(s);
-    run(row, &MapRow::backward, dx, {&s, &dy}, p...);
+    run(row, &ElementwiseKernel::backward, dx, {&s, &dy}, p...);
     return dx;
   }
 };
@@ -137,7 +138,7 @@ struct Second {
     check_same(name_of(row), saved, grad_grad);
     const Tensor s = dense(saved), dy = matching(grad, s), ddx = matching(grad_grad, s);
     Tensor ds = output_like(s);
-    run(row, &MapRow::second, ds, {&s, &dy, &ddx}, p...);
+    run(row, &ElementwiseKernel::second, ds, {&s, &dy, &ddx}, p...);
     return ds;
   }
 };
@@ -300,7 +301,7 @@ torch::CppFunction functor(size_t row) {
 }
 
 template <class... P>
-void define(torch::Library& m, size_t row, const MapRow& r) {
+void define(torch::Library& m, size_t row, const ElementwiseKernel& r) {
   const std::string n = r.name, params = *r.params ? std::string(", ") + r.params : "";
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag, at::Tag::pointwise};
   m.def((n + "(Tensor input" + params + ") -> Tensor").c_str(), tags);
@@ -327,7 +328,7 @@ void define(torch::Library& m, size_t row, const MapRow& r) {
 }
 
 template <class... P>
-void bind(pybind11::module_& m, size_t row, const MapRow& r) {
+void bind(pybind11::module_& m, size_t row, const ElementwiseKernel& r) {
   def(m, r.name,
       [row](const Tensor& input, P... p) { return ops<P...>(row).forward.call(input, p...); });
   def(m, std::string(r.name) + "_", [row](Tensor& self, P... p) {
@@ -340,7 +341,7 @@ void bind(pybind11::module_& m, size_t row, const MapRow& r) {
 template <class F>
 void each_row(F f) {
   size_t i = 0;
-  for (const MapRow& r : tables(c10::DeviceType::CPU).map) {
+  for (const ElementwiseKernel& r : tables(c10::DeviceType::CPU).elementwise) {
     switch (count_params(r.params)) {
       case 0:
         f.template operator()<>(i, r);
@@ -363,16 +364,16 @@ void each_row(F f) {
 }
 
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
-  each_row([&]<class... P>(size_t i, const MapRow& r) { define<P...>(m, i, r); });
+  each_row([&]<class... P>(size_t i, const ElementwiseKernel& r) { define<P...>(m, i, r); });
 }
 
 }  // namespace
 
-void bind_map(pybind11::module_& m) {
-  each_row([&]<class... P>(size_t i, const MapRow& r) { bind<P...>(m, i, r); });
+void bind_elementwise(pybind11::module_& m) {
+  each_row([&]<class... P>(size_t i, const ElementwiseKernel& r) { bind<P...>(m, i, r); });
   // What backward takes: the output (true) or the input.
   m.def("from_output", [](const std::string& name) {
-    for (const MapRow& r : tables(c10::DeviceType::CPU).map)
+    for (const ElementwiseKernel& r : tables(c10::DeviceType::CPU).elementwise)
       if (name == r.name) return r.from_output;
     throw pybind11::key_error("no elementwise op '" + name + "'");
   });

@@ -20,8 +20,8 @@ namespace {
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-const Rows<FusedRow>& table(c10::DeviceType device) { return tables(device).fused; }
-const FusedRow& cpu_row(size_t row) { return table(c10::DeviceType::CPU).data[row]; }
+const KernelTable<FusedKernel>& table(c10::DeviceType device) { return tables(device).fused; }
+const FusedKernel& cpu_row(size_t row) { return table(c10::DeviceType::CPU).data[row]; }
 
 struct Ops {
   c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&)> forward;
@@ -45,7 +45,7 @@ const Ops& ops(size_t row) {
 }
 
 void check_inputs(size_t row, const Tensor& input, const Tensor& other) {
-  const FusedRow& r = cpu_row(row);
+  const FusedKernel& r = cpu_row(row);
   check_dtype(r.name, input);
   check_like(r.name, r.broadcast ? "bias" : "second tensor", other, input);
   if (r.broadcast) return check_row(r.name, "bias", other, input);
@@ -53,11 +53,11 @@ void check_inputs(size_t row, const Tensor& input, const Tensor& other) {
               input.sizes(), " and ", other.sizes());
 }
 
-void run(size_t row, FusedKernel FusedRow::* kernel, const Tensor& out,
+void run(size_t row, FusedLauncher FusedKernel::* kernel, const Tensor& out,
          std::initializer_list<const Tensor*> in, const Tensor& sums = Tensor()) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
-  const FusedRow& r = table(out.device().type()).data[row];
+  const FusedKernel& r = table(out.device().type()).data[row];
   FusedArgs a{};
   a.dtype = out.scalar_type();
   a.n = out.numel();
@@ -82,7 +82,7 @@ struct Forward {
     const Tensor x = walkable(row, input),
                  t = matching(other, cpu_row(row).broadcast ? other.contiguous() : x);
     Tensor y = x.is_same(input) ? output_like(x) : x;
-    run(row, &FusedRow::forward, y, {&x, &t});
+    run(row, &FusedKernel::forward, y, {&x, &t});
     return y;
   }
 };
@@ -95,7 +95,7 @@ struct Inplace {
     at::assert_no_partial_overlap(self, other);
     const Tensor x = walkable(row, self),
                  t = matching(other, cpu_row(row).broadcast ? other.contiguous() : x);
-    run(row, &FusedRow::forward, x, {&x, &t});
+    run(row, &FusedKernel::forward, x, {&x, &t});
     if (!x.is_same(self)) self.copy_(x);
   }
 };
@@ -118,10 +118,10 @@ std::pair<Tensor, Tensor> derivatives(size_t row, const Tensor& dy,
     dx = output_like(a);
     if (wanted && has_rows(a)) {
       const Tensor strips = strips_beside(a);
-      run(row, &FusedRow::summed, dx, {&a, &b, &g}, strips);
+      run(row, &FusedKernel::summed, dx, {&a, &b, &g}, strips);
       return {dx, sum_of_strips(strips, t.scalar_type())};
     }
-    run(row, &FusedRow::backward, dx, {&a, &b, &g});
+    run(row, &FusedKernel::backward, dx, {&a, &b, &g});
   }
   return {dx, wanted ? sum_to_row(dx) : Tensor()};
 }
@@ -212,7 +212,7 @@ struct InplaceVersion {
 
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
   size_t i = 0;
-  for (const FusedRow& r : table(c10::DeviceType::CPU)) {
+  for (const FusedKernel& r : table(c10::DeviceType::CPU)) {
     const std::string n = r.name, other = r.broadcast ? "Tensor bias" : "Tensor other";
     m.def((n + "(Tensor input, " + other + ") -> Tensor").c_str(), {at::Tag::pt2_compliant_tag});
     m.def((n + "_(Tensor(a!) self, " + other + ") -> ()").c_str(), {at::Tag::pt2_compliant_tag});
@@ -235,7 +235,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 
 void bind_fused(pybind11::module_& m) {
   size_t i = 0;
-  for (const FusedRow& r : table(c10::DeviceType::CPU)) {
+  for (const FusedKernel& r : table(c10::DeviceType::CPU)) {
     def(m, r.name, [i](const Tensor& input, const Tensor& other) {
       return ops(i).forward.call(input, other);
     });

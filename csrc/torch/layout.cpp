@@ -169,7 +169,7 @@ at::Tensor sum_to_row(const at::Tensor& t) {
 
 at::Tensor strips_beside(const at::Tensor& x) {
   const int64_t period = x.size(-1);
-  return output_beside(x, {strips_of(x.numel() / period), period}, real_of(x.scalar_type()));
+  return output_beside(x, {row_blocks_of(x.numel() / period), period}, real_of(x.scalar_type()));
 }
 
 at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype) {

@@ -3,7 +3,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include "../kernels.h"
+#include "../kernels/tables.h"
 
 namespace fastops {
 
@@ -55,8 +55,8 @@ Rows3 around(const at::Tensor& x, int64_t dim);
 // The sum over all dimensions but the last: what flows back to a row that was repeated.
 at::Tensor sum_to_row(const at::Tensor& t);
 
-// What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of kStrip rows
-// at a time, reals.
+// What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of kRowBlock
+// rows at a time, reals.
 at::Tensor strips_beside(const at::Tensor& x);
 at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype);
 // Whether x is worth that: it has elements, and rows.

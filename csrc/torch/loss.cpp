@@ -49,7 +49,7 @@ struct Ops {
 };
 constexpr size_t kMaxRows = 32;
 
-const Rows<ReduceRow>& rows(c10::DeviceType device) { return tables(device).reduce; }
+const KernelTable<LossKernel>& rows(c10::DeviceType device) { return tables(device).loss; }
 const char* name_of(size_t row) { return rows(c10::DeviceType::CPU).data[row].name; }
 
 template <class... P>
@@ -86,7 +86,7 @@ std::pair<Tensor, Tensor> aligned(const char* op, const Tensor& input, const Ten
 
 // The parameters of a call on x as its kernels take them.
 struct Parameters {
-  double numbers[2] = {};
+  double scalars[2] = {};
   Repeated operand;
 
   template <class... P>
@@ -94,37 +94,37 @@ struct Parameters {
     size_t k = 0;
     (add(op, x, k++, p), ...);
   }
-  void add(const char*, const Tensor&, size_t k, double p) { numbers[k] = p; }
+  void add(const char*, const Tensor&, size_t k, double p) { scalars[k] = p; }
   void add(const char* op, const Tensor& x, size_t, const Tensor& p) {
     check_like(op, "weight", p, x);
     operand = repeated(p, x);
   }
 };
 
-ReduceArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const Parameters& p) {
-  ReduceArgs a{};
+LossArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const Parameters& p) {
+  LossArgs a{};
   a.dtype = x.scalar_type();
   a.n = x.numel();
   a.out = out.mutable_data_ptr();
   a.in[0] = x.const_data_ptr();
   if (t.defined()) a.in[1] = t.const_data_ptr();
   a.scale = 1;
-  a.params = p.numbers;
+  a.params = p.scalars;
   if (p.operand.values.defined()) a.in[2] = p.operand.values.const_data_ptr();
   a.period = p.operand.period;
   a.stream = stream_of(x);
   return a;
 }
 
-Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scale,
+Tensor total(const LossKernel& row, const Tensor& x, const Tensor& t, double scale,
              const Tensor& divisor, const Parameters& params) {
   const Tensor out = output_beside(x, {}, real_of(x.scalar_type()));
-  const int64_t bytes = reduce_workspace(x.numel());
+  const int64_t bytes = loss_workspace(x.numel());
   constexpr int64_t kStack = 256;
   double stack[kStack];
   const bool fits = x.is_cpu() && bytes <= kStack * 8;
   const Tensor workspace = fits ? Tensor() : at::empty({bytes}, x.options().dtype(at::kByte));
-  ReduceArgs a = arguments(x, t, out, params);
+  LossArgs a = arguments(x, t, out, params);
   a.scale = scale;
   if (divisor.defined()) a.divisor = divisor.const_data_ptr();
   a.workspace = fits ? static_cast<void*>(stack) : workspace.mutable_data_ptr();
@@ -134,7 +134,7 @@ Tensor total(const ReduceRow& row, const Tensor& x, const Tensor& t, double scal
 
 // What came out is NaN where the input lies outside of the row's domain: only then is the input
 // looked at again. On CUDA that would be a wait for the device; the NaN is left to speak there.
-void check_domain(const ReduceRow& r, const Tensor& result, const Tensor& x) {
+void check_domain(const LossKernel& r, const Tensor& result, const Tensor& x) {
   if (!std::isfinite(r.low) || !x.is_cpu() || x.numel() == 0) return;
   if (!result.sum().isnan().item<bool>()) return;
   TORCH_CHECK(at::ge(x, r.low).logical_and_(at::le(x, r.high)).all().item<bool>(), r.name,
@@ -150,7 +150,7 @@ struct Forward {
     check_reduction(name_of(row), reduction);
     const auto [x, t] = aligned(name_of(row), input, target);
     const c10::DeviceGuard guard(x.device());
-    const ReduceRow& r = rows(x.device().type()).data[row];
+    const LossKernel& r = rows(x.device().type()).data[row];
     const Parameters params(r.name, x, p...);
     const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
     if (reduction == at::Reduction::None) {
@@ -182,13 +182,13 @@ struct BackwardOp {
     TORCH_CHECK(each ? grad.sizes() == x.sizes() : grad.numel() == 1, name_of(row),
                 "_backward: grad of shape ", grad.sizes(), " does not fit reduction ", reduction);
     const c10::DeviceGuard guard(x.device());
-    const ReduceRow& r = rows(x.device().type()).data[row];
+    const LossKernel& r = rows(x.device().type()).data[row];
     const Tensor g = as_dtype(grad, x.scalar_type());
     const Tensor dy = each ? matching(g, x) : g;
     Tensor out = output_like(x);
     if (x.numel() > 0) {
       const Parameters params(r.name, x, p...);
-      ReduceArgs a = arguments(x, t, out, params);
+      LossArgs a = arguments(x, t, out, params);
       a.grad = dy.const_data_ptr();
       a.grad_is_scalar = !each;
       if (reduction == at::Reduction::Mean) a.scale = 1.0 / static_cast<double>(x.numel());
@@ -206,11 +206,11 @@ struct Second {
                     int64_t then) {
     const auto [x, t] = aligned(name_of(row), input, target);
     const c10::DeviceGuard guard(x.device());
-    const ReduceRow& r = rows(x.device().type()).data[row];
+    const LossKernel& r = rows(x.device().type()).data[row];
     Tensor out = output_like(x);
     if (x.numel() == 0) return out;
     const Parameters params(r.name, x, p...);
-    ReduceArgs a = arguments(x, t, out, params);
+    LossArgs a = arguments(x, t, out, params);
     a.to_target = static_cast<int>(first + then);
     check(r.name, r.second(a));
     return out;
@@ -220,7 +220,7 @@ struct Second {
 // ------------------------------------------------------------------------------------------------
 // derivatives
 
-// Attributes are the row, the reduction and the parameters that are numbers; one that is a tensor
+// Attributes are the row, the reduction and the parameters that are scalars; one that is a tensor
 // is saved last.
 template <class P>
 P parameter(const BackwardContext& c, size_t k) {
@@ -417,7 +417,7 @@ struct Autocast {
 // registration
 
 template <class... P>
-void define(torch::Library& m, size_t row, const ReduceRow& r) {
+void define(torch::Library& m, size_t row, const LossKernel& r) {
   const std::string n = r.name, params = *r.params ? std::string(", ") + r.params : "";
   std::string
       given;  // the parameters without defaults, which cannot stand before arguments that have none
@@ -456,7 +456,7 @@ void define(torch::Library& m, size_t row, const ReduceRow& r) {
 }
 
 template <class... P>
-void bind(pybind11::module_& m, size_t row, const ReduceRow& r) {
+void bind(pybind11::module_& m, size_t row, const LossKernel& r) {
   def(m, r.name, [row](const Tensor& input, const Tensor& target, int64_t reduction, P... p) {
     return ops<P...>(row).forward.call(input, target, reduction, false, p...);
   });
@@ -465,13 +465,13 @@ void bind(pybind11::module_& m, size_t row, const ReduceRow& r) {
 template <class F>
 void each_row(F f) {
   size_t i = 0;
-  for (const ReduceRow& r : rows(c10::DeviceType::CPU)) {
+  for (const LossKernel& r : rows(c10::DeviceType::CPU)) {
     if (r.values == nullptr) continue;  // "sum", which is no loss
-    const int numbers = count_params(r.params), tensors = count_tensors(r.params);
-    TORCH_INTERNAL_ASSERT(numbers + tensors <= 1, "a loss with more than one parameter: ", r.name);
+    const int scalars = count_params(r.params), tensors = count_tensors(r.params);
+    TORCH_INTERNAL_ASSERT(scalars + tensors <= 1, "a loss with more than one parameter: ", r.name);
     if (tensors) {
       f.template operator()<const Tensor&>(i, r);
-    } else if (numbers) {
+    } else if (scalars) {
       f.template operator()<double>(i, r);
     } else {
       f.template operator()<>(i, r);
@@ -482,7 +482,7 @@ void each_row(F f) {
 }
 
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
-  each_row([&]<class... P>(size_t i, const ReduceRow& r) { define<P...>(m, i, r); });
+  each_row([&]<class... P>(size_t i, const LossKernel& r) { define<P...>(m, i, r); });
 }
 
 }  // namespace
@@ -493,8 +493,8 @@ Tensor sum_of(const Tensor& values, double scale, const Tensor& divisor) {
   return total(all.data[all.size - 1], values, Tensor(), scale, divisor, Parameters("sum", values));
 }
 
-void bind_reduce(pybind11::module_& m) {
-  each_row([&]<class... P>(size_t i, const ReduceRow& r) { bind<P...>(m, i, r); });
+void bind_losses(pybind11::module_& m) {
+  each_row([&]<class... P>(size_t i, const LossKernel& r) { bind<P...>(m, i, r); });
 }
 
 }  // namespace fastops

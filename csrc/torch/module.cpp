@@ -16,12 +16,12 @@ extern "C" __attribute__((used, visibility("default"))) const char fastops_built
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastops;
   m.doc() = "Kernels of fastops. Use fastops.functional, fastops.nn and fastops.optim.";
-  bind_map(m);
+  bind_elementwise(m);
   bind_fused(m);
-  bind_reduce(m);
+  bind_losses(m);
   bind_rows(m);
-  bind_random(m);
-  bind_step(m);
+  bind_dropout(m);
+  bind_optimizers(m);
   resolve_negations_in_place();
 
   m.def("set_hand_over", &set_hand_over);
@@ -33,13 +33,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("rows", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> rows;
     const Tables& t = tables(c10::DeviceType::CPU);
-    for (const auto& r : t.map) rows.emplace_back("map", r.name, r.params);
+    for (const auto& r : t.elementwise) rows.emplace_back("map", r.name, r.params);
     for (const auto& r : t.fused) rows.emplace_back("fused", r.name, r.broadcast ? "bias" : "");
-    for (const auto& r : t.reduce) rows.emplace_back("reduce", r.name, r.params);
+    for (const auto& r : t.loss) rows.emplace_back("reduce", r.name, r.params);
     for (const auto& r : t.softmax) rows.emplace_back("softmax", r.name, "");
     for (const auto& r : t.cross_entropy) rows.emplace_back("cross_entropy", r.name, "");
-    for (const auto& r : t.random) rows.emplace_back("random", r.name, "");
-    for (const auto& r : t.step) rows.emplace_back("step", r.name, "");
+    for (const auto& r : t.dropout) rows.emplace_back("random", r.name, "");
+    for (const auto& r : t.optimizer) rows.emplace_back("step", r.name, "");
     return rows;
   });
 

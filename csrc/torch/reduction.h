@@ -1,4 +1,4 @@
-// The three reductions of a loss, numbered as torch numbers them, and the deterministic sum behind
+// The three reductions of a loss, numbered as torch scalars them, and the deterministic sum behind
 // two of them.
 #pragma once
 #include <ATen/core/Reduction.h>

@@ -17,10 +17,10 @@ try:
 except ImportError:  # a torch without distributed
     DTensor = None  # type: ignore[assignment,misc]
 
-ROWS = {name: row for row, (name, *_) in enumerate(_C.step_rows())}
-STATES = [[sys.intern(s) for s in states.split()] for _, states, _, _ in _C.step_rows()]
+ROWS = {name: row for row, (name, *_) in enumerate(_C.optimizer_kernels())}
+STATES = [[sys.intern(s) for s in states.split()] for _, states, _, _ in _C.optimizer_kernels()]
 NAMES = {name for names in STATES for name in names}
-COUNTS = [counts for _, _, counts, _ in _C.step_rows()]
+COUNTS = [counts for _, _, counts, _ in _C.optimizer_kernels()]
 
 
 def _torch_step(optimizer):
@@ -322,7 +322,7 @@ class FusedStep(Optimizer):
 
     @functools.cached_property
     def _plan(self):
-        return _C.StepPlan()
+        return _C.OptimizerStepper()
 
     def __setstate__(self, state):
         super().__setstate__(state)

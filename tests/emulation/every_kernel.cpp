@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/kernels.h"
+#include "../../csrc/kernels/tables.h"
 
 namespace fastops {
 namespace {
@@ -31,7 +31,7 @@ void expect(const char* row, const char* kernel, Error error) {
   ++failures;
 }
 
-// Buffers of one run. `offset` elements past a 16-byte boundary; filled with small positive numbers
+// Buffers of one run. `offset` elements past a 16-byte boundary; filled with small positive scalars
 // of any dtype.
 struct Buffers {
   size_t offset;
@@ -70,8 +70,8 @@ constexpr double kParams[16] = {0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5,
                                 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5};
 
 void map(const Dtype& d, int64_t n, Buffers b) {
-  for (const MapRow& row : cuda::map_rows) {
-    MapArgs a{d.type, n, b.values(n, d.type), {}, kParams, nullptr};
+  for (const ElementwiseKernel& row : cuda::elementwise_kernels) {
+    ElementwiseArgs a{d.type, n, b.values(n, d.type), {}, kParams, nullptr};
     for (auto& in : a.in) in = b.values(n, d.type);
     expect(row.name, "forward", row.forward(a));
     expect(row.name, "backward", row.backward(a));
@@ -80,7 +80,7 @@ void map(const Dtype& d, int64_t n, Buffers b) {
 }
 
 void fused(const Dtype& d, int64_t n, Buffers b) {
-  for (const FusedRow& row : cuda::fused_rows) {
+  for (const FusedKernel& row : cuda::fused_kernels) {
     const int64_t period = row.broadcast ? (n % 2 ? n : n / 2) : n;
     FusedArgs a{d.type, n, period, b.values(n, d.type), {}, nullptr, nullptr};
     for (auto& in : a.in) in = b.values(n, d.type);
@@ -90,15 +90,15 @@ void fused(const Dtype& d, int64_t n, Buffers b) {
     for (const int64_t width : {n, int64_t{7}, int64_t{8}}) {
       a.period = width;
       a.n = n / width * width;
-      a.sums = b.values(strips_of(n / width) * width, d.real);
+      a.sums = b.values(row_blocks_of(n / width) * width, d.real);
       expect(row.name, "summed", row.summed(a));
     }
   }
 }
 
 void reduce(const Dtype& d, int64_t n, Buffers b) {
-  for (const ReduceRow& row : cuda::reduce_rows) {
-    ReduceArgs a{};
+  for (const LossKernel& row : cuda::loss_kernels) {
+    LossArgs a{};
     a.dtype = row.values ? d.type : d.real;
     a.n = n;
     a.in[0] = b.values(n, a.dtype);
@@ -108,13 +108,13 @@ void reduce(const Dtype& d, int64_t n, Buffers b) {
     a.grad = b.values(n, a.dtype);
     a.scale = 0.5;
     a.params = kParams;
-    a.workspace = b.raw(static_cast<size_t>(reduce_workspace(n)));
+    a.workspace = b.raw(static_cast<size_t>(loss_workspace(n)));
     a.divisor = b.values(1, d.real);
     a.out = b.values(1, d.real);
     expect(row.name, "total", row.total(a));
     if (!row.values) continue;
     a.out = b.values(n, d.type);
-    for (const ReduceKernel kernel : {row.values, row.d0, row.d1})
+    for (const LossLauncher kernel : {row.values, row.d0, row.d1})
       expect(row.name, "elementwise", kernel(a));
     for (a.to_target = 0; a.to_target <= 2; ++a.to_target)
       expect(row.name, "second", row.second(a));
@@ -123,7 +123,7 @@ void reduce(const Dtype& d, int64_t n, Buffers b) {
 
 void rows(const Dtype& d, int64_t outer, int64_t n, int64_t inner, Buffers b) {
   const int64_t count = outer * n * inner;
-  for (const SoftmaxRow& row : cuda::softmax_rows) {
+  for (const SoftmaxKernel& row : cuda::softmax_kernels) {
     SoftmaxArgs a{d.type,
                   outer,
                   n,
@@ -134,7 +134,7 @@ void rows(const Dtype& d, int64_t outer, int64_t n, int64_t inner, Buffers b) {
     expect(row.name, "forward", row.forward(a));
     expect(row.name, "backward", row.backward(a));
   }
-  for (const CrossEntropyRow& row : cuda::cross_entropy_rows) {
+  for (const CrossEntropyKernel& row : cuda::cross_entropy_kernels) {
     CrossEntropyArgs a{};
     a.dtype = d.type;
     a.outer = outer, a.n = n, a.inner = inner;
@@ -172,8 +172,8 @@ void rows(const Dtype& d, int64_t outer, int64_t n, int64_t inner, Buffers b) {
 
 void random(const Dtype& d, Buffers b) {
   constexpr int64_t kN = 3 * 5 * 7 * 11;
-  for (const RandomRow& row : cuda::random_rows) {
-    RandomArgs a{};
+  for (const DropoutKernel& row : cuda::dropout_kernels) {
+    DropoutArgs a{};
     a.dtype = d.type;
     a.n = kN;
     a.out = b.values(kN, d.type);
@@ -192,36 +192,36 @@ void random(const Dtype& d, Buffers b) {
     if (!row.summed) continue;
     for (const int64_t width : {11, 7, 5}) {
       a.period = width;
-      a.sums = b.values(strips_of(kN / width) * width, d.real);
+      a.sums = b.values(row_blocks_of(kN / width) * width, d.real);
       expect(row.name, "summed", row.summed(a));
     }
   }
 }
 
 void step(const Dtype& d, c10::ScalarType state, Buffers b) {
-  for (const StepRow& row : cuda::step_rows) {
-    std::vector<StepTensor> tensors;
+  for (const OptimizerKernel& row : cuda::optimizer_kernels) {
+    std::vector<OptimizerTensor> tensors;
     for (const int64_t n : {1, 0, 70, 4100}) {
-      StepTensor t{n,   b.values(n, d.type), b.values(n, d.type), {}, kParams, b.values(n, d.real),
-                   0.25};
+      OptimizerTensor t{
+          n, b.values(n, d.type), b.values(n, d.type), {}, kParams, b.values(n, d.real), 0.25};
       for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
       tensors.push_back(t);
     }
     const auto* ones = static_cast<const float*>(b.values(1, c10::ScalarType::Float));
-    StepArgs a{};
+    OptimizerArgs a{};
     a.dtype = d.type;
     a.state_dtype = state;
     a.count = static_cast<int64_t>(tensors.size());
     a.tensors = tensors.data();
     a.grad_scale = ones;
     expect(row.name, "step", row.step(a));
-    const std::vector<StepNoise> noise(tensors.size(), {7, 1, 2});
+    const std::vector<OptimizerNoise> noise(tensors.size(), {7, 1, 2});
     auto* found = static_cast<float*>(b.raw(sizeof(float)));
     *found = 0;
     a.noise = noise.data();
     a.found_inf = found;
     expect(row.name, "rounded stochastically", row.step(a));
-    // With numbers made on the device.
+    // With scalars made on the device.
     std::vector<void*> counts;
     for (size_t k = 0; k < tensors.size(); ++k) {
       auto* step = static_cast<float*>(b.raw(sizeof(float)));
@@ -229,34 +229,35 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
       counts.push_back(row.counts ? step : nullptr);
     }
     const bool first[] = {false, true, false, true};
-    StepOnDevice on_device{};
+    OptimizerOnDevice on_device{};
     for (double& option : on_device.options) option = 0.5;
     auto* lr = static_cast<double*>(b.raw(sizeof(double)));
     *lr = 0.25;
     on_device.option_at[0] = lr;
     on_device.counts = counts.data();
     on_device.first = first;
-    on_device.numbers = b.raw(tensors.size() * static_cast<size_t>(kNumbersBytes));
+    on_device.scalars = b.raw(tensors.size() * static_cast<size_t>(kScalarsBytes));
     a.on_device = &on_device;
     expect(row.name, "step on the device", row.step(a));
   }
 }
 
 void norm(const Dtype& d, Buffers b) {
-  std::vector<StepTensor> tensors;
+  std::vector<OptimizerTensor> tensors;
   int64_t chunks = 0;
   for (const int64_t n : {1, 0, 70, 17'000}) {
     tensors.push_back({n, nullptr, b.values(n, d.type), {}, nullptr, nullptr, 0});
-    chunks += norm_chunks(n);
+    chunks += gradient_norm_chunks(n);
   }
-  StepArgs a{};
+  OptimizerArgs a{};
   a.dtype = d.type;
   a.count = static_cast<int64_t>(tensors.size());
   a.tensors = tensors.data();
   auto* sums = static_cast<double*>(b.raw(static_cast<size_t>(chunks) * sizeof(double)));
-  expect("norm", "sums", cuda::norm_row.sums(a, sums));
+  expect("norm", "sums", cuda::gradient_norm_kernel.sums(a, sums));
   auto* out = static_cast<float*>(b.raw(2 * sizeof(float)));
-  expect("norm", "clip", cuda::norm_row.clip({chunks, sums, nullptr, 1.0, out, out + 1, nullptr}));
+  expect("norm", "clip",
+         cuda::gradient_norm_kernel.clip({chunks, sums, nullptr, 1.0, out, out + 1, nullptr}));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The tables of csrc/cuda for ctypes: what rows there are, a function per kind that runs one, the
 // emulator's memory, orders and counters, and each optimizer's formula applied element by element
 // as a reference.
-#include "../../csrc/kernels.h"
+#include "../../csrc/kernels/tables.h"
 
 #include <cuda_runtime.h>
 
@@ -23,20 +23,20 @@ const Tables& tables() {
 
 template <class Op, class real>
 void step_elements(const double* values, int64_t n, real* p, const real* g, real* const* s) {
-  typename Op::template Numbers<real> numbers;
-  for (int k = 0; k < Op::numbers; ++k)
-    reinterpret_cast<real*>(&numbers)[k] = static_cast<real>(values[k]);
+  typename Op::template StepScalars<real> scalars;
+  for (int k = 0; k < Op::scalars; ++k)
+    reinterpret_cast<real*>(&scalars)[k] = static_cast<real>(values[k]);
   for (int64_t i = 0; i < n; ++i) {
     real state[state_slots<Op>];
     for (int j = 0; j < Op::states; ++j) state[j] = s[j][i];
-    Op::step(numbers, p[i], g[i], state);
+    Op::step(scalars, p[i], g[i], state);
     for (int j = 0; j < Op::states; ++j) s[j][i] = state[j];
   }
 }
 template <class real, class... Ops>
-bool step_formula(List<Ops...>, const char* name, const double* numbers, int64_t n, real* p,
+bool step_formula(List<Ops...>, const char* name, const double* scalars, int64_t n, real* p,
                   const real* g, real* const* s) {
-  return ((!std::strcmp(Ops::name, name) && (step_elements<Ops>(numbers, n, p, g, s), true)) ||
+  return ((!std::strcmp(Ops::name, name) && (step_elements<Ops>(scalars, n, p, g, s), true)) ||
           ...);
 }
 
@@ -71,14 +71,14 @@ extern "C" {
 
 // Row `index` of a table; null past the end.
 const char* map_name(size_t index) {
-  return index < tables().map.size ? tables().map.data[index].name : nullptr;
+  return index < tables().elementwise.size ? tables().elementwise.data[index].name : nullptr;
 }
-const char* map_params(size_t index) { return tables().map.data[index].params; }
-bool map_from_output(size_t index) { return tables().map.data[index].from_output; }
+const char* map_params(size_t index) { return tables().elementwise.data[index].params; }
+bool map_from_output(size_t index) { return tables().elementwise.data[index].from_output; }
 const char* reduce_name(size_t index) {
-  return index < tables().reduce.size ? tables().reduce.data[index].name : nullptr;
+  return index < tables().loss.size ? tables().loss.data[index].name : nullptr;
 }
-const char* reduce_params(size_t index) { return tables().reduce.data[index].params; }
+const char* reduce_params(size_t index) { return tables().loss.data[index].params; }
 const char* fused_name(size_t index) {
   return index < tables().fused.size ? tables().fused.data[index].name : nullptr;
 }
@@ -90,19 +90,19 @@ const char* cross_entropy_name(size_t index) {
   return index < tables().cross_entropy.size ? tables().cross_entropy.data[index].name : nullptr;
 }
 const char* random_name(size_t index) {
-  return index < tables().random.size ? tables().random.data[index].name : nullptr;
+  return index < tables().dropout.size ? tables().dropout.data[index].name : nullptr;
 }
-int random_inputs(size_t index) { return tables().random.data[index].inputs; }
+int random_inputs(size_t index) { return tables().dropout.data[index].inputs; }
 const char* step_name(size_t index) {
-  return index < tables().step.size ? tables().step.data[index].name : nullptr;
+  return index < tables().optimizer.size ? tables().optimizer.data[index].name : nullptr;
 }
-int step_states(size_t index) { return tables().step.data[index].states; }
-int step_numbers(size_t index) { return tables().step.data[index].numbers; }
+int step_states(size_t index) { return tables().optimizer.data[index].states; }
+int step_numbers(size_t index) { return tables().optimizer.data[index].scalars; }
 
 const char* run_map(size_t index, const char* which, int dtype, int64_t n, void* out,
                     const void* const* in, const double* params) {
-  const MapRow& row = tables().map.data[index];
-  MapArgs a{};
+  const ElementwiseKernel& row = tables().elementwise.data[index];
+  ElementwiseArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
   a.out = out;
@@ -122,8 +122,8 @@ const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, vo
                        const void* x, const void* t, const void* grad, bool grad_is_scalar,
                        double scale, const void* divisor, const double* params, void* workspace,
                        const void* w, int64_t period) {
-  const ReduceRow& row = tables().reduce.data[index];
-  ReduceArgs a{};
+  const LossKernel& row = tables().loss.data[index];
+  LossArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
   a.out = out;
@@ -139,7 +139,7 @@ const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, vo
   a.workspace = workspace;
   const struct {
     const char* name;
-    ReduceKernel kernel;
+    LossLauncher kernel;
     int to_target = 0;
   } kernels[] = {{"values", row.values}, {"total", row.total},   {"d0", row.d0},
                  {"d1", row.d1},         {"d00", row.second, 0}, {"d01", row.second, 1},
@@ -150,11 +150,11 @@ const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, vo
   }
   return "no such kernel";
 }
-int64_t workspace_bytes(int64_t n) { return reduce_workspace(n); }
+int64_t workspace_bytes(int64_t n) { return loss_workspace(n); }
 
 const char* run_fused(size_t index, bool backward, int dtype, int64_t n, int64_t period, void* out,
                       const void* const* in) {
-  const FusedRow& row = tables().fused.data[index];
+  const FusedKernel& row = tables().fused.data[index];
   FusedArgs a{
       static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, nullptr, nullptr};
   return (backward ? row.backward : row.forward)(a);
@@ -169,7 +169,7 @@ const char* run_fused_summed(size_t index, int dtype, int64_t n, int64_t period,
 
 const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n,
                         int64_t inner, void* out, const void* first, const void* second) {
-  const SoftmaxRow& row = tables().softmax.data[index];
+  const SoftmaxKernel& row = tables().softmax.data[index];
   SoftmaxArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.outer = outer;
@@ -187,7 +187,7 @@ const char* run_cross_entropy(size_t index, int dtype, int64_t outer, int64_t n,
                               double scale, const void* divisor, void* divisor_out, double z_loss,
                               void* lse, const int64_t* second_target, double lam,
                               const void* second_divisor) {
-  const CrossEntropyRow& row = tables().cross_entropy.data[index];
+  const CrossEntropyKernel& row = tables().cross_entropy.data[index];
   CrossEntropyArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.outer = outer;
@@ -255,20 +255,20 @@ const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer
 
 const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, const void* y,
                                 const void* dy, double scale) {
-  RandomArgs a{};
+  DropoutArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
   a.out = out;
   a.in[0] = y;
   a.in[1] = dy;
   a.scale = scale;
-  return tables().random.data[index].backward(a);
+  return tables().dropout.data[index].backward(a);
 }
 
 const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period, void* out,
                               const void* in, const int64_t* seed, uint32_t threshold, double scale,
                               void* sums) {
-  RandomArgs a{};
+  DropoutArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
   a.period = period;
@@ -279,14 +279,14 @@ const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period
   a.scale = scale;
   a.order = {1, {n}, {1}};
   a.sums = sums;
-  return tables().random.data[index].summed(a);
+  return tables().dropout.data[index].summed(a);
 }
 
 const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in,
                        const void* row, const void* residual, int64_t period, const int64_t* seed,
                        uint32_t threshold, double scale, int dims, const int64_t* size,
                        const int64_t* logical_stride) {
-  RandomArgs a{};
+  DropoutArgs a{};
   a.in[1] = row;
   a.in[2] = residual;
   a.period = period;
@@ -300,24 +300,24 @@ const char* run_random(size_t index, int dtype, int64_t n, void* out, const void
   a.order.dims = dims;
   for (int d = 0; d < dims; ++d)
     a.order.size[d] = size[d], a.order.logical_stride[d] = logical_stride[d];
-  return tables().random.data[index].forward(a);
+  return tables().dropout.data[index].forward(a);
 }
 
-// pointers: for each tensor p, g and the states; numbers: for each tensor those of the row.
+// pointers: for each tensor p, g and the states; scalars: for each tensor those of the row.
 const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
-                     void* const* pointers, const double* numbers, const float* grad_scale,
+                     void* const* pointers, const double* scalars, const float* grad_scale,
                      const float* found_inf) {
-  const StepRow& row = tables().step.data[index];
-  std::vector<StepTensor> tensors(count);
+  const OptimizerKernel& row = tables().optimizer.data[index];
+  std::vector<OptimizerTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) {
     void* const* each = pointers + k * (2 + row.states);
     tensors[k].n = n[k];
     tensors[k].p = each[0];
     tensors[k].g = each[1];
     for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
-    tensors[k].numbers = numbers + k * row.numbers;
+    tensors[k].scalars = scalars + k * row.scalars;
   }
-  StepArgs a{};
+  OptimizerArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.state_dtype = static_cast<c10::ScalarType>(state_dtype);
   a.count = count;
@@ -329,16 +329,16 @@ const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, co
 
 // The same, with a running average of every p.
 const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t count,
-                              const int64_t* n, void* const* pointers, const double* numbers,
+                              const int64_t* n, void* const* pointers, const double* scalars,
                               void* const* averages, double weight) {
-  const StepRow& row = tables().step.data[index];
-  std::vector<StepTensor> tensors(count);
+  const OptimizerKernel& row = tables().optimizer.data[index];
+  std::vector<OptimizerTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) {
     void* const* each = pointers + k * (2 + row.states);
-    tensors[k] = {n[k], each[0], each[1], {}, numbers, averages[k], weight};
+    tensors[k] = {n[k], each[0], each[1], {}, scalars, averages[k], weight};
     for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
   }
-  StepArgs a{};
+  OptimizerArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.state_dtype = static_cast<c10::ScalarType>(state_dtype);
   a.count = count;
@@ -347,69 +347,71 @@ const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t 
 }
 
 // The same, rounded stochastically where `seed` is given (tensor k has number k), and where
-// `counts` is given with numbers made on the device: from options[k] or *option_at[k], and the step
+// `counts` is given with scalars made on the device: from options[k] or *option_at[k], and the step
 // counts, floats.
 const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t count,
-                              const int64_t* n, void* const* pointers, const double* numbers,
+                              const int64_t* n, void* const* pointers, const double* scalars,
                               const int64_t* seed, uint32_t step, void* const* counts,
                               const bool* first, const double* options,
                               const double* const* option_at, void* workspace,
                               const float* found_inf) {
-  const StepRow& row = tables().step.data[index];
-  std::vector<StepTensor> tensors(count);
-  std::vector<StepNoise> noise(count);
+  const OptimizerKernel& row = tables().optimizer.data[index];
+  std::vector<OptimizerTensor> tensors(count);
+  std::vector<OptimizerNoise> noise(count);
   for (int64_t k = 0; k < count; ++k) {
     void* const* each = pointers + k * (2 + row.states);
-    tensors[k] = {n[k], each[0], each[1], {}, numbers, nullptr, 0};
+    tensors[k] = {n[k], each[0], each[1], {}, scalars, nullptr, 0};
     for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
     if (seed) noise[k] = {*seed, step, static_cast<uint32_t>(k)};
   }
-  StepArgs a{};
+  OptimizerArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.state_dtype = static_cast<c10::ScalarType>(state_dtype);
   a.count = count;
   a.tensors = tensors.data();
   a.found_inf = found_inf;
   if (seed) a.noise = noise.data();
-  StepOnDevice on_device{};
+  OptimizerOnDevice on_device{};
   if (counts) {
     const int taken = count_options(row.options);
     for (int k = 0; k < taken; ++k)
       on_device.options[k] = options[k], on_device.option_at[k] = option_at[k];
     on_device.counts = counts;
     on_device.first = first;
-    on_device.numbers = workspace;
+    on_device.scalars = workspace;
     a.on_device = &on_device;
   }
   return row.step(a);
 }
-const char* step_options(size_t index) { return tables().step.data[index].options; }
-bool step_counts(size_t index) { return tables().step.data[index].counts; }
-void derive(size_t index, const double* options, double step, bool first, double* numbers) {
-  tables().step.data[index].derive(options, step, first, numbers);
+const char* step_options(size_t index) { return tables().optimizer.data[index].options; }
+bool step_counts(size_t index) { return tables().optimizer.data[index].counts; }
+void scalars_for_step(size_t index, const double* options, double step, bool first,
+                      double* scalars) {
+  tables().optimizer.data[index].scalars_for_step(options, step, first, scalars);
 }
-int64_t numbers_bytes() { return kNumbersBytes; }
+int64_t numbers_bytes() { return kScalarsBytes; }
 
 const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gradients,
                      double* sums, int64_t chunks, const float* grad_scale, double max_norm,
                      float* norm, float* divisor) {
-  std::vector<StepTensor> tensors(count);
+  std::vector<OptimizerTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) tensors[k].n = n[k], tensors[k].g = gradients[k];
-  StepArgs a{};
+  OptimizerArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.count = count;
   a.tensors = tensors.data();
-  const char* error = tables().norm.sums(a, sums);
+  const char* error = tables().gradient_norm.sums(a, sums);
   return error ? error
-               : tables().norm.clip({chunks, sums, grad_scale, max_norm, norm, divisor, nullptr});
+               : tables().gradient_norm.clip(
+                     {chunks, sums, grad_scale, max_norm, norm, divisor, nullptr});
 }
-bool step_in_double(const char* name, const double* numbers, int64_t n, double* p, const double* g,
+bool step_in_double(const char* name, const double* scalars, int64_t n, double* p, const double* g,
                     double* const* s) {
-  return step_formula(Optimizers{}, name, numbers, n, p, g, s);
+  return step_formula(Optimizers{}, name, scalars, n, p, g, s);
 }
-bool step_in_float(const char* name, const double* numbers, int64_t n, float* p, const float* g,
+bool step_in_float(const char* name, const double* scalars, int64_t n, float* p, const float* g,
                    float* const* s) {
-  return step_formula(Optimizers{}, name, numbers, n, p, g, s);
+  return step_formula(Optimizers{}, name, scalars, n, p, g, s);
 }
 
 // ------------------------------------------------------------------------------------------------

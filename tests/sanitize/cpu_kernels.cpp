@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/parallel.h"
-#include "../../csrc/kernels.h"
+#include "../../csrc/kernels/tables.h"
 #include "../../csrc/torch/pool.h"
 
 namespace fastops {
@@ -74,7 +74,7 @@ class Buffers {
     made_.emplace_back(pages, size);
     return end_ ? pages + kPage + room - bytes : pages + kPage;
   }
-  // n numbers in (0.1, 0.9), which are probabilities too.
+  // n scalars in (0.1, 0.9), which are probabilities too.
   void* values(int64_t n, c10::ScalarType type) {
     char* bytes = raw(static_cast<size_t>(n) * c10::elementSize(type));
     for (int64_t i = 0; i < n; ++i) {
@@ -117,16 +117,16 @@ struct Elementwise {
   }
 
   void operator()(bool end, unsigned seed = 1) const {
-    for (const MapRow& row : kTables.map) {
+    for (const ElementwiseKernel& row : kTables.elementwise) {
       Buffers b(end, seed);
-      MapArgs a{type, n, b.values(n, type), {in[0], in[1], in[2]}, kParams, nullptr};
+      ElementwiseArgs a{type, n, b.values(n, type), {in[0], in[1], in[2]}, kParams, nullptr};
       expect(row.name, "forward", row.forward(a));
       expect(row.name, "backward", row.backward(a));
       expect(row.name, "second", row.second(a));
       a.in[0] = a.out;
       expect(row.name, "in place", row.forward(a));
     }
-    for (const FusedRow& row : kTables.fused)
+    for (const FusedKernel& row : kTables.fused)
       for (const int64_t period : {n, int64_t{1}, n % 2 ? n : n / 2}) {
         if (period != n && !row.broadcast) continue;
         Buffers b(end, seed);
@@ -134,15 +134,15 @@ struct Elementwise {
         expect(row.name, "forward", row.forward(a));
         if (row.backward) expect(row.name, "backward", row.backward(a));
         if (row.summed) {
-          a.sums = b.values(strips_of(n / period) * period, real_of(type));
+          a.sums = b.values(row_blocks_of(n / period) * period, real_of(type));
           expect(row.name, "summed", row.summed(a));
         }
         a.in[0] = a.out;
         expect(row.name, "in place", row.forward(a));
       }
-    for (const ReduceRow& row : kTables.reduce) {
+    for (const LossKernel& row : kTables.loss) {
       Buffers b(end, seed);
-      ReduceArgs a{};
+      LossArgs a{};
       a.dtype = row.values ? type : real_of(type);
       if (!row.values && a.dtype != type) continue;
       a.n = n;
@@ -150,23 +150,23 @@ struct Elementwise {
       a.period = n % 3 ? n : n / 3;
       a.scale = 0.5;
       a.params = kParams;
-      a.workspace = b.raw(static_cast<size_t>(reduce_workspace(n)));
+      a.workspace = b.raw(static_cast<size_t>(loss_workspace(n)));
       a.divisor = b.values(1, real_of(type));
       a.out = b.values(1, real_of(type));
       expect(row.name, "total", row.total(a));
       if (!row.values) continue;
       a.out = b.values(n, type);
       for (const bool scalar : {false, true})
-        for (const ReduceKernel kernel : {row.values, row.d0, row.d1}) {
+        for (const LossLauncher kernel : {row.values, row.d0, row.d1}) {
           a.grad_is_scalar = scalar;
           expect(row.name, "elementwise", kernel(a));
         }
       for (a.to_target = 0; a.to_target <= 2; ++a.to_target)
         expect(row.name, "second", row.second(a));
     }
-    for (const RandomRow& row : kTables.random) {
+    for (const DropoutKernel& row : kTables.dropout) {
       Buffers b(end, seed);
-      RandomArgs a{};
+      DropoutArgs a{};
       a.dtype = type;
       a.n = n;
       a.out = b.values(n, type);
@@ -181,7 +181,7 @@ struct Elementwise {
       expect(row.name, "contiguous", row.forward(a));
       if (row.backward) expect(row.name, "backward", row.backward(a));
       if (row.summed) {
-        a.sums = b.values(strips_of(n / a.period) * a.period, real_of(type));
+        a.sums = b.values(row_blocks_of(n / a.period) * a.period, real_of(type));
         expect(row.name, "summed", row.summed(a));
       }
       if (n % 33 == 0) {
@@ -214,7 +214,7 @@ struct Rows3 {
 
   void operator()(bool end, unsigned seed = 1) const {
     const int64_t count = outer * n * inner;
-    for (const SoftmaxRow& row : kTables.softmax) {
+    for (const SoftmaxKernel& row : kTables.softmax) {
       Buffers b(end, seed);
       SoftmaxArgs a{type, outer, n, inner, b.values(count, type), {x, dy}, nullptr};
       expect(row.name, "forward", row.forward(a));
@@ -222,7 +222,7 @@ struct Rows3 {
       a.in[0] = a.out;
       expect(row.name, "in place", row.forward(a));
     }
-    for (const CrossEntropyRow& row : kTables.cross_entropy)
+    for (const CrossEntropyKernel& row : kTables.cross_entropy)
       for (const void* w : {weight, static_cast<const void*>(nullptr)})
         for (const double smoothing : {0.0, 0.1}) {
           Buffers b(end, seed);
@@ -256,47 +256,48 @@ struct Rows3 {
 };
 
 void steps(c10::ScalarType type, c10::ScalarType state, Buffers& b) {
-  for (const StepRow& row : kTables.step) {
-    double numbers[kMaxNumbers], options[kMaxNumbers];
-    std::fill(options, options + kMaxNumbers, 0.5);
-    row.derive(options, 3, false, numbers);
-    std::vector<StepTensor> tensors;
+  for (const OptimizerKernel& row : kTables.optimizer) {
+    double scalars[kMaxScalars], options[kMaxScalars];
+    std::fill(options, options + kMaxScalars, 0.5);
+    row.scalars_for_step(options, 3, false, scalars);
+    std::vector<OptimizerTensor> tensors;
     for (const int64_t n : {1, 0, 70, 5, 40'003, 16, 33}) {
-      StepTensor t{n,   b.values(n, type), b.input(n, type),
-                   {},  numbers,           n % 2 ? b.values(n, real_of(type)) : nullptr,
-                   0.25};
+      OptimizerTensor t{n,   b.values(n, type), b.input(n, type),
+                        {},  scalars,           n % 2 ? b.values(n, real_of(type)) : nullptr,
+                        0.25};
       for (int j = 0; j < row.states; ++j) t.s[j] = b.values(n, state);
       tensors.push_back(t);
     }
-    StepArgs a{};
+    OptimizerArgs a{};
     a.dtype = type, a.state_dtype = state;
     a.count = static_cast<int64_t>(tensors.size());
     a.tensors = tensors.data();
     expect(row.name, "step", row.step(a));
     a.grad_scale = static_cast<const float*>(b.input(1, c10::ScalarType::Float));
     expect(row.name, "scaled", row.step(a));
-    const std::vector<StepNoise> noise(tensors.size(), {7, 1, 2});
+    const std::vector<OptimizerNoise> noise(tensors.size(), {7, 1, 2});
     a.noise = noise.data();
     expect(row.name, "rounded stochastically", row.step(a));
   }
 }
 
 void norm(c10::ScalarType type, Buffers& b) {
-  std::vector<StepTensor> tensors;
+  std::vector<OptimizerTensor> tensors;
   int64_t chunks = 0;
   for (const int64_t n : {1, 0, 70, 40'003, 33}) {
     tensors.push_back({n, nullptr, b.input(n, type), {}, nullptr, nullptr, 0});
-    chunks += norm_chunks(n);
+    chunks += gradient_norm_chunks(n);
   }
-  StepArgs a{};
+  OptimizerArgs a{};
   a.dtype = type;
   a.count = static_cast<int64_t>(tensors.size());
   a.tensors = tensors.data();
   auto* sums = static_cast<double*>(b.values(chunks, c10::ScalarType::Double));
-  expect("norm", "sums", kTables.norm.sums(a, sums));
+  expect("norm", "sums", kTables.gradient_norm.sums(a, sums));
   const auto* scale = static_cast<const float*>(b.input(1, c10::ScalarType::Float));
   auto* out = static_cast<float*>(b.values(2, c10::ScalarType::Float));
-  expect("norm", "clip", kTables.norm.clip({chunks, sums, scale, 1.0, out, out + 1, nullptr}));
+  expect("norm", "clip",
+         kTables.gradient_norm.clip({chunks, sums, scale, 1.0, out, out + 1, nullptr}));
 }
 
 // ------------------------------------------------------------------------------------------------

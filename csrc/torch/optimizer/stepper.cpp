@@ -1,7 +1,7 @@
 // The optimizers' step as torch sees it: an op over lists of tensors for every row, and beside it
-// StepPlan, which reads parameters, gradients and states from the optimizer's own dictionaries.
-// Both collect into one Sweep, which checks everything before it changes anything. No formula, and
-// no option by name.
+// OptimizerStepper, which reads parameters, gradients and states from the optimizer's own
+// dictionaries. Both collect into one MultiTensorStep, which checks everything before it changes
+// anything. No formula, and no option by name.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -28,8 +28,8 @@
 #include <utility>
 #include <vector>
 
-#include "backend.h"
-#include "bind.h"
+#include "../backend.h"
+#include "../bind.h"
 
 namespace fastops {
 namespace {
@@ -112,7 +112,7 @@ struct Entry {
   bool flat;        // p, g and s share one dense memory order
   bool g_is_alone;  // on its storage
   bool counts_in_double;
-  bool on_device;  // the step count or an option is: the numbers of the step are made there
+  bool on_device;  // the step count or an option is: the scalars of the step are made there
   void* count;
   void* p_data;
   const void* g_data;
@@ -146,7 +146,7 @@ void prefetch(const TensorImpl* t) {
 }
 
 // One step. add() checks and collects, run() changes.
-class Sweep {
+class MultiTensorStep {
  public:
   void clear() {
     std::swap(entries_, before_);
@@ -161,7 +161,7 @@ class Sweep {
   void add(const Options& options, uint32_t number, bool first, TensorImpl* p, TensorImpl* g,
            TensorImpl* counter, TensorImpl* const* s, TensorImpl* average = nullptr,
            double weight = 0) {
-    const StepRow& r = rows_.data[options.row];
+    const OptimizerKernel& r = rows_.data[options.row];
     Entry& e = entries_.emplace_back(Entry{p,
                                            g,
                                            counter,
@@ -293,7 +293,7 @@ class Sweep {
         bucket->dtype = e.dtype;
       }
       bucket->tensors.push_back({e.n, nullptr, e.g_data, {}, nullptr, nullptr, 0});
-      count += norm_chunks(e.n);
+      count += gradient_norm_chunks(e.n);
     }
     const c10::DeviceGuard guard(device);
     const Tensor made = at::empty({2}, at::dtype(at::kFloat).device(device));
@@ -312,17 +312,17 @@ class Sweep {
       for (const Entry& e : entries_) kept_.push_back(e.g->storage());
       released.emplace();
     }
-    const NormRow& row = tables(device.type()).norm;
+    const GradientNormKernel& row = tables(device.type()).gradient_norm;
     void* const stream = stream_of(made);
     double* next = sums;
     for (const Bucket& b : grads_) {
-      StepArgs a{};
+      OptimizerArgs a{};
       a.dtype = b.dtype;
       a.count = static_cast<int64_t>(b.tensors.size());
       a.tensors = b.tensors.data();
       a.stream = stream;
       check("grad_norm", row.sums(a, next));
-      for (const StepTensor& t : b.tensors) next += norm_chunks(t.n);
+      for (const OptimizerTensor& t : b.tensors) next += gradient_norm_chunks(t.n);
     }
     float* const out = made.mutable_data_ptr<float>();
     check("grad_norm",
@@ -352,8 +352,8 @@ class Sweep {
     c10::ScalarType dtype = c10::kFloat, state_dtype = c10::kFloat;
     bool stochastic = false, on_device = false, counts_in_double = false;
     const Options* options = nullptr;  // where on_device
-    std::vector<StepTensor> tensors;
-    std::vector<StepNoise> noise;  // where stochastic; those below where on_device
+    std::vector<OptimizerTensor> tensors;
+    std::vector<OptimizerNoise> noise;  // where stochastic; those below where on_device
     std::vector<void*> counts;
     std::vector<unsigned char> first;
 
@@ -376,13 +376,13 @@ class Sweep {
     bool written;
   };
 
-  void writable(const StepRow& r, const char* what, TensorImpl* t) const {
+  void writable(const OptimizerKernel& r, const char* what, TensorImpl* t) const {
     TORCH_CHECK(t->key_set().has(DispatchKey::ADInplaceOrView) || c10::InferenceMode::is_enabled(),
                 r.name, ": the ", what, " of parameter ", entries_.size() - 1,
                 " is an inference tensor. Inplace update to inference tensor outside InferenceMode "
                 "is not allowed");
   }
-  void matches(const StepRow& r, const char* what, TensorImpl* t, TensorImpl* p) const {
+  void matches(const OptimizerKernel& r, const char* what, TensorImpl* t, TensorImpl* p) const {
     TORCH_CHECK(equal(t->sizes(), p->sizes()), r.name, ": parameter ", entries_.size() - 1,
                 " has shape ", p->sizes(), " but ", what, " has shape ", t->sizes());
     TORCH_CHECK(t->device() == p->device(), r.name, ": parameter ", entries_.size() - 1, " is on ",
@@ -505,9 +505,9 @@ class Sweep {
   void fill(size_t begin, size_t end) {
     std::erase_if(buckets_, [](const Bucket& b) { return b.on_device; });
     for (Bucket& b : buckets_) b.clear();
-    numbers_.resize((end - begin) * kMaxNumbers);
-    double* numbers = numbers_.data();
-    const Entry* last = nullptr;  // whose numbers `current` are
+    scalars_.resize((end - begin) * kMaxScalars);
+    double* scalars = scalars_.data();
+    const Entry* last = nullptr;  // whose scalars `current` are
     double last_count = -1;
     const double* current = nullptr;
     Bucket* bucket = nullptr;
@@ -520,10 +520,10 @@ class Sweep {
       if (e.n == 0 && !e.on_device) continue;
       if (!e.on_device &&
           (!last || last->options != e.options || last->first != e.first || last_count != count)) {
-        const StepRow& r = rows_.data[e.options->row];
-        r.derive(e.options->values, count, e.first, numbers);
-        current = numbers;
-        numbers += r.numbers;
+        const OptimizerKernel& r = rows_.data[e.options->row];
+        r.scalars_for_step(e.options->values, count, e.first, scalars);
+        current = scalars;
+        scalars += r.scalars;
         last = &e;
         last_count = count;
       }
@@ -543,8 +543,8 @@ class Sweep {
           bucket->options = e.options;
         }
       }
-      StepTensor& t = bucket->tensors.emplace_back(
-          StepTensor{e.n, e.p_data, e.g_data, {}, e.on_device ? nullptr : current, nullptr, 0});
+      OptimizerTensor& t = bucket->tensors.emplace_back(OptimizerTensor{
+          e.n, e.p_data, e.g_data, {}, e.on_device ? nullptr : current, nullptr, 0});
       for (int k = 0; k < kMaxStates && e.s[k]; ++k) t.s[k] = e.s_data[k];
       if (e.average) {
         t.average = e.average_data;
@@ -585,13 +585,13 @@ class Sweep {
     for (const Bucket& b : buckets_) {
       if (b.tensors.empty()) continue;
       const c10::OptionalDeviceGuard guard(b.device);
-      const StepRow& r = tables(b.device.type()).step.data[b.row];
-      StepArgs a{};
+      const OptimizerKernel& r = tables(b.device.type()).optimizer.data[b.row];
+      OptimizerArgs a{};
       a.dtype = b.dtype;
       a.state_dtype = b.state_dtype;
       a.count = static_cast<int64_t>(b.tensors.size());
       a.tensors = b.tensors.data();
-      Tensor scale, found, numbers;
+      Tensor scale, found, scalars;
       if (grad_scale_) {
         scale = grad_scale_->to(b.device, at::kFloat);
         a.grad_scale = scale.const_data_ptr<float>();
@@ -602,7 +602,7 @@ class Sweep {
       }
       if (b.stochastic) a.noise = b.noise.data();
       if (!b.device.is_cpu()) a.stream = stream_of(tensor_of(b.any));
-      StepOnDevice on_device{};
+      OptimizerOnDevice on_device{};
       std::vector<Tensor> options;
       if (b.on_device) {
         std::copy_n(b.options->values, kMaxOptions, on_device.options);
@@ -611,8 +611,8 @@ class Sweep {
           if (t.defined())
             on_device.option_at[options.size() - 1] = options.back().const_data_ptr<double>();
         }
-        numbers = at::empty({a.count * kNumbersBytes}, at::dtype(at::kByte).device(b.device));
-        on_device.numbers = numbers.mutable_data_ptr();
+        scalars = at::empty({a.count * kScalarsBytes}, at::dtype(at::kByte).device(b.device));
+        on_device.scalars = scalars.mutable_data_ptr();
         on_device.counts_in_double = b.counts_in_double;
         on_device.counts = b.counts.data();
         on_device.first = reinterpret_cast<const bool*>(b.first.data());
@@ -623,13 +623,13 @@ class Sweep {
     released.reset();
     kept_.clear();
   }
-  const Rows<StepRow> rows_ = tables(c10::DeviceType::CPU).step;
+  const KernelTable<OptimizerKernel> rows_ = tables(c10::DeviceType::CPU).optimizer;
   std::vector<Entry> entries_, before_;  // of this step and of the last
   int64_t elements_ = 0;
   bool all_flat_ = true;
   std::optional<Tensor> grad_scale_, found_inf_;
   std::vector<Bucket> buckets_, grads_;
-  std::vector<double> numbers_, sums_;
+  std::vector<double> scalars_, sums_;
   std::vector<Copy> copies_;
   std::vector<int64_t> order_;
   std::vector<c10::Storage> kept_;
@@ -646,7 +646,7 @@ class Sweep {
 // options,
 //      Tensor? grad_scale=None, Tensor? found_inf=None) -> ()
 
-std::string schema(const StepRow& r) {
+std::string schema(const OptimizerKernel& r) {
   std::string s = std::string(r.name) + "_(Tensor(a!)[] params, Tensor[] grads";
   char alias = 'b';
   const std::string names = r.state_names;
@@ -668,7 +668,7 @@ struct Arguments {
 
 size_t row_of(const c10::OperatorHandle& op) {
   const std::string& name = op.schema().name();  // fastops::adam_
-  const auto& rows = tables(c10::DeviceType::CPU).step;
+  const auto& rows = tables(c10::DeviceType::CPU).optimizer;
   for (size_t i = 0; i < rows.size; ++i)
     if (name == std::string("fastops::") + rows.data[i].name + "_") return i;
   TORCH_INTERNAL_ASSERT(false, name);
@@ -694,8 +694,8 @@ Arguments arguments(const c10::OperatorHandle& op, const torch::jit::Stack& stac
 
 void step_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const Arguments a = arguments(op, *stack);
-  const StepRow& r = tables(c10::DeviceType::CPU).step.data[a.options.row];
-  Sweep sweep;
+  const OptimizerKernel& r = tables(c10::DeviceType::CPU).optimizer.data[a.options.row];
+  MultiTensorStep multi_tensor_step;
   for (size_t i = 0; i < a.lists[0].size(); ++i) {
     const auto impl = [&](size_t list) {
       TensorImpl* t = a.lists[list][i].unsafeGetTensorImpl();
@@ -705,10 +705,11 @@ void step_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     };
     TensorImpl* s[kMaxStates];
     for (int k = 0; k < r.states; ++k) s[k] = impl(2 + k);
-    sweep.add(a.options, static_cast<uint32_t>(i), false, impl(0), impl(1),
-              r.counts ? impl(2 + r.states) : nullptr, s);
+    multi_tensor_step.add(a.options, static_cast<uint32_t>(i), false, impl(0), impl(1),
+                          r.counts ? impl(2 + r.states) : nullptr, s);
   }
-  sweep.run(a.grad_scale, a.found_inf, /*moves_versions=*/false, /*holds_interpreter=*/false);
+  multi_tensor_step.run(a.grad_scale, a.found_inf, /*moves_versions=*/false,
+                        /*holds_interpreter=*/false);
   torch::jit::drop(*stack, op.schema().arguments().size());
 }
 
@@ -742,7 +743,7 @@ void step_versions(const c10::OperatorHandle& op, DispatchKeySet ks, torch::jit:
 }
 
 TORCH_LIBRARY_FRAGMENT(fastops, m) {
-  for (const StepRow& r : tables(c10::DeviceType::CPU).step) {
+  for (const OptimizerKernel& r : tables(c10::DeviceType::CPU).optimizer) {
     m.def(schema(r).c_str(), {at::Tag::pt2_compliant_tag});
     const std::string name = std::string(r.name) + "_";
     const auto impl = [&](DispatchKey key, torch::CppFunction f) {
@@ -758,17 +759,17 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// StepPlan
+// OptimizerStepper
 
 // Steps an optimizer's parameters as they stand in its `state` and groups. What it keeps between
 // steps are memory and guesses (where in a dictionary an entry was), never an assumption: each step
 // reads everything anew.
-class StepPlan {
+class OptimizerStepper {
  public:
-  StepPlan() {
+  OptimizerStepper() {
     average_key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("ema"));
     counter_key_ = py::reinterpret_steal<py::object>(PyUnicode_InternFromString("step"));
-    for (const StepRow& r : tables(c10::DeviceType::CPU).step) {
+    for (const OptimizerKernel& r : tables(c10::DeviceType::CPU).optimizer) {
       auto& keys = state_keys_.emplace_back();
       const std::string names = r.state_names;
       for (size_t begin = 0; begin < names.size();) {
@@ -803,7 +804,7 @@ class StepPlan {
                 "step() of this optimizer is under way in another thread; one step at a time");
     const Flag stepping(stepping_);
     ema_weight_ = ema_weight;
-    sweep_.clear();
+    multi_tensor_step_.clear();
     fresh_.clear();
     started_.clear();
     for (const auto& p : fresh) fresh_.insert(p.ptr());
@@ -816,7 +817,7 @@ class StepPlan {
       const auto [row, params, options, rounding] = py::cast<
           std::tuple<size_t, py::list, py::tuple, std::optional<std::pair<int64_t, uint32_t>>>>(
           item);
-      const StepRow& r = tables(c10::DeviceType::CPU).step.data[row];
+      const OptimizerKernel& r = tables(c10::DeviceType::CPU).optimizer.data[row];
       const size_t count = options.size();
       TORCH_CHECK(count == static_cast<size_t>(count_options(r.options)), r.name, " takes ",
                   r.options);
@@ -852,7 +853,7 @@ class StepPlan {
       PyObject* params = group.params.ptr();
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++k) {
         PyObject* p = PyList_GET_ITEM(params, i);
-        sweep_.expect(sweep_.size() + kAhead);
+        multi_tensor_step_.expect(multi_tensor_step_.size() + kAhead);
         switch (collect(group.options, static_cast<uint32_t>(i), p, state.ptr(), hints_[k])) {
           case Found::kMissing:
             missing.emplace_back(number, p);
@@ -883,7 +884,7 @@ class StepPlan {
         o.memory.clear();
         options = &o;
       }
-      const StepRow& r = rows_.data[options->row];
+      const OptimizerKernel& r = rows_.data[options->row];
       TORCH_CHECK(tensors.size() == static_cast<size_t>(2 + r.states + r.counts), r.name, ": ",
                   tensors.size(), " tensors of one parameter");
       TensorImpl* of[3 + kMaxStates] = {};
@@ -892,20 +893,21 @@ class StepPlan {
         TORCH_CHECK(plain(of[j]), r.name, ": tensor ", j,
                     " of one parameter is not an ordinary dense one");
       }
-      sweep_.add(*options, 0, fresh_.count(param.ptr()), of[0], of[1],
-                 r.counts ? of[2 + r.states] : nullptr, of + 2,
-                 average ? average->unsafeGetTensorImpl() : nullptr,
-                 started_.count(param.ptr()) ? 1.0 : ema_weight_.value_or(0));
+      multi_tensor_step_.add(*options, 0, fresh_.count(param.ptr()), of[0], of[1],
+                             r.counts ? of[2 + r.states] : nullptr, of + 2,
+                             average ? average->unsafeGetTensorImpl() : nullptr,
+                             started_.count(param.ptr()) ? 1.0 : ema_weight_.value_or(0));
     }
     if (check_only) return py::none();
     std::optional<Tensor> scale = grad_scale;
-    if (max_grad_norm && sweep_.size() > 0) {
-      const Tensor clip = sweep_.clip(grad_scale, *max_grad_norm, /*holds_interpreter=*/true);
+    if (max_grad_norm && multi_tensor_step_.size() > 0) {
+      const Tensor clip =
+          multi_tensor_step_.clip(grad_scale, *max_grad_norm, /*holds_interpreter=*/true);
       if (!clip.defined()) return py::bool_(false);
       grad_norm = clip.select(0, 0);
       scale = clip.select(0, 1);
     }
-    sweep_.run(scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
+    multi_tensor_step_.run(scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
     ++steps;
     return py::none();
   }
@@ -940,7 +942,7 @@ class StepPlan {
     TensorImpl* g = grad.unsafeGetTensorImpl();
     if (!plain(g)) return Found::kOther;
 
-    const StepRow& r = rows_.data[options.row];
+    const OptimizerKernel& r = rows_.data[options.row];
     TensorImpl *s[kMaxStates] = {}, *counter = nullptr;
     TensorImpl* average = nullptr;
     const bool first = !fresh_.empty() && fresh_.count(param);
@@ -975,11 +977,11 @@ class StepPlan {
         if (!plain(average)) return Found::kOther;
       }
     }
-    // Numbers of the step are made in one place.
+    // StepScalars of the step are made in one place.
     if (!options.memory.empty() && (p->is_cpu() || (counter && counter->is_cpu())))
       return Found::kOther;
-    sweep_.add(options, number, first, p, g, counter, s, average,
-               started_.count(param) ? 1.0 : ema_weight_.value_or(0));
+    multi_tensor_step_.add(options, number, first, p, g, counter, s, average,
+                           started_.count(param) ? 1.0 : ema_weight_.value_or(0));
     return Found::kReady;
   }
 
@@ -1018,8 +1020,8 @@ class StepPlan {
     return value;
   }
 
-  const Rows<StepRow> rows_ = tables(c10::DeviceType::CPU).step;
-  Sweep sweep_;
+  const KernelTable<OptimizerKernel> rows_ = tables(c10::DeviceType::CPU).optimizer;
+  MultiTensorStep multi_tensor_step_;
   std::vector<Group> groups_;
   std::vector<Py_ssize_t> hints_;
   std::unordered_map<PyObject*, Py_ssize_t> positions_;
@@ -1032,21 +1034,22 @@ class StepPlan {
 
 }  // namespace
 
-void bind_step(pybind11::module_& m) {
-  py::class_<StepPlan>(m, "StepPlan",
-                       "Steps the parameters of an optimizer as they stand in its dictionaries.")
+void bind_optimizers(pybind11::module_& m) {
+  py::class_<OptimizerStepper>(
+      m, "OptimizerStepper",
+      "Steps the parameters of an optimizer as they stand in its dictionaries.")
       .def(py::init<>())
-      .def("step", &StepPlan::step, py::arg("state"), py::arg("groups"),
+      .def("step", &OptimizerStepper::step, py::arg("state"), py::arg("groups"),
            py::arg("grad_scale") = std::nullopt, py::arg("found_inf") = std::nullopt,
            py::arg("fresh") = py::list(), py::arg("started") = py::list(),
            py::arg("apart") = py::list(), py::arg("partial") = false, py::arg("check_only") = false,
            py::arg("ema_weight") = std::nullopt, py::arg("max_grad_norm") = std::nullopt)
-      .def_readonly("grad_norm", &StepPlan::grad_norm)
-      .def_readonly("steps", &StepPlan::steps);
+      .def_readonly("grad_norm", &OptimizerStepper::grad_norm)
+      .def_readonly("steps", &OptimizerStepper::steps);
   // name, names of the states, whether steps are counted, options as a schema writes them
-  m.def("step_rows", [] {
+  m.def("optimizer_kernels", [] {
     std::vector<std::tuple<std::string, std::string, bool, std::string>> rows;
-    for (const StepRow& r : tables(c10::DeviceType::CPU).step)
+    for (const OptimizerKernel& r : tables(c10::DeviceType::CPU).optimizer)
       rows.emplace_back(r.name, r.state_names, r.counts, r.options);
     return rows;
   });

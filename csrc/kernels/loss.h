@@ -1,0 +1,40 @@
+// The kind of the elementwise losses, and of sums.
+#pragma once
+#include "kernel_table.h"
+
+namespace fastops {
+
+// An elementwise loss of (x, t), or of (x, t, w) where `params` declares a tensor w, and its
+// reduction.
+struct LossArgs {
+  c10::ScalarType dtype;
+  int64_t n;
+  void* out;          // n of dtype; for `total` one real
+  const void* in[3];  // x, t, w; `total` of the row "sum" takes one input of reals
+  int64_t period;     // of w: element i is beside w[i % period]
+  const void*
+      grad;  // d0, d1, second: of dtype, n values, or one where grad_is_scalar; or null for 1
+  bool grad_is_scalar;
+  double scale;   // total: multiplies the sum; d0, d1, second: multiplies the gradient
+  int to_target;  // second: 0 for the derivative to x twice, 1 for that to x and t, 2 to t twice
+  const void* divisor;  // one real in device memory that divides the sum in `total`, or null
+  const double* params;
+  void* workspace;  // total: loss_workspace(n) bytes
+  void* stream;
+};
+using LossLauncher = Error (*)(const LossArgs&);
+struct LossKernel {
+  const char* name;
+  const char* params;
+  LossLauncher values;  // out[i] = value(x, t)
+  LossLauncher total;  // out = scale sum(value(x, t)) / divisor; the order of summation is fixed by
+                       // n and period alone
+  LossLauncher d0, d1;  // out[i] = scale grad d value / dx, and to t
+  LossLauncher second;  // out[i] = scale grad d2 value / dx dx, dx dt or dt dt, by `to_target`
+  double low, high;     // an input outside of these gives a NaN
+};
+// Sums are taken in chunks of so many elements, chunk by chunk in order, whatever runs them.
+constexpr int64_t kLossChunk = 16384;
+constexpr int64_t loss_workspace(int64_t n) { return ((n + kLossChunk - 1) / kLossChunk) * 8; }
+
+}  // namespace fastops
