@@ -170,11 +170,11 @@ def run(options: argparse.Namespace) -> int:
     for at, case in enumerate(cases, 1):
         print(f"[{at}/{len(cases)}] {case.label:<60}", end=end, file=sys.stderr, flush=True)
         rows.append(run_case(case, options.device, budget, which))
+        if options.json is not None:  # as they come: a run that is ended leaves what it has
+            write_json(options.json, header, rows)
     print_tables(rows)
     print(f"\n{LEGEND}")
     print_summary(rows)
-    if options.json is not None:
-        write_json(options.json, header, rows)
     if options.report is not None:
         from .page import write_page  # matplotlib takes a while to import
 

@@ -75,7 +75,8 @@ def add_finetune(commands) -> None:
     network.add_argument(
         "--arch",
         metavar="NAME",
-        help="small (ResNet-14, the default), resnet18, resnet34, resnet50 or resnet101",
+        help="small (ResNet-14, the default), any of torchvision's classification models "
+        "(resnet18, ...), or timm/NAME; with --weights FILE alone it is told from the file",
     )
     network.add_argument(
         "--weights",
@@ -187,11 +188,25 @@ def add_predict(commands) -> None:
         "predict",
         help="say what is on pictures",
         description="Classify picture files with a network that finetune has trained.",
+        epilog="exit code: 0 done, 1 some pictures cannot be read, 2 nothing can be answered",
     )
     parser.add_argument(
         "checkpoint", metavar="RUN", help="the run's folder, or one of RUN/checkpoints/MODE.pt"
     )
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="picture files, or folders of them"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=1,
+        metavar="N",
+        help="name the N likeliest classes (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each picture")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, ..."
+    )
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -206,6 +221,7 @@ def run_finetune(options: argparse.Namespace) -> None:
     import torch
 
     from fastops.finetune import ConfigError, FineTuneConfig, finetune, processes, profile, resume
+    from fastops.finetune.text import for_terminal
 
     if options.threads is not None:
         if options.threads < 1:
@@ -237,50 +253,78 @@ def run_finetune(options: argparse.Namespace) -> None:
     if result.folder is None:
         print("\n".join(result.description))
         return
-    print(result)
+    print(for_terminal(str(result)))
     print(f"\nSee {result.folder / 'report.html'}")
 
 
-def run_predict(options: argparse.Namespace) -> None:
-    """Print one line for each picture."""
-    from fastops.finetune import load_classifier
+def run_predict(options: argparse.Namespace) -> int:
+    """Print one line for each picture, its error if it cannot be read; returns the exit code."""
+    import json
 
+    from fastops.finetune import ConfigError, load_classifier
+    from fastops.finetune.folders import find_pictures
+    from fastops.finetune.trainer import find_device
+
+    if options.top_k < 1:
+        raise ConfigError(f"--top-k must be 1 or more, got {options.top_k}")
     classifier = load_classifier(options.checkpoint)
-    answers = classifier.classify(options.images)
-    for path, (name, confidence) in zip(options.images, answers, strict=True):
-        print(f"{path}: {name} ({confidence:.1%})")
+    classifier.model.to(find_device(options.device))
+    failures = answers = 0
+    for answer in classifier.rank(find_pictures(options.images), options.top_k):
+        if answer.error is not None:
+            failures += 1
+            print(f"python -m fastops predict: error: {answer.error}", file=sys.stderr)
+        else:
+            answers += 1
+        if options.json:
+            found = [{"class": name, "probability": share} for name, share in answer.classes]
+            line = {"path": str(answer.path), "classes": found}
+            if answer.error is not None:
+                line["error"] = str(answer.error)
+            print(json.dumps(line))
+        elif answer.classes:
+            names = ", ".join(f"{name} ({share:.1%})" for name, share in answer.classes)
+            print(f"{answer.path}: {names}", flush=True)
+    if not failures:
+        return 0
+    return 1 if answers else 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
-    0: done. 2: wrong options, data, weights or output folder, said in one line. 130: Ctrl-C.
+    0: done. 1: some of the pictures to predict cannot be read. 2: wrong options, data, weights or
+    output folder, said in one line. 130: Ctrl-C.
     """
     options = make_parser().parse_args(arguments)
     if options.command == "doctor":
         return doctor.main()
     try:
         from fastops.finetune import FineTuneError, processes
+        from fastops.finetune.text import any_terminal
     except ModuleNotFoundError as error:
         print(
             f"{options.command} needs {error.name}: pip install torch-fastops[finetune]",
             file=sys.stderr,
         )
         return 2
-    try:
-        run_finetune(options) if options.command == "finetune" else run_predict(options)
-    except FineTuneError as error:
-        if processes.first():
-            print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if processes.first():
-            print(
-                "\ninterrupted; finished runs are reported in their folder, and "
-                "--resume FOLDER goes on",
-                file=sys.stderr,
-            )
-        return 130
+    with any_terminal():
+        try:
+            if options.command == "predict":
+                return run_predict(options)
+            run_finetune(options)
+        except FineTuneError as error:
+            if processes.first():
+                print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            if processes.first() and options.command == "finetune":
+                print(
+                    "\ninterrupted; finished runs are reported in their folder, and "
+                    "--resume FOLDER goes on",
+                    file=sys.stderr,
+                )
+            return 130
     return 0
 
 

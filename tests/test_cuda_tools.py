@@ -57,6 +57,36 @@ def test_a_report_has_every_step(tmp_path):
     assert gpu.write(path, todo[2:], [])
 
 
+def test_a_report_says_what_the_machine_is():
+    assert any(fastops.__version__ in text and "CPU kernels" in text for text in gpu.machine())
+
+
+def test_a_step_that_hangs_is_ended_and_the_next_one_runs(tmp_path):
+    """The child of a step holds its output open, too."""
+    hang = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '1000'])"
+    todo = [
+        gpu.Step("Hangs", [sys.executable, "-c", hang], 3),
+        gpu.Step("After", [sys.executable, "-c", "print('still run')"]),
+    ]
+    assert not gpu.write(tmp_path / "gpu-x.md", todo, [])
+    text = (tmp_path / "gpu-x.md").read_text()
+    assert "ended at its limit of 3 s" in text and "begun" in text and "still run" in text
+
+
+def test_results_are_written_as_they_come(tmp_path):
+    """The second step sees what the first one left, and its own first line."""
+    path = tmp_path / "gpu-x.md"
+    look = (
+        "import pathlib; print('second', flush=True); "
+        f"text = pathlib.Path({str(path)!r}).read_text(); "
+        f"log = pathlib.Path({str(path.with_suffix('.log'))!r}); "
+        "assert 'exit code 0' in text and 'first' in text; "
+        "[0 for _ in iter(lambda: 'second' in log.read_text(), True)]"
+    )
+    todo = [gpu.Step("A", [sys.executable, "-c", "print('first')"]), gpu.Step("B", [sys.executable, "-c", look], 100)]  # fmt: skip
+    assert gpu.write(path, todo, [])
+
+
 def test_steps_are_commands_that_exist(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
     titles = [step.title for step in gpu.steps(tmp_path / "out.jsonl")]

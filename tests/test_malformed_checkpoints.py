@@ -13,7 +13,8 @@ from torch import nn
 import fastops
 from fastops.__main__ import main
 from fastops.finetune import ConfigError, FineTuneConfig, WeightsError, load_classifier, resume
-from fastops.finetune.model import build, find_weights, input_format, load_weights
+from fastops.finetune.checkpoints import find_weights, load_weights
+from fastops.finetune.networks import build, input_format
 
 
 class Harm:
@@ -117,7 +118,7 @@ def test_weights_that_hold_none(content, tmp_path):
         (lambda c: c.pop("format"), "was not written by finetune: KeyError.*format"),
         (lambda c: c.pop("classes"), "was not written by finetune: KeyError.*classes"),
         (lambda c: c["format"].update(colour=1), "was not written by finetune: TypeError"),
-        (lambda c: c.update(arch="vgg"), "was not written by finetune.*unknown architecture 'vgg'"),
+        (lambda c: c.update(arch="vgg"), "was not written by finetune.*unknown arch 'vgg'"),
         (lambda c: c.update(classes=3), "was not written by finetune: TypeError"),
         (lambda c: c.update(model=3), "was not written by finetune"),
         (lambda c: c["model"].pop("conv1.weight"), "missing: conv1.weight"),

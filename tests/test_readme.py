@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from finetuning import interrupt, one_thread, small_test  # noqa: F401  fixtures
 from PIL import Image
-from test_finetune import one_thread, small_test  # noqa: F401  fixtures
-from test_finetune_resume import interrupt
 
 from fastops.__main__ import main, make_parser
 

@@ -1,4 +1,4 @@
-"""Makes the shipped files again: python -m fastops.finetune.pretrain
+"""Makes fastops/finetune/assets again: python tools/pretrain.py
 
 Reads the raw Fashion-MNIST files, writes the subset (fashion-mnist.png and .json) and a ResNet-14
 (resnet14.pt) trained on five of the classes. The other five stay unseen: they are what
@@ -11,28 +11,30 @@ shapes (Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting
 """
 
 import argparse
+import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from .data import (
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fastops.finetune.data import InMemory, draw_batches, sample_per_class, take  # noqa: E402
+from fastops.finetune.fashion_mnist import (  # noqa: E402
     FASHION_MNIST,
     NEW_CLASSES,
     PRETRAINING_CLASSES,
     RAW_FASHION_MNIST,
-    InMemory,
-    draw_batches,
     keep_classes,
     read_raw_fashion_mnist,
-    sample_per_class,
-    take,
-    write_sheet,
 )
-from .model import SHIPPED_FORMAT, SmallResNet
-from .storage import complete_file
+from fastops.finetune.networks import SHIPPED_FORMAT, SmallResNet  # noqa: E402
+from fastops.finetune.storage import complete_file  # noqa: E402
 
 SEED = 20
 BATCH_SIZE = 128
@@ -60,6 +62,28 @@ def make_subset(train: InMemory, test: InMemory) -> dict[str, InMemory]:
         "test": pick(test, new, TEST_PER_CLASS),
         "pretraining-test": pick(test, old, OLD_TEST_PER_CLASS),
     }
+
+
+def write_sheet(folder: Path, parts: dict[str, InMemory]) -> None:
+    """Pack 28 x 28 grey images into one contact sheet, 100 a row, sorted by part and class.
+
+    Args:
+        folder: gets fashion-mnist.png, which any viewer shows, and fashion-mnist.json, which
+            counts the images of each class of each part in the order they lie on the sheet.
+        parts: images by the name of the part; labels are Fashion-MNIST's own 0..9.
+    """
+    tiles, counts = [], {}
+    for name, part in parts.items():
+        order = torch.argsort(part.labels, stable=True)
+        tiles.append(part.images[order, 0])
+        per_class = torch.bincount(part.labels, minlength=len(FASHION_MNIST))
+        counts[name] = {FASHION_MNIST[c]: int(n) for c, n in enumerate(per_class) if n}
+    images = torch.cat(tiles)
+    rows = -(-len(images) // 100)
+    images = torch.cat([images, images.new_zeros(rows * 100 - len(images), 28, 28)])
+    sheet = images.view(rows, 100, 28, 28).transpose(1, 2).reshape(rows * 28, 2800)
+    Image.fromarray(sheet.numpy()).save(folder / "fashion-mnist.png", optimize=True)
+    (folder / "fashion-mnist.json").write_text(json.dumps(counts, indent=2) + "\n")
 
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,9 +139,7 @@ def measure(model: SmallResNet, images: InMemory) -> float:
 
 def main() -> None:
     """Make the files and say how good the network is."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastops.finetune.pretrain", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--raw",
         type=Path,
@@ -127,7 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(__file__).with_name("assets"),
+        default=ROOT / "fastops" / "finetune" / "assets",
         help="folder to write to (default: the package's assets)",
     )
     parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")

@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 
 from .errors import ConfigError
-from .model import ARCHITECTURES, parse_mode
+from .freezing import parse_mode
+from .networks import check_arch
 
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "rmsprop": "RMSprop"}
 
@@ -21,7 +22,8 @@ class FineTuneConfig:
         data: "shipped" (five Fashion-MNIST classes the checkpoint has not seen), "fashion-mnist"
             (the same, all images, from Debian's files or a download), or a folder of pictures with one
             sub-folder a class, or train/ and val/ of such.
-        arch: "small" (ResNet-14 for 28 x 28 grey images) or torchvision's resnet18, 34, 50, 101.
+        arch: "small" (ResNet-14 for 28 x 28 gray images), one of torchvision's classification models, or
+            "timm/NAME". None: that of the weights where they are a file, else small.
         weights: "DEFAULT", "none" or a checkpoint file (.pt, .pth, .safetensors).
         modes: any of "features" (backbone frozen), "last" or "last:N" (last N stages trained too),
             "full" (everything, the backbone at `backbone_rate`) and "scratch" (random weights).
@@ -70,7 +72,7 @@ class FineTuneConfig:
     """
 
     data: str | PathLike = "shipped"
-    arch: str = "small"
+    arch: str | None = None
     weights: str = "DEFAULT"
     modes: tuple[str, ...] | None = None
     backend: str = "fastops"
@@ -108,7 +110,8 @@ class FineTuneConfig:
 
     def check(self) -> None:
         """Raise ConfigError, naming the option, when a value cannot be used."""
-        one_of("arch", self.arch, ARCHITECTURES)
+        if self.arch is not None:
+            check_arch(self.arch)
         one_of("backend", self.backend, ("fastops", "torch", "both"))
         one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         one_of("amp", self.amp, ("off", "bf16"))
@@ -153,6 +156,11 @@ class FineTuneConfig:
             raise ConfigError(f"test_fraction must be between 0 and 1, got {self.test_fraction}")
 
     @property
+    def chosen_arch(self) -> str:
+        """The architecture, default filled in."""
+        return self.arch or "small"
+
+    @property
     def chosen_modes(self) -> tuple[str, ...]:
         """The modes to run, defaults filled in."""
         if self.modes is not None:
@@ -171,7 +179,7 @@ class FineTuneConfig:
         """The learning rate of the head, default filled in."""
         if self.lr is not None:
             return self.lr
-        base = 1e-2 if self.arch == "small" else 1e-3
+        base = 1e-2 if self.chosen_arch == "small" else 1e-3
         return base * {"sgd": 10.0, "rmsprop": 1 / 3}.get(self.optimizer, 1.0)
 
     @property

@@ -1,8 +1,9 @@
 """A whole experiment: every mode with every seed, then the report."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -11,18 +12,16 @@ import torch
 from tqdm import tqdm
 
 from . import processes
+from .checkpoints import Weights, find_weights, load_weights
 from .config import FineTuneConfig
-from .data import Collection, InputFormat, load_folder, load_raw, load_shipped, sample_per_class
+from .data import Collection, sample_per_class
 from .errors import ConfigError, OutputError
+from .fashion_mnist import load_raw, load_shipped
+from .folders import load_folder
+from .freezing import split
 from .journal import Journal, find_writer
-from .model import (
-    build,
-    count_parameters,
-    find_weights,
-    input_format,
-    load_weights,
-    split,
-)
+from .networks import build, count_parameters, input_format
+from .pictures import InputFormat
 from .predict import export_program, load_classifier, save_classifier
 from .report import (
     best_arm,
@@ -34,7 +33,9 @@ from .report import (
     write_text,
 )
 from .storage import check_run_folder, complete_file, make_run_folder, remove_unfinished
-from .train import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
+from .surroundings import usual_state
+from .text import any_terminal, printable
+from .trainer import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
 
 
 @dataclass
@@ -147,6 +148,7 @@ def load_progress(
     return runs, state
 
 
+@usual_state()
 def resume(folder: str | PathLike, *, show: bool = False) -> Result:
     """Go on with an experiment that was interrupted, by whatever: its results are those of one that was not, bit for bit
     (with the same number of threads and processes).
@@ -161,6 +163,7 @@ def resume(folder: str | PathLike, *, show: bool = False) -> Result:
     return finetune(config, show=show, _resumed=path)
 
 
+@usual_state()
 def finetune(
     config: FineTuneConfig,
     *,
@@ -193,7 +196,8 @@ def finetune(
         if config.out is not None:
             check_run_folder(Path(config.out))
         return Result(config, None, plan.collection.classes, description=plan.description)
-    return carry_out(plan, show, _resumed)
+    with any_terminal() if show else contextlib.nullcontext():
+        return carry_out(plan, show, _resumed)
 
 
 @dataclass
@@ -203,7 +207,7 @@ class Plan:
     config: FineTuneConfig
     format: InputFormat
     collection: Collection
-    weights: dict[str, torch.Tensor] | None
+    weights: Weights | None
     chosen: list[torch.Tensor]
     """Indices of the training images of each seed."""
     description: list[str]
@@ -232,7 +236,9 @@ def make_plan(config: FineTuneConfig, show: bool = False) -> Plan:
     weights = None
     if set(config.chosen_modes) != {"scratch"}:
         weights = find_weights(config.arch, config.weights)
-    format = input_format(config.arch, config.image_size or default_size(config))
+    if config.arch is None:
+        config = replace(config, arch=weights.arch if weights else "small")
+    format = input_format(config.chosen_arch, config.image_size or default_size(config))
     collection = load(config, format, show)
     probe_network(config, collection, weights)
     labels, classes = collection.train.labels, len(collection.classes)
@@ -242,7 +248,7 @@ def make_plan(config: FineTuneConfig, show: bool = False) -> Plan:
             f"{len(chosen[0])} training images are too few for {processes.count()} "
             f"process{'es' * (processes.count() > 1)}: each needs two"
         )
-    description = describe(config, collection, format, len(chosen[0]))
+    description = describe(config, collection, format, len(chosen[0]), weights)
     return Plan(config, format, collection, weights, chosen, description)
 
 
@@ -360,7 +366,7 @@ def keep_best(checkpoints: Path, runs: list[Run]) -> None:
 def default_size(config: FineTuneConfig) -> int | None:
     """28-pixel images are not blown up to ImageNet's 224: that costs 12 times 64's time."""
     small_images = config.data in ("shipped", "fashion-mnist")
-    return 64 if small_images and config.arch != "small" else None
+    return 64 if small_images and config.chosen_arch != "small" else None
 
 
 def load(config: FineTuneConfig, format: InputFormat, show: bool) -> Collection:
@@ -389,33 +395,39 @@ def choose(config: FineTuneConfig, labels: torch.Tensor, classes: int, seed: int
     return sample_per_class(labels, config.chosen_shots, classes, seed)
 
 
-def probe_network(
-    config: FineTuneConfig, collection: Collection, weights: dict[str, torch.Tensor] | None
-) -> None:
+def probe_network(config: FineTuneConfig, collection: Collection, weights: Weights | None) -> None:
     """Meet what cannot work before anything is written: weights, modes, optimizer."""
     for backend in config.backends:
         find_optimizer(config, ops_for(backend))
     with torch.random.fork_rng():
-        model = build(config.arch, len(collection.classes), config.dropout)
+        model = build(config.chosen_arch, len(collection.classes), config.dropout)
         if weights is not None:
-            load_weights(model, weights, head=False)
+            load_weights(model, weights.state, head=False)
         for mode in config.chosen_modes:
             split(model, mode)
 
 
 def describe(
-    config: FineTuneConfig, collection: Collection, format: InputFormat, images: int
+    config: FineTuneConfig,
+    collection: Collection,
+    format: InputFormat,
+    images: int,
+    weights: Weights | None,
 ) -> list[str]:
     """What will be done, in sentences for the terminal and the report."""
-    with torch.device("meta"):
-        parameters = count_parameters(build(config.arch, len(collection.classes)))
+    with torch.random.fork_rng():
+        parameters = count_parameters(build(config.chosen_arch, len(collection.classes)))
     count = processes.count()
     steps = config.count_steps(images, count)
     each = f"{count} processes of {config.batch_size}, " if count > 1 else ""
     start = {
         "none": "random weights",
-        "DEFAULT": "the shipped weights" if config.arch == "small" else "torchvision's weights",
-    }.get(config.weights, str(config.weights))
+        "DEFAULT": "the shipped weights"
+        if config.chosen_arch == "small"
+        else "torchvision's weights",
+    }.get(config.weights, printable(config.weights))
+    if weights is not None and weights.found:
+        start += f" ({printable(weights.found)})"
     most = "at most " if images < config.chosen_shots * len(collection.classes) else ""
     shots = f" ({most}{config.chosen_shots} a class)" if config.chosen_shots else ""
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
@@ -428,11 +440,12 @@ def describe(
         + (f" and {len(collection.classes) - 12} more" if len(collection.classes) > 12 else ""),
         f"{images:,} training images{shots}, {len(collection.test):,} test images, "
         f"{format.size} x {format.size} pixels, {seeds}",
-        f"{'ResNet-14' if config.arch == 'small' else config.arch} "
+        f"{'ResNet-14' if config.chosen_arch == 'small' else config.arch} "
         f"({parameters:,} parameters) from {start}; "
         f"{steps:,} steps of {min(config.batch_size * count, images)} images, {each}"
         f"{config.optimizer} at a rate of {rates}, {' and '.join(config.backends)}",
     ]
+    lines += collection.notes
     if collection.skipped:
         more = f" and {len(collection.skipped) - 5} more" if len(collection.skipped) > 5 else ""
         lines.append(f"skipped: {'; '.join(collection.skipped[:5])}{more}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ConfigError, OutputError
 from .storage import complete_file
-from .train import Run
+from .trainer import Run
 
 METRICS = "metrics.jsonl"
 

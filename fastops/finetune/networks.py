@@ -1,15 +1,7 @@
-"""Networks: the shipped small ResNet and torchvision's, their weights, and where to cut them.
-
-All share torchvision's names (conv1, bn1, layer1 ..., fc), so that one piece of code freezes them.
-"""
+"""Networks: the shipped small ResNet, torchvision's and timm's, and their heads."""
 
 import contextlib
-import pickle
-import re
-import socket
-from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
+import difflib
 from typing import Any
 
 import torch
@@ -17,10 +9,10 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from .data import InputFormat
-from .errors import ConfigError, WeightsError
+from .errors import ConfigError
+from .pictures import InputFormat
 
-ARCHITECTURES = ("small", "resnet18", "resnet34", "resnet50", "resnet101")
+ARCHITECTURES = ("small", *torchvision.models.list_models(torchvision.models))
 
 SHIPPED_FORMAT = InputFormat(1, 28, (0.286,), (0.353,))
 IMAGENET_FORMAT = InputFormat(3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -64,9 +56,53 @@ class SmallResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
+class DropoutHead(nn.Sequential):
+    """Dropout and the last layer; its name is that of the layer alone."""
+
+
+def check_arch(arch: str) -> None:
+    """Raise ConfigError for a name that `build` does not know."""
+    if arch.startswith("timm/"):
+        timm = find_timm()
+        if arch.removeprefix("timm/") not in timm.list_models():
+            close = timm.list_models(f"*{arch.removeprefix('timm/')}*")[:4]
+            hint = f": did you mean {', '.join(f'timm/{name}' for name in close)}?" if close else ""
+            raise ConfigError(f"timm {timm.__version__} has no model {arch[5:]!r}{hint}")
+    elif arch not in ARCHITECTURES:
+        close = difflib.get_close_matches(arch, ARCHITECTURES, 4)
+        hint = f"did you mean {', '.join(close)}? Known" if close else "known"
+        raise ConfigError(
+            f"unknown arch {arch!r}: {hint} are small, torchvision's classification models "
+            "(resnet18, mobilenet_v3_small, efficientnet_b0, vit_b_16, ...) and timm/NAME"
+        )
+
+
+def find_timm() -> Any:
+    """The module timm.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(f"--arch timm/NAME needs timm ({error}): pip install timm") from error
+    return timm
+
+
 def input_format(arch: str, image_size: int | None = None) -> InputFormat:
-    """What images `arch` takes, at its own size or at `image_size`."""
-    own = SHIPPED_FORMAT if arch == "small" else IMAGENET_FORMAT
+    """What images `arch` takes, at the size of its pretrained weights or at `image_size`."""
+    own = IMAGENET_FORMAT
+    if arch == "small":
+        own = SHIPPED_FORMAT
+    elif arch.startswith("timm/"):
+        given = find_timm().get_pretrained_cfg(arch.removeprefix("timm/"))
+        if given is not None:
+            channels, size, _ = given.input_size
+            own = InputFormat(channels, size, tuple(given.mean), tuple(given.std))
+    elif arch in ARCHITECTURES:
+        recipe = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+        own = InputFormat(3, recipe.crop_size[0], tuple(recipe.mean), tuple(recipe.std))
     return InputFormat(own.channels, image_size or own.size, own.mean, own.std)
 
 
@@ -74,205 +110,41 @@ def build(arch: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     """A network with random weights from torch's default generator.
 
     Args:
-        arch: one of ARCHITECTURES.
-        dropout: probability of dropping a feature before the last linear layer; with 0 the head
-            stays the plain `fc`.
+        arch: "small", one of torchvision's classification models, or "timm/NAME".
+        dropout: probability of dropping a feature before the last layer; with 0 the network has
+            the names of torchvision's or timm's own.
 
     Raises:
         ConfigError: unknown `arch`.
     """
-    if arch not in ARCHITECTURES:
-        raise ConfigError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+    check_arch(arch)
     if arch == "small":
-        model = SmallResNet(num_classes)
+        model: nn.Module = SmallResNet(num_classes)
+    elif arch.startswith("timm/"):
+        model = find_timm().create_model(arch.removeprefix("timm/"), num_classes=num_classes)
     else:
-        model = torchvision.models.get_model(arch, weights=None)
-        model.fc = nn.Linear(model.fc.in_features, num_classes)
+        options = {"aux_logits": False} if arch in ("googlenet", "inception_v3") else {}
+        options |= {"init_weights": True} if options else {}
+        model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
     if dropout:
-        model.fc = nn.Sequential(nn.Dropout(dropout), model.fc)
+        parent, _, name = head_of(model).rpartition(".")
+        holder = model.get_submodule(parent)
+        setattr(holder, name, DropoutHead(nn.Dropout(dropout), getattr(holder, name)))
     return model
 
 
-def pieces(model: nn.Module) -> dict[str, nn.Module]:
-    """The network as a chain by name: stem, layer1 ... layerN, pool, head; modules are shared.
-
-    Cut after patching: a patched module is another object.
-    """
-    parts = dict(model.named_children())
-    stem = nn.Sequential(*(parts[name] for name in ("conv1", "bn1", "relu", "maxpool")))
-    stages = {name: part for name, part in parts.items() if name.startswith("layer")}
-    pool = nn.Sequential(parts["avgpool"], nn.Flatten())
-    return {"stem": stem, **stages, "pool": pool, "head": parts["fc"]}
-
-
-def parse_mode(mode: str) -> tuple[str, int]:
-    """Split a mode into its name and the number of stages it trains beside the head.
-
-    "features" trains none, "last" one, "last:N" N; -1 stands for the whole network ("full" and
-    "scratch").
-
-    Raises:
-        ConfigError: not a mode.
-    """
-    name, _, number = mode.partition(":")
-    if mode in ("full", "scratch"):
-        return mode, -1
-    if mode == "features":
-        return mode, 0
-    if name == "last" and (mode == name or (number.isascii() and number.isdigit())):
-        count = int(number or 1)
-        if count:
-            return name, count
-    raise ConfigError(
-        f"unknown mode {mode!r}: choose from features, last, last:N (N >= 1), full, scratch"
-    )
-
-
-def split(model: nn.Module, mode: str) -> tuple[nn.Sequential, dict[str, nn.Module]]:
-    """Cut the network where `mode` starts to train it.
-
-    The first part loses its gradients and goes to eval, so that neither its weights nor its
-    BatchNorm statistics move; run it under torch.no_grad(). The second, the pieces by name in
-    order, is put into training.
-
-    Raises:
-        ConfigError: "last:N" with more stages than the network has.
-    """
-    chain = pieces(model)
-    _, count = parse_mode(mode)
-    stages = [piece for piece in chain if piece.startswith("layer")]
-    if count > len(stages):
-        raise ConfigError(f"mode {mode}: the network has {len(stages)} stages")
-    first = {-1: "stem", 0: "head"}.get(count) or stages[-count]
-    first_trained = list(chain).index(first)
-    frozen = nn.Sequential(*list(chain.values())[:first_trained])
-    trained = dict(list(chain.items())[first_trained:])
-    frozen.requires_grad_(False).eval()
-    for piece in trained.values():
-        piece.requires_grad_(True).train()
-    return frozen, trained
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a .pt/.pth file (tensors and plain values only: no code is run) or .safetensors.
-
-    Raises:
-        WeightsError: the file is missing, truncated or damaged, or holds more than weights.
-    """
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder: name a checkpoint in it")
-    if not path.is_file():
-        raise WeightsError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load_file
-            except ImportError as error:
-                raise WeightsError(f"{path}: reading it needs `pip install safetensors`") from error
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except pickle.UnpicklingError as error:
-        # The rest of the message tells how to run whatever code a file brings along.
-        found = re.search(
-            r"WeightsUnpickler error:\s*(.+?)(?= was not an allowed global|$)", str(error), re.M
-        )
-        reason = found[1] if found else str(error).splitlines()[0]
-        raise WeightsError(
-            f"{path} is damaged or holds more than weights: {reason}; weights alone are what "
-            "torch.save(model.state_dict(), FILE) writes"
-        ) from error
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        if " " not in reason:  # a KeyError's is a number
-            reason = "torch.load cannot read it"
-        raise WeightsError(f"{path} is damaged or not a checkpoint: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} holds a {type(content).__name__}: expected weights by name")
-    return dict(content)
-
-
-def find_weights(arch: str, weights: str) -> dict[str, torch.Tensor] | None:
-    """The weights by name that `weights` stands for.
-
-    Args:
-        weights: "DEFAULT" (the shipped checkpoint for small, torchvision's download otherwise),
-            "none", or a file with a state_dict, bare or under "model" or "state_dict".
-
-    Raises:
-        WeightsError: the file cannot be read or holds no weights, or the download failed.
-    """
-    if weights == "none":
-        return None
-    if weights == "DEFAULT" and arch != "small":
-        return download_weights(arch)
-    if weights == "DEFAULT":
-        with resources.as_file(resources.files(__package__) / "assets" / "resnet14.pt") as path:
-            content = read_checkpoint(path)
-    else:
-        content = read_checkpoint(Path(weights))
-    for container in ("model", "state_dict"):
-        if isinstance(content.get(container), Mapping):
-            content = content[container]
-    state = {
-        str(name).removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(value, torch.Tensor)
-    }
-    if not state:
-        raise WeightsError(f"{weights} holds no weights")
-    return state
-
-
-def download_weights(arch: str) -> dict[str, torch.Tensor]:
-    """torchvision's best ImageNet weights, from its cache or the network.
-
-    Raises:
-        WeightsError: no network, or a damaged download.
-    """
-    entry = torchvision.models.get_model_weights(arch).DEFAULT
-    patience = socket.getdefaulttimeout()
-    # urlopen has no time limit of its own and would hang where packets are dropped.
-    socket.setdefaulttimeout(patience or 20)
-    try:
-        return dict(entry.get_state_dict(progress=False, check_hash=True))
-    except Exception as error:
-        raise WeightsError(
-            f"cannot download {arch} weights from {entry.url} ({error}): "
-            "pass --weights FILE, or --weights none to train from scratch"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(patience)
-
-
-def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, head: bool) -> None:
-    """Copy weights into `model`, all names and shapes matching.
-
-    Args:
-        head: False leaves the last layer (fc) as it is: it belongs to the new classes.
-
-    Raises:
-        WeightsError: names or shapes differ; the message names them. `model` is then unchanged.
-    """
-    own = {k: v for k, v in model.state_dict().items() if head or not k.startswith("fc.")}
-    given = {k: v for k, v in state.items() if head or not k.startswith("fc.")}
-    # Checkpoints from before torch 0.4.1 lack the counters.
-    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in given if k not in own]
-    reshaped = [
-        f"{k} {tuple(given[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in given and given[k].shape != own[k].shape
-    ]
-    differences = []
-    for title, names in (("missing", missing), ("unknown", unexpected), ("shape", reshaped)):
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            differences.append(f"{title}: {', '.join(names[:4])}{more}")
-    if differences:
-        raise WeightsError("the weights are of another architecture; " + "; ".join(differences))
-    model.load_state_dict({**own, **{k: given[k] for k in own if k in given}}, strict=False)
+def head_of(model: nn.Module) -> str:
+    """The name of the layer whose outputs are the classes."""
+    for name, module in model.named_modules():
+        if isinstance(module, DropoutHead):
+            return name
+    if callable(find := getattr(model, "get_classifier", None)):  # timm's
+        head = find()
+        if isinstance(head, tuple):
+            raise ConfigError(f"{type(model).__name__} has {len(head)} heads: choose another arch")
+        return next(name for name, module in model.named_modules() if module is head)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return layers[-1]
 
 
 def count_parameters(*modules: nn.Module) -> int:

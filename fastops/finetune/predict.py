@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -10,12 +11,33 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .checkpoints import load_weights, read_checkpoint
 from .config import FineTuneConfig
-from .data import InputFormat, read_picture
-from .errors import ConfigError, WeightsError
-from .model import build, evaluating, load_weights, read_checkpoint
+from .data import count_cores
+from .errors import ConfigError, DataError, WeightsError
+from .networks import build, evaluating
+from .pictures import InputFormat, read_picture
 from .storage import complete_file
-from .train import Run
+from .surroundings import usual_state
+from .trainer import Run
+
+BATCH = 32
+"""Pictures that are decoded and classified at once."""
+
+
+@dataclass
+class Answer:
+    """What a picture file shows.
+
+    Attributes:
+        path: as given.
+        classes: names and probabilities, the likeliest first; empty where it cannot be read.
+        error: why it cannot be read, else None.
+    """
+
+    path: Path
+    classes: list[tuple[str, float]]
+    error: DataError | None = None
 
 
 @dataclass
@@ -26,11 +48,14 @@ class Classifier:
     classes: list[str]
     format: InputFormat
 
+    @usual_state()
     def probabilities(self, pixels: torch.Tensor) -> torch.Tensor:
         """Softmax over the classes, float32 (N, classes), for uint8 images (N, C, size, size)."""
+        device = next(self.model.parameters()).device
         with evaluating(self.model):
-            inputs = self.format.normalise(pixels).contiguous(memory_format=torch.channels_last)
-            return self.model(inputs).softmax(1)
+            inputs = self.format.normalise(pixels.to(device))
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            return self.model(inputs).softmax(1).cpu()
 
     def classify(self, paths: Sequence[str | PathLike]) -> list[tuple[str, float]]:
         """The likeliest class of each picture file and its probability.
@@ -39,11 +64,55 @@ class Classifier:
             DataError: a file cannot be read.
         """
         answers = []
-        for path in paths:
-            pixels = read_picture(Path(path), self.format).unsqueeze(0)
-            confidence, index = self.probabilities(pixels)[0].max(0)
-            answers.append((self.classes[int(index)], confidence.item()))
+        for answer in self.rank(paths):
+            if answer.error is not None:
+                raise answer.error
+            answers += answer.classes
         return answers
+
+    def rank(self, paths: Sequence[str | PathLike], top_k: int = 1) -> Iterator[Answer]:
+        """The `top_k` likeliest classes of each picture file, one after another as they are known.
+
+        A file that cannot be read gets an answer that says why.
+        """
+        files = [Path(path) for path in paths]
+        with ThreadPoolExecutor(count_cores()) as pool:
+            for start in range(0, len(files), BATCH):
+                some = files[start : start + BATCH]
+                read = list(pool.map(self.try_to_read, some))
+                pixels = [picture for picture in read if isinstance(picture, torch.Tensor)]
+                likeliest = iter(
+                    zip(
+                        *self.probabilities(torch.stack(pixels)).topk(self.count(top_k)),
+                        strict=True,
+                    )
+                    if pixels
+                    else ()
+                )
+                for path, picture in zip(some, read, strict=True):
+                    if isinstance(picture, DataError):
+                        yield Answer(path, [], picture)
+                        continue
+                    shares, indices = (values.tolist() for values in next(likeliest))
+                    names = [self.classes[i] for i in indices]
+                    yield Answer(path, list(zip(names, shares, strict=True)))
+
+    def count(self, top_k: int) -> int:
+        """How many classes an answer has.
+
+        Raises:
+            ConfigError: fewer than one.
+        """
+        if top_k < 1:
+            raise ConfigError(f"top_k must be 1 or more, got {top_k}")
+        return min(top_k, len(self.classes))
+
+    def try_to_read(self, path: Path) -> torch.Tensor | DataError:
+        """The pixels of a picture file, or why there are none."""
+        try:
+            return read_picture(path, self.format)
+        except DataError as error:
+            return error
 
 
 def save_classifier(
@@ -60,7 +129,7 @@ def save_classifier(
         OutputError: the file cannot be written.
     """
     content = {
-        "arch": config.arch,
+        "arch": config.chosen_arch,
         "classes": list(classes),
         "dropout": config.dropout,
         "format": asdict(format),
@@ -88,6 +157,7 @@ class Program(nn.Module):
         return self.model((pixels.float() / 255 - self.mean) / self.std).softmax(1)
 
 
+@usual_state()
 def export_program(classifier: Classifier, path: str | PathLike) -> None:
     """Write a classifier as a torch.export program, which needs torch and nothing of fastops.
 
@@ -113,6 +183,7 @@ def export_program(classifier: Classifier, path: str | PathLike) -> None:
         torch.export.save(program, file, extra_files=names)
 
 
+@usual_state()
 def load_classifier(path: str | PathLike) -> Classifier:
     """Read a network that `finetune` saved. It runs on torch's own ops; fastops.patch it at will.
 

@@ -11,7 +11,8 @@ from .data import iterate, take
 from .experiment import Plan, make_plan
 from .measure import clock
 from .report import align
-from .train import Run, Trainer, ops_for, prepare
+from .surroundings import usual_state
+from .trainer import Run, Trainer, ops_for, prepare
 
 WARM_UP, TIMED, PROFILED = 3, 10, 3
 """Steps of each kind."""
@@ -49,6 +50,7 @@ class Stepper:
         return clock(self.device) - started
 
 
+@usual_state()
 def profile(config: FineTuneConfig) -> str:
     """A table for each mode: milliseconds of a step by op, a column for each back end.
 

@@ -18,7 +18,7 @@ from .config import FineTuneConfig, plain
 from .data import Collection
 from .measure import spread
 from .storage import complete_file
-from .train import Run
+from .trainer import Run
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#666666")
 
@@ -385,7 +385,7 @@ def write_report(
 def write_text(path: Path, text: str) -> None:
     """Write a whole UTF-8 file or nothing."""
     with complete_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 PAGE = """<!doctype html>

@@ -21,11 +21,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..optim import param_groups
 from . import processes
+from .checkpoints import Weights, load_weights
 from .config import OPTIMIZERS, FineTuneConfig
-from .data import Collection, InMemory, InputFormat, OnDisk, augment, draw_batches, iterate, take
+from .data import Collection, InMemory, OnDisk, augment, draw_batches, iterate, take
 from .errors import ConfigError, FineTuneError
+from .freezing import split
 from .measure import PeakMemory, clock
-from .model import build, count_parameters, evaluating, load_weights, split
+from .networks import build, count_parameters, evaluating
+from .pictures import InputFormat
 
 CACHE_LIMIT = 2 << 30
 """Outputs of frozen stages are kept when they take fewer bytes than this."""
@@ -130,8 +133,8 @@ class CutNetwork:
     """
 
     def __init__(self, model: nn.Module, mode: str, format: InputFormat, amp: str):
-        self.frozen, self.pieces = split(model, mode)
-        self.trained = nn.Sequential(*self.pieces.values())
+        cut = split(model, mode)
+        self.frozen, self.trained, self.pieces = cut.frozen, cut.trained, cut.pieces
         self.format = format
         self.amp = amp
         self.device = next(model.parameters()).device
@@ -162,12 +165,14 @@ class CutNetwork:
         if mixture is not None:
             share, others = mixture
             pixels = share * pixels + (1 - share) * pixels[others.to(self.device)]
+        if self.frozen is None:
+            return pixels
         with torch.no_grad(), self.autocast():
             return self.frozen(pixels)
 
     def keep_outputs(self, images: InMemory | OnDisk) -> InMemory | None:
         """The frozen stages' outputs for all images; None without such stages or if too large."""
-        if not len(self.frozen):
+        if self.frozen is None:
             return None
         example = self.inputs(images[0][0].unsqueeze(0))
         if example.nbytes * len(images) > CACHE_LIMIT:
@@ -194,7 +199,7 @@ def fit(
     config: FineTuneConfig,
     collection: Collection,
     format: InputFormat,
-    weights: dict[str, torch.Tensor] | None,
+    weights: Weights | None,
     *,
     mode: str,
     seed: int,
@@ -248,16 +253,16 @@ def prepare(
     config: FineTuneConfig,
     collection: Collection,
     format: InputFormat,
-    weights: dict[str, torch.Tensor] | None,
+    weights: Weights | None,
     mode: str,
     seed: int,
     backend: str,
 ) -> tuple[CutNetwork, nn.Module]:
     """The network of a run before its first step: cut, and whole. Seeds torch's generators."""
     torch.manual_seed(seed)
-    model = build(config.arch, len(collection.classes), config.dropout)
+    model = build(config.chosen_arch, len(collection.classes), config.dropout)
     if weights is not None and mode != "scratch":
-        load_weights(model, weights, head=False)
+        load_weights(model, weights.state, head=False)
     model.to(find_device(config.device)).to(memory_format=torch.channels_last)
     ops_for(backend).patch(model)
     return CutNetwork(model, mode, format, config.amp), model

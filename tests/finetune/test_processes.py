@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune import one_thread  # noqa: F401  fixture
 
 from fastops.__main__ import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAME = ["--quiet", "--seeds=1", "--steps=6", "--shots=4", "--threads=1"]
 RECIPES = {
     "features": ["--modes=features"],
@@ -29,7 +28,7 @@ from pathlib import Path
 import torch
 import fastops.finetune.experiment as experiment
 import fastops.finetune.storage as storage
-import fastops.finetune.train as train
+import fastops.finetune.trainer as train
 from fastops.__main__ import main
 from fastops.finetune import DataError
 from fastops.finetune.data import take

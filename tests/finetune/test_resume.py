@@ -11,13 +11,12 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_finetune import draw_pictures, one_thread, quick, small_test  # noqa: F401  fixtures
+from finetuning import draw_pictures, interrupt, quick
 
-import fastops.finetune.train as train
+import fastops.finetune.trainer as trainer
 from fastops.__main__ import main
 from fastops.finetune import ConfigError, OutputError, finetune, resume
 from fastops.finetune.storage import make_run_folder
@@ -26,20 +25,6 @@ RECIPE = {
     "modes": ("full", "last"), "seeds": 1, "steps": 40, "shots": 4, "batch_size": 8, "ema": 0.9, "mixup": 0.2,
     "dropout": 0.2, "augment": True, "schedule": "gradual", "l1": 1e-4, "max_grad_norm": 1.0, "accumulate": 2,
 }  # fmt: skip
-
-
-def interrupt(monkeypatch, at: int):
-    """Ctrl-C at a training's step `at`; how many steps there have been is the result's .count."""
-    step, taken = train.Trainer.step, SimpleNamespace(count=0)
-
-    def interrupted(self, *batch):
-        taken.count += 1
-        if taken.count == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
-
-    monkeypatch.setattr(train.Trainer, "step", interrupted)
-    return taken
 
 
 def figures(folder: Path):
@@ -67,7 +52,7 @@ import os, random, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 import fastops.finetune.experiment as experiment
-import fastops.finetune.train as train
+import fastops.finetune.trainer as trainer
 from fastops.finetune import FineTuneConfig, finetune, resume
 
 load = experiment.load_shipped
@@ -83,14 +68,14 @@ experiment.load_shipped = few
 folder, options = sys.argv[1], eval(sys.argv[2])
 random.seed(0)
 at_first_step = None
-step = train.Trainer.step
+step = trainer.Trainer.step
 def first_step(self, *batch):
     global at_first_step
     if at_first_step:
         sys.setprofile(at_first_step)
         at_first_step = None
     return step(self, *batch)
-train.Trainer.step = first_step
+trainer.Trainer.step = first_step
 
 def attempt(limit=None, early=False):
     """Runs in a process of its own, which kills itself after so many calls of functions, Python's or C's, counted
@@ -143,7 +128,7 @@ def test_killed_twenty_times(tmp_path):
             capture_output=True,
             text=True,
             timeout=timeout,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )
 
     once = (
@@ -164,7 +149,7 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     command = [sys.executable, "-m", "fastops", "finetune", "--modes=full", "--seeds=1", "--steps=100000",
                "--shots=4", "--batch-size=8", "--threads=1", "--quiet", "--out", str(out)]  # fmt: skip
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+        command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
     try:
         steps = out / "metrics.jsonl"
@@ -180,7 +165,7 @@ def test_ctrl_c_saves_and_exits_130(tmp_path):
     assert saved["state"]["run"]["losses"] == [line["loss"] for line in lines]
 
 
-def test_stopped_and_resumed(tmp_path, small_test, monkeypatch):  # noqa: F811
+def test_stopped_and_resumed(tmp_path, small_test, monkeypatch):
     whole = finetune(quick(tmp_path, **RECIPE))
     config = quick(tmp_path / "run", **RECIPE)
     steps = interrupt(monkeypatch, at=23)
@@ -196,7 +181,7 @@ def test_stopped_and_resumed(tmp_path, small_test, monkeypatch):  # noqa: F811
         resume(folder)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, small_test, monkeypatch):  # noqa: F811
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, small_test, monkeypatch):
     config = quick(tmp_path, **{**RECIPE, "modes": ("full",), "save_every": 5})
     save, count = torch.save, 0
 
@@ -237,7 +222,7 @@ def in_child(action) -> str:
         return file.read()
 
 
-def test_files_that_the_system_refuses(tmp_path, small_test):  # noqa: F811
+def test_files_that_the_system_refuses(tmp_path, small_test):
     """A limit on a file's size stands in for a full disk: here the system refuses, not a mock."""
     config = quick(tmp_path, **{**RECIPE, "modes": ("full",), "save_every": 5})
 
@@ -264,7 +249,7 @@ def test_a_folder_that_may_not_be_written():
         assert in_child(write) == f"OutputError: cannot write into {name}/run: Permission denied"
 
 
-def test_bad_folders(tmp_path, small_test, capsys):  # noqa: F811
+def test_bad_folders(tmp_path, small_test, capsys):
     with pytest.raises(ConfigError, match="there is no"):
         resume(tmp_path / "nothing")
     config = quick(tmp_path, **{**RECIPE, "modes": ("features",), "steps": 2, "augment": False})
@@ -327,7 +312,7 @@ def test_other_pictures_or_options_cannot_be_gone_on_with(tmp_path, monkeypatch)
     ],
     ids=str,
 )  # fmt: skip
-def test_every_recipe_runs_on_both_back_ends(tmp_path, small_test, options):  # noqa: F811
+def test_every_recipe_runs_on_both_back_ends(tmp_path, small_test, options):
     config = quick(
         tmp_path, **{"modes": ("full",), "seeds": 1, "steps": 3, "backend": "both", **options}
     )
@@ -337,9 +322,9 @@ def test_every_recipe_runs_on_both_back_ends(tmp_path, small_test, options):  # 
     assert ours.losses == pytest.approx(native.losses, rel=tolerance)
 
 
-def test_gradual_unfreezing_starts_with_the_head(tmp_path, small_test, monkeypatch):  # noqa: F811
+def test_gradual_unfreezing_starts_with_the_head(tmp_path, small_test, monkeypatch):
     seen = []
-    step = train.Trainer.step
+    step = trainer.Trainer.step
 
     def watched(self, *batch):
         seen.append(
@@ -351,14 +336,14 @@ def test_gradual_unfreezing_starts_with_the_head(tmp_path, small_test, monkeypat
         )
         return step(self, *batch)
 
-    monkeypatch.setattr(train.Trainer, "step", watched)
+    monkeypatch.setattr(trainer.Trainer, "step", watched)
     finetune(quick(tmp_path, modes=("full",), seeds=1, steps=16, schedule="gradual"))
     assert seen[0] == ["head"]
     assert all(set(a) <= set(b) for a, b in zip(seen, seen[1:], strict=False))
     assert len(seen[-1]) > 3
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, small_test):  # noqa: F811
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, small_test):
     options = {"modes": ("full",), "seeds": 1, "steps": 3, "freeze_norm": True, "dropout": 0.0}
     whole = finetune(quick(tmp_path, **options)).runs[0]
     parts = finetune(quick(tmp_path / "run", **options, accumulate=4)).runs[0]
