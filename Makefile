@@ -70,7 +70,7 @@ gpu: build
 # Every torchvision classification model, timm's families and Hugging Face's, patched and compared with themselves.
 zoo: build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check timm transformers
-	FASTOPS_ZOO=1 $(BIN)/python -m pytest tests/test_zoo.py $(ARGS)
+	FASTOPS_ZOO=1 $(BIN)/python -m pytest tests/patch/test_zoo.py $(ARGS)
 
 clean:
 	rm -rf build dist site fastops/*.so *.egg-info

@@ -274,3 +274,10 @@ def assert_as_accurate(ours: Tensor, torchs: Tensor, exact: Tensor, dtype: torch
     assert mine <= 2 * theirs + 4 * torch.finfo(dtype).eps, (
         f"error {mine:.3g}, torch's {theirs:.3g}"
     )
+
+
+def gradients(case: Case, function, dy):
+    """The result of a case, by another function where one is given, and the gradients to its floating tensors."""
+    y = case(function)
+    inputs = [t for t in case.tensors if t.is_floating_point()]
+    return y, torch.autograd.grad(y, inputs, dy.to(y.dtype)) if y.requires_grad else ()

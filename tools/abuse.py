@@ -3,8 +3,8 @@
 asan    every CPU kernel, for every instruction set that this machine has, between guard pages, under AddressSanitizer
         and UndefinedBehaviorSanitizer
 tsan    eight threads in every CPU kernel and in the pool of results at once, under ThreadSanitizer
-fuzz    tests/test_fuzz.py with FASTOPS_FUZZ examples of every op (default 300)
-leaks   tests/test_concurrency.py's leak loop with 10,000 calls of every op
+fuzz    tests/ops/test_fuzz.py with FASTOPS_FUZZ examples of every op (default 300)
+leaks   tests/package/test_concurrency.py's leak loop with 10,000 calls of every op
 
 The programs of the first two are tests/sanitize/cpu_kernels.cpp with csrc/cpu and csrc/torch/pool.cpp; torch is not in
 them but for the vector functions of libtorch_cpu. Ends with 1 where anything is found.
@@ -119,8 +119,11 @@ def main() -> int:
     jobs = [(f"{s} {isa}", sanitized, (s, isa)) for s in MODES for isa in options.isa]
     jobs = [job for job in jobs if job[2][0] in options.part]
     budgets = {
-        "fuzz": ("tests/test_fuzz.py", {"FASTOPS_FUZZ": str(options.examples)}),
-        "leaks": ("tests/test_concurrency.py -k leak", {"FASTOPS_LEAK_CALLS": str(options.calls)}),
+        "fuzz": ("tests/ops/test_fuzz.py", {"FASTOPS_FUZZ": str(options.examples)}),
+        "leaks": (
+            "tests/package/test_concurrency.py -k leak",
+            {"FASTOPS_LEAK_CALLS": str(options.calls)},
+        ),
     }
     jobs += [(part, tested, budgets[part]) for part in budgets if part in options.part]
     fine = True

@@ -47,7 +47,12 @@ def steps(json: Path) -> list[Step]:
     pytest = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider"]
     found = [Step("Tests", [*pytest, "tests"])]
     if sanitizer := shutil.which("compute-sanitizer"):
-        few = [*pytest, "tests/test_cuda_device.py", "-k", "odd or rows or optimizers or masks"]
+        few = [
+            *pytest,
+            "tests/cuda/test_cuda_device.py",
+            "-k",
+            "odd or rows or optimizers or masks",
+        ]
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *few]
             found.append(Step(f"compute-sanitizer {tool}", command))

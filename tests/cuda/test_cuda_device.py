@@ -7,7 +7,6 @@ too, for one case of each op, so that their own code has run on machines without
 
 import subprocess
 import sys
-from itertools import groupby
 
 import pytest
 import torch
@@ -19,21 +18,16 @@ from cases import (
     LAYOUTS,
     NO_CUDA,
     assert_as_accurate,
-    cases,
+    gradients,
     ids,
     moved,
 )
-from test_optim import OPTIONS, gradient, parameters
-from test_values import gradients
+from cuda_cases import ALL, FEW, captured, inputs_of
+from optimizer_cases import OPTIONS, gradient, parameters
 
 import fastops
 from fastops._op import OPS, overload
 
-ALL = cases()
-FEW = [
-    next(case for case in group if case.tensors[0].numel() >= 8)
-    for _, group in groupby(ALL, key=lambda case: case.op.name)
-]
 PLACES = [pytest.param(case, "cpu", id=f"{case.name}-cpu") for case in FEW] + [
     pytest.param(case, *CUDA.values, id=f"{case.name}-cuda", marks=CUDA.marks) for case in ALL
 ]
@@ -165,10 +159,6 @@ def test_a_patched_model_trains(device):
 # ------------------------------------------------------------------------------------------------ CUDA alone
 
 
-def inputs_of(case, device):
-    return case.to(torch.float32).on(device)
-
-
 def one_step(device):
     """A step of Adam on parameters that have states, ready to be called."""
     params = [torch.nn.Parameter(torch.ones(n, device=device)) for n in (5, 70_000)]
@@ -237,20 +227,6 @@ def test_no_host_synchronisation_in_a_step(name, device):
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def captured(function):
-    """function() in a CUDA graph: (the graph, what it writes to)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = function()
-    return graph, y
 
 
 @cuda

@@ -42,14 +42,14 @@ def run_tests(*arguments):
 
 def test_the_tests_marked_cuda_pass():
     chosen = " and ".join(f"not {name}" for name in NOT_HERE)
-    files = ["tests/test_cuda_device.py", "tests/test_optim_cuda.py"]
+    files = ["tests/cuda/test_cuda_device.py", "tests/cuda/test_optim_cuda.py"]
     status, output = run_tests("-m", "cuda", "-k", chosen, *files)
     assert status == 0, output[-4000:]
     assert " passed" in output
 
 
 def test_where_launches_go():
-    status, output = run_tests("tests/emulation/checks_of_device.py")
+    status, output = run_tests("tests/cuda/checks_of_device.py")
     assert status == 0, output[-4000:]
 
 

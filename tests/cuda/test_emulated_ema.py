@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from emulation.library import DTYPES, F64, I64, POINTER, Device, address, call, counters, doubles
-from test_emulated_cuda import (
+from emulation.kernel_calls import (
     COMBINATIONS,
     check,
     each_row,
@@ -14,6 +13,7 @@ from test_emulated_cuda import (
     step_numbers,
     step_tensors,
 )
+from emulation.library import DTYPES, F64, I64, POINTER, Device, address, call, counters, doubles
 
 
 def run_averaged(row, tensors, numbers, averages, weight, dtype, state):

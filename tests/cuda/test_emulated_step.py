@@ -4,6 +4,17 @@ import ctypes
 
 import pytest
 import torch
+from emulation.kernel_calls import (
+    check,
+    each_row,
+    everywhere,
+    random,
+    real,
+    run_step,
+    step_by_formula,
+    step_numbers,
+    step_tensors,
+)
 from emulation.library import (
     BOOL,
     DTYPES,
@@ -17,18 +28,7 @@ from emulation.library import (
     doubles,
     library,
 )
-from test_emulated_cuda import (
-    check,
-    each_row,
-    everywhere,
-    random,
-    real,
-    run_step,
-    step_by_formula,
-    step_numbers,
-    step_tensors,
-)
-from test_optim_rounding import rounded
+from rounding_cases import rounded
 
 import fastops.optim
 

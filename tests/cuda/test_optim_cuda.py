@@ -1,12 +1,12 @@
 """What of the optimizers only a GPU has: step counts and learning rates there, graphs, and steps that wait for nothing. On
-machines without one, tests/test_emulated_device.py runs these on a device that is emulated."""
+machines without one, tests/cuda/test_emulated_device.py runs these on a device that is emulated."""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
 from cases import CUDA
-from test_optim_rounding import BF16, parameters, rand, rounded
+from rounding_cases import BF16, parameters, rand, rounded
 
 import fastops.optim
 

@@ -12,7 +12,7 @@ import pytest
 import fastops.autograd
 import fastops.functional
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
 PAGES = re.findall(r": (\S+\.md)$", NAV, re.M)

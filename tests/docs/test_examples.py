@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def run(name: str, *launcher: str) -> str:
-    root = EXAMPLES.parents[1]
+    root = EXAMPLES.parents[2]
     done = subprocess.run(
         [sys.executable, *launcher, EXAMPLES / name], capture_output=True, text=True, timeout=300, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -161,7 +161,7 @@ def test_ddp_in_two_processes_is_one_process():
 )
 def test_a_missing_package_is_one_clear_line(name, package):
     hide = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
-    root = EXAMPLES.parents[1]
+    root = EXAMPLES.parents[2]
     done = subprocess.run(
         [sys.executable, "-c", hide], capture_output=True, text=True, timeout=300, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastops.__main__ import main, make_parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SECTION = re.search(r"^## Fine-tuning\n(.*?)^## ", README, re.M | re.S)[1]
 TEXTS = SECTION + (ROOT / "docs" / "finetuning.md").read_text()

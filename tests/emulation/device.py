@@ -1,7 +1,7 @@
 """A CUDA device without a GPU: csrc/torch as it was built for CUDA, linked with the emulated kernels, on tensors of device
 type CUDA whose memory is this process's. As a pytest plugin it makes the tests marked `cuda` run:
 
-    PYTHONPATH=tests python -m pytest -p emulation.device -m cuda tests/test_cuda_device.py
+    PYTHONPATH=tests python -m pytest -p emulation.device -m cuda tests/cuda/test_cuda_device.py
 
 Streams, graphs and devices are there in name and in what csrc/torch can see of them: which stream and device a launch went
 to, what would have waited for the device, what a graph would replay. Everything runs at once and in order.

@@ -3,7 +3,6 @@ the bit, and no object holds code that the linker could use in place of another'
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -11,29 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from emulation.build import made_by_setup
+from instruction_sets import ISAS, available, need
 
 import fastops
 
 HERE = Path(__file__).parent
-ISAS = ["default", "avx2", "avx512"]
-BEST = torch.backends.cpu.get_cpu_capability()
-
-
-def available(isa: str) -> bool:
-    return (
-        isa == "default"
-        or (isa == "avx2" and BEST in ("AVX2", "AVX512"))
-        or (isa == "avx512" and BEST == "AVX512")
-    )
-
-
-def need(isa: str) -> None:
-    if platform.machine() not in ("x86_64", "AMD64") and isa != "default":
-        pytest.skip(f"{isa} is x86-64's, this machine is {platform.machine()}")
-    if not available(isa):
-        pytest.skip(f"this CPU has no {isa} (it has {BEST})")
+ROOT = HERE.parents[1]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -44,7 +27,7 @@ def test_kernel_tests_pass(isa):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
          str(HERE / "test_values.py"), str(HERE / "test_random.py"), "-k", "not compile and not threads"],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": isa}, capture_output=True, text=True, cwd=HERE.parent,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": isa}, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
     passed = re.search(r"(\d+) passed", result.stdout)
@@ -75,7 +58,7 @@ def test_masks_are_the_same_to_the_bit():
 
 def test_no_symbol_of_one_instruction_set_can_serve_another():
     """Weak functions of the per-instruction-set objects are merged by the linker: each must name its instruction set."""
-    if not [*HERE.parent.glob("build/temp*")]:
+    if not [*ROOT.glob("build/temp*")]:
         pytest.skip("no build folder: fastops is installed, not built in place")
     assert shutil.which("nm"), "nm (binutils) is needed to check the objects"
     for path in made_by_setup("cpu"):

@@ -40,7 +40,7 @@ def test_every_shape_that_broadcasts(layout, dtype):
             results.append(found)
         for value, torchs, exact in zip(*results, strict=True):
             assert_as_accurate(value, torchs, exact, dtype)
-        if loss.dim():  # as tests/test_values.py has it
+        if loss.dim():  # as tests/ops/test_values.py has it
             assert mine(x, t, pos_weight=w, reduction="none").stride() in (
                 x.stride(),
                 loss.stride(),

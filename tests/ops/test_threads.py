@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_isa import ISAS, available, need
+from instruction_sets import ISAS, available, need
 
 import fastops
 from fastops._op import COMPOSED, OPS
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 F = fastops.functional
 THREADS = (1, 2, 3)
 SHAPE = (23, 43, 67)  # more than three threads' grains, and no multiple of any vector
@@ -159,8 +159,8 @@ def results():
 
     def of(isa):
         if isa not in found:
-            env = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}  # fmt: skip
-            run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, cwd=HERE.parent)  # fmt: skip
+            env = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}  # fmt: skip
+            run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, cwd=ROOT)  # fmt: skip
             assert run.returncode == 0, run.stderr[-3000:]
             found[isa] = json.loads(run.stdout.splitlines()[-1])
         return found[isa]

@@ -4,17 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, INPUTS, Case, assert_as_accurate, cases, ids
+from cases import DTYPES, INPUTS, Case, assert_as_accurate, cases, gradients, ids
 
 from fastops._op import OPS, ROWS, overload, parameters_of
 
 ALL = cases()
-
-
-def gradients(case: Case, function, dy):
-    y = case(function)
-    inputs = [t for t in case.tensors if t.is_floating_point()]
-    return y, torch.autograd.grad(y, inputs, dy.to(y.dtype)) if y.requires_grad else ()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

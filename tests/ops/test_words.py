@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 TORCH = Path(torch.__file__).parent
 CAPABILITIES = {
     "DEFAULT": ([], lambda: True),

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from test_optim_extras import CONFIGURATIONS, gradients, parameters, rand
+from optimizer_cases import CONFIGURATIONS, few_parameters, rand, set_gradients
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -32,12 +32,12 @@ def assert_close(a, b, tolerance=1e-12):
 
 def test_equals_torchs_averaged_model(configured):
     theirs, ours, options = configured
-    a, b = nn.ParameterList(parameters()), parameters()
+    a, b = nn.ParameterList(few_parameters()), few_parameters()
     x, y = theirs(a, **options), ours(b, ema_decay=DECAY, **options)
     averaged = AveragedModel(a, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     for step in range(20):
-        gradients(list(a), step)
-        gradients(b, step)
+        set_gradients(list(a), step)
+        set_gradients(b, step)
         x.step()
         averaged.update_parameters(a)
         y.step()
@@ -86,10 +86,10 @@ def test_any_layout(layout, configured):
 
 
 def stepped(ours=fastops.optim.AdamW, steps=3, **options):
-    params = parameters()
+    params = few_parameters()
     optimizer = ours(params, ema_decay=DECAY, **options)
     for step in range(steps):
-        gradients(params, step)
+        set_gradients(params, step)
         optimizer.step()
     return params, optimizer
 
@@ -112,7 +112,7 @@ def test_swap(configured):
     assert torch.equal(params[2], kept[2])
     optimizer.swap_ema()
     assert torch.equal(params[2], own[2])
-    gradients(params, 9)
+    set_gradients(params, 9)
     optimizer.step()
     with pytest.raises(ZeroDivisionError), optimizer.swap_ema():
         1 / 0  # noqa: B018
@@ -129,7 +129,7 @@ def test_a_group_added_while_the_averages_stand_in():
     with optimizer.swap_ema():
         optimizer.add_param_group({"params": [added]})
     assert all(map(torch.equal, params, own)) and torch.equal(added, rand(3))
-    gradients([*params, added], 5)
+    set_gradients([*params, added], 5)
     optimizer.step()
     assert torch.equal(optimizer.state[added]["ema"], added)
 
@@ -158,7 +158,7 @@ def test_swap_of_reduced_parameters_loses_nothing():
 
 
 def test_parameters_without_gradients_keep_theirs():
-    params = parameters()
+    params = few_parameters()
     optimizer = fastops.optim.Adam(params, ema_decay=DECAY)
     params[0].grad = rand(5)
     optimizer.step()
@@ -169,16 +169,16 @@ def test_parameters_without_gradients_keep_theirs():
 
 
 def test_together_with_clipping_and_l1():
-    params = parameters()
-    plain = parameters()
+    params = few_parameters()
+    plain = few_parameters()
     x = fastops.optim.SGD(
         params, lr=0.1, l1=0.05, l1_mode="proximal", max_grad_norm=0.5, ema_decay=DECAY
     )
     y = fastops.optim.SGD(plain, lr=0.1, l1=0.05, l1_mode="proximal", max_grad_norm=0.5)
     expected = None
     for step in range(6):
-        gradients(params, step)
-        gradients(plain, step)
+        set_gradients(params, step)
+        set_gradients(plain, step)
         x.step()
         y.step()
         now = [p.detach().clone() for p in plain]
@@ -195,7 +195,7 @@ def test_a_skipped_step_leaves_the_average():
     params, optimizer = stepped()
     before = [t.clone() for t in averages(optimizer, params)]
     optimizer.found_inf = torch.tensor(1.0)
-    gradients(params, 9)
+    set_gradients(params, 9)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(averages(optimizer, params), before, strict=True))
 
@@ -215,7 +215,7 @@ def test_state_dict(configured):
     other.load_state_dict(round_trip(optimizer))
     for step in range(5, 8):
         for ps, o in ((params, optimizer), (again, other)):
-            gradients(ps, step)
+            set_gradients(ps, step)
             o.step()
     assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True))
     assert all(map(torch.equal, averages(optimizer, params), averages(other, again)))
@@ -240,16 +240,16 @@ def test_state_dict_of_reduced_parameters_keeps_precision():
 
 def test_a_checkpoint_without_averages_starts_them_from_the_parameters(configured):
     theirs, ours, options = configured
-    params = parameters()
+    params = few_parameters()
     native = theirs(params, **options)
-    gradients(params, 0)
+    set_gradients(params, 0)
     native.step()
     mine = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer = ours(mine, ema_decay=DECAY, **options)
     optimizer.load_state_dict(round_trip(native))
     before = [p.detach().clone() for p in mine]
     for ps, o in ((params, native), (mine, optimizer)):
-        gradients(ps, 1)
+        set_gradients(ps, 1)
         o.step()
     assert_close(params, mine)
     stateful = bool(
@@ -266,7 +266,7 @@ def test_copies():
         assert other.ema_decay == DECAY
         copied = other.param_groups[0]["params"]
         assert all(map(torch.equal, averages(other, copied), averages(optimizer, params)))
-        gradients(copied, 5)
+        set_gradients(copied, 5)
         other.step()
 
 
@@ -274,7 +274,7 @@ def test_an_error_leaves_everything_as_it_was(configured):
     _, ours, options = configured
     params, optimizer = stepped(ours, **options)
     before = copy.deepcopy([optimizer.state_dict()["state"], [p.detach() for p in params]])
-    gradients(params, 7)
+    set_gradients(params, 7)
     optimizer.state[params[1]]["ema"] = optimizer.state[params[1]]["ema"].float()
     with pytest.raises(RuntimeError, match="average of parameter .* is Float"):
         optimizer.step()
@@ -286,17 +286,17 @@ def test_an_error_leaves_everything_as_it_was(configured):
 @pytest.mark.parametrize("value", [1.0, -0.1, 1.5, float("nan")])
 def test_invalid_decay(value):
     with pytest.raises(ValueError, match="Invalid ema_decay"):
-        fastops.optim.SGD(parameters(), lr=0.1, ema_decay=value)
+        fastops.optim.SGD(few_parameters(), lr=0.1, ema_decay=value)
 
 
 def test_swap_without_averages():
     with pytest.raises(RuntimeError, match="keeps no averages"):
-        fastops.optim.SGD(parameters(), lr=0.1).swap_ema()
+        fastops.optim.SGD(few_parameters(), lr=0.1).swap_ema()
 
 
 def test_refused_for_what_torch_steps():
-    params = parameters()
+    params = few_parameters()
     optimizer = fastops.optim.Adam(params, capturable=True, ema_decay=DECAY)
-    gradients(params, 0)
+    set_gradients(params, 0)
     with pytest.raises(RuntimeError, match="not available for what torch steps"):
         optimizer.step()

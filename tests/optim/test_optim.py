@@ -11,46 +11,10 @@ import sys
 
 import pytest
 import torch
+from optimizer_cases import EVERY, NAMES, PAIRS, gradient, parameters, rand
 from torch import nn
 
 import fastops.optim
-
-NAMES = ["Adam", "AdamW", "SGD", "RMSprop"]
-PAIRS = [(getattr(torch.optim, name), getattr(fastops.optim, name)) for name in NAMES]
-ADAM_OPTIONS = [
-    {},
-    {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6},
-    {"betas": (0.0, 0.3)},
-    {"weight_decay": 0.1},
-    {"amsgrad": True, "weight_decay": 0.01},
-    {"maximize": True},
-    {"amsgrad": True, "maximize": True, "eps": 1e-3},
-]
-SGD_OPTIONS = [
-    {},
-    {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-    {"lr": 0.03, "momentum": 0.9},
-    {"lr": 0.03, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    {"lr": 0.03, "momentum": 0.8, "dampening": 0.5, "maximize": True},
-]
-RMSPROP_OPTIONS = [
-    {},
-    {"lr": 0.03, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.1},
-    {"momentum": 0.9, "maximize": True},
-    {"centered": True, "eps": 1e-3},
-    {"centered": True, "momentum": 0.9, "eps": 1e-3, "weight_decay": 0.01},
-]
-OPTIONS = {
-    "Adam": ADAM_OPTIONS,
-    "AdamW": ADAM_OPTIONS,
-    "SGD": SGD_OPTIONS,
-    "RMSprop": RMSPROP_OPTIONS,
-}
-EVERY = [
-    pytest.param(pair, options, id=f"{name}-{options}")
-    for name, pair in zip(NAMES, PAIRS, strict=True)
-    for options in OPTIONS[name]
-]
 
 
 @pytest.fixture(params=PAIRS, ids=NAMES)
@@ -64,15 +28,6 @@ def adam_pair(request):
     return request.param
 
 
-def rand(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def parameters(*shapes, dtype=torch.float64):
-    shapes = shapes or ((), (1,), (5,), (3, 4), (0, 3), (37, 29))
-    return [nn.Parameter(rand(*s, dtype=dtype, seed=i)) for i, s in enumerate(shapes)]
-
-
 def clones(params):
     """Parameters with the same values and strides on memory of their own."""
     return [nn.Parameter(restrided(p.detach(), p.stride())) for p in params]
@@ -80,12 +35,6 @@ def clones(params):
 
 def restrided(t, strides):
     return torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
-
-
-def gradient(p, step, k=0):
-    return (
-        torch.cos(p.detach().double() * (1 + k)) + 0.3 * rand(*p.shape, seed=1000 * step + k)
-    ).to(p.dtype)
 
 
 def train(optimizer, steps, start=0):

@@ -7,18 +7,10 @@ import pickle
 
 import pytest
 import torch
+from optimizer_cases import CONFIGURATIONS, few_parameters, rand, set_gradients
 from torch import nn
 
 import fastops.optim
-
-CONFIGURATIONS = {
-    "Adam": {},
-    "AdamW": {"weight_decay": 0.1},
-    "SGD": {"lr": 0.05},
-    "SGD momentum": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    "RMSprop": {},
-    "RMSprop centered": {"centered": True, "momentum": 0.5, "eps": 1e-3},
-}
 
 
 @pytest.fixture(params=CONFIGURATIONS)
@@ -32,19 +24,6 @@ def configured(request):
     )
 
 
-def rand(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def parameters():
-    return [nn.Parameter(rand(*s, seed=k)) for k, s in enumerate([(5,), (3, 4), (37, 29)])]
-
-
-def gradients(params, step):
-    for k, p in enumerate(params):
-        p.grad = torch.cos(p.detach()) + rand(*p.shape, seed=100 * step + k)
-
-
 def assert_equal(a, b):
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
@@ -52,13 +31,13 @@ def assert_equal(a, b):
 
 def test_subgradient_is_what_adding_it_to_the_gradient_gives(configured):
     theirs, ours, options = configured
-    a, b = parameters(), parameters()
+    a, b = few_parameters(), few_parameters()
     for params in (a, b):
         params[1].data[0] = 0  # the subgradient of |0| is 0
     x, y = theirs(a, **options), ours(b, l1=0.1, **options)
     for step in range(20):
-        gradients(a, step)
-        gradients(b, step)
+        set_gradients(a, step)
+        set_gradients(b, step)
         for p in a:
             p.grad += 0.1 * p.detach().sign()
         x.step()
@@ -82,12 +61,12 @@ def scale_of(optimizer, p):
 
 def test_proximal_is_the_step_and_then_a_soft_threshold(configured):
     theirs, ours, options = configured
-    a, b = parameters(), parameters()
+    a, b = few_parameters(), few_parameters()
     x, y = theirs(a, **options), ours(b, l1=0.7, l1_mode="proximal", **options)
     zeros = 0
     for step in range(30):
-        gradients(a, step)
-        gradients(b, step)
+        set_gradients(a, step)
+        set_gradients(b, step)
         x.step()
         y.step()
         with torch.no_grad():
@@ -194,11 +173,11 @@ def test_lasso_and_elastic_net_are_scikit_learns():
 @pytest.mark.parametrize("limit", [0.5, 1e6])
 def test_clipping_is_clip_grad_norm(configured, limit):
     theirs, ours, options = configured
-    a, b = parameters(), parameters()
+    a, b = few_parameters(), few_parameters()
     x, y = theirs(a, **options), ours(b, max_grad_norm=limit, **options)
     for step in range(10):
-        gradients(a, step)
-        gradients(b, step)
+        set_gradients(a, step)
+        set_gradients(b, step)
         before = [p.grad.clone() for p in b]
         norm = torch.nn.utils.clip_grad_norm_(a, limit)
         x.step()
@@ -211,8 +190,8 @@ def test_clipping_is_clip_grad_norm(configured, limit):
 
 
 def test_clipping_spans_the_groups():
-    params = parameters()
-    gradients(params, 0)
+    params = few_parameters()
+    set_gradients(params, 0)
     norm = torch.stack([p.grad.norm() for p in params]).norm()
     optimizer = fastops.optim.SGD([{"params": [p]} for p in params], lr=1.0, max_grad_norm=0.1)
     before = [p.detach().clone() for p in params]
@@ -223,9 +202,9 @@ def test_clipping_spans_the_groups():
 
 
 def test_clipping_unscales_first():
-    plain, scaled = parameters(), parameters()
-    gradients(plain, 0)
-    gradients(scaled, 0)
+    plain, scaled = few_parameters(), few_parameters()
+    set_gradients(plain, 0)
+    set_gradients(scaled, 0)
     for p in scaled:
         p.grad *= 1024
     fastops.optim.SGD(plain, lr=1.0, max_grad_norm=0.1).step()
@@ -246,19 +225,19 @@ def test_bad_arguments(name):
         ({"max_grad_norm": 0}, "Invalid max_grad_norm: 0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            cls(parameters(), **bad)
+            cls(few_parameters(), **bad)
     with pytest.raises(ValueError, match="Invalid l1 value: -2"):
-        cls([{"params": parameters(), "l1": -2}])
+        cls([{"params": few_parameters(), "l1": -2}])
     with pytest.raises(TypeError):
-        cls(parameters(), l2=1)
+        cls(few_parameters(), l2=1)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "RMSprop"])
 @pytest.mark.parametrize("extra", [{"l1": 0.1}, {"max_grad_norm": 1.0}], ids=str)
 def test_what_torch_steps_has_no_extras(name, extra):
-    params = parameters()
+    params = few_parameters()
     optimizer = getattr(fastops.optim, name)(params, differentiable=True, **extra)
-    gradients(params, 0)
+    set_gradients(params, 0)
     before = [p.detach().clone() for p in params]
     with pytest.raises(RuntimeError, match="are not available for what torch steps"):
         optimizer.step()
@@ -277,27 +256,27 @@ def test_signature_is_torchs_and_ours(name):
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "RMSprop"])
 def test_extras_survive_copies_and_checkpoints(name):
     cls = getattr(fastops.optim, name)
-    params = parameters()
+    params = few_parameters()
     optimizer = cls(params, l1=0.1, l1_mode="proximal", max_grad_norm=2.0)
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert copied.max_grad_norm == 2.0
         assert copied.param_groups[0]["l1"] == 0.1
         copied.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
         assert copied.param_groups[1]["l1_mode"] == "proximal"
-    gradients(params, 0)
+    set_gradients(params, 0)
     optimizer.step()
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    again = cls(parameters())
+    again = cls(few_parameters())
     again.load_state_dict(torch.load(file, weights_only=True))
     assert again.param_groups[0]["l1"] == 0.1
     # and of torch's own
-    native = getattr(torch.optim, name)(parameters())
+    native = getattr(torch.optim, name)(few_parameters())
     optimizer.load_state_dict(native.state_dict())
     assert optimizer.param_groups[0]["l1"] == 0.1
     native.load_state_dict(again.state_dict())
-    gradients(params, 1)
+    set_gradients(params, 1)
     optimizer.step()
 
 
@@ -339,7 +318,7 @@ CHECKPOINTED = [
 @pytest.mark.parametrize(("name", "options"), CHECKPOINTED, ids=str)
 def test_checkpoints_go_both_ways(name, options, foreach):
     theirs, ours = getattr(torch.optim, name), getattr(fastops.optim, name)
-    params = parameters()
+    params = few_parameters()
     makers = [lambda ps: theirs(ps, foreach=foreach, **options), lambda ps: ours(ps, **options)]
     for first, second in ((0, 1), (1, 0), (1, 1)):
         a = [nn.Parameter(p.detach().clone()) for p in params]
@@ -347,13 +326,13 @@ def test_checkpoints_go_both_ways(name, options, foreach):
         x, whole = makers[first](a), makers[0](expected)
         for step in range(3):
             for o, ps in ((x, a), (whole, expected)):
-                gradients(ps, step)
+                set_gradients(ps, step)
                 o.step()
         y = makers[second](a)
         y.load_state_dict(copy.deepcopy(x.state_dict()))
         for step in range(3, 6):
             for o, ps in ((y, a), (whole, expected)):
-                gradients(ps, step)
+                set_gradients(ps, step)
                 o.step()
         assert_equal(a, expected)
         for p, q in zip(a, expected, strict=True):
@@ -362,14 +341,14 @@ def test_checkpoints_go_both_ways(name, options, foreach):
 
 @pytest.mark.parametrize(("name", "options"), CHECKPOINTED, ids=str)
 def test_late_first_gradients(name, options):
-    a, b = parameters(), parameters()
+    a, b = few_parameters(), few_parameters()
     optimizers = [
         getattr(torch.optim, name)(a, foreach=False, **options),
         getattr(fastops.optim, name)(b, **options),
     ]
     for step in range(6):
         for o, params in zip(optimizers, (a, b), strict=True):
-            gradients(params, step)
+            set_gradients(params, step)
             if step < 3:
                 params[1].grad = None
             o.step()
@@ -378,9 +357,9 @@ def test_late_first_gradients(name, options):
 
 @pytest.mark.parametrize(("name", "options"), CHECKPOINTED, ids=str)
 def test_an_infinity_found_stops_the_step(name, options):
-    params = parameters()
+    params = few_parameters()
     optimizer = getattr(fastops.optim, name)(params, **options)
-    gradients(params, 0)
+    set_gradients(params, 0)
     before = [p.detach().clone() for p in params]
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
     optimizer.step()
@@ -460,9 +439,9 @@ def test_grad_norm_does_not_depend_on_threads():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_norm_that_is_not_finite_is_torchs(bad):
-    a, b = parameters(), parameters()
+    a, b = few_parameters(), few_parameters()
     for params in (a, b):
-        gradients(params, 0)
+        set_gradients(params, 0)
         params[1].grad[0, 0] = bad
     torch.nn.utils.clip_grad_norm_(a, 1.0)
     torch.optim.SGD(a, lr=1.0).step()
@@ -482,7 +461,7 @@ def test_schedulers_move_the_momentum(name, options, schedule):
     """Also to 0 and back, where the buffers rest meanwhile."""
     results, seen = [], []
     for package in (torch.optim, fastops.optim):
-        params = parameters()
+        params = few_parameters()
         optimizer = getattr(package, name)(params, lr=0.01, foreach=False, **options)
         base = 0.0 if name != "RMSprop" else 0.5  # torch's RMSprop cannot start a momentum late
         if schedule == "OneCycleLR":
@@ -492,7 +471,7 @@ def test_schedulers_move_the_momentum(name, options, schedule):
         for step in range(15):
             group = optimizer.param_groups[0]
             seen.append(group["momentum"] if "momentum" in group else group["betas"][0])
-            gradients(params, step)
+            set_gradients(params, step)
             optimizer.step()
             s.step()
         results.append(params)
@@ -502,7 +481,7 @@ def test_schedulers_move_the_momentum(name, options, schedule):
 
 def test_momentum_that_comes_late_leaves_the_average():
     """SGD begins without momentum, keeping averages: the first buffer is the gradient, and the average goes on."""
-    a, b = parameters(), parameters()
+    a, b = few_parameters(), few_parameters()
     theirs = torch.optim.SGD(a, lr=0.1, foreach=False)
     ours = fastops.optim.SGD(b, lr=0.1, ema_decay=0.9)
     expected = None
@@ -510,8 +489,8 @@ def test_momentum_that_comes_late_leaves_the_average():
         for o in (theirs, ours):
             o.param_groups[0]["momentum"] = 0.0 if step < 3 else 0.9
             o.param_groups[0]["dampening"] = 0.5
-        gradients(a, step)
-        gradients(b, step)
+        set_gradients(a, step)
+        set_gradients(b, step)
         theirs.step()
         ours.step()
         now = [p.detach().clone() for p in a]
@@ -521,9 +500,9 @@ def test_momentum_that_comes_late_leaves_the_average():
 
 
 def test_an_error_restores_a_state_that_was_to_be_completed():
-    params = parameters()
+    params = few_parameters()
     optimizer = fastops.optim.SGD(params, lr=0.1, ema_decay=0.9)
-    gradients(params, 0)
+    set_gradients(params, 0)
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict()["state"])
     optimizer.param_groups[0]["momentum"] = 0.9
@@ -542,7 +521,7 @@ def test_an_error_restores_a_state_that_was_to_be_completed():
 def test_grad_scaler(name, options, unscale):
     results = []
     for package in (torch.optim, fastops.optim):
-        params = [nn.Parameter(p.detach().float()) for p in parameters()]
+        params = [nn.Parameter(p.detach().float()) for p in few_parameters()]
         optimizer = getattr(package, name)(params, foreach=False, **options)
         assert not getattr(optimizer, "_step_supports_amp_scaling", False)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
@@ -615,7 +594,7 @@ def test_averages_of_dtensors(tmp_path):
         qs = [nn.Parameter(rand(6, 4, seed=k)) for k in range(3)]
         a, b = (fastops.optim.Adam(x, ema_decay=0.9) for x in (ps, qs))
         for step in range(3):
-            gradients(qs, step)
+            set_gradients(qs, step)
             for p, q in zip(ps, qs, strict=True):
                 p.grad = distribute_tensor(q.grad.clone(), mesh, [Shard(0)])
             a.step()
@@ -683,12 +662,12 @@ def assert_same(a, b):
 def test_an_interrupt_leaves_a_whole_step_or_none(configured, late):
     """The first step, which makes the states, and later ones."""
     _, ours, options = configured
-    lists = parameters(), parameters()
+    lists = few_parameters(), few_parameters()
     more = {"ema_decay": 0.9, "max_grad_norm": 1.0, "rounding": "stochastic", **options}
     a, b = (ours(params, **more) for params in lists)
     for step in range(3):
         for params in lists:
-            gradients(params, step)
+            set_gradients(params, step)
         b.step()
         before = held(a)
         with Interrupted(a, late), pytest.raises(KeyboardInterrupt):
@@ -753,7 +732,7 @@ def test_an_interrupt_after_torchs_part(late):
 def test_hooks_that_raise(configured):
     """Before a step nothing has been changed, after it everything has."""
     _, ours, options = configured
-    lists = parameters(), parameters()
+    lists = few_parameters(), few_parameters()
     a, b = (ours(params, **options) for params in lists)
 
     def interrupt(*_):
@@ -761,7 +740,7 @@ def test_hooks_that_raise(configured):
 
     for step in range(2):
         for params in lists:
-            gradients(params, step)
+            set_gradients(params, step)
         b.step()
         before = held(a)
         hook = a.register_step_pre_hook(interrupt)

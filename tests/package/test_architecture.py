@@ -13,7 +13,7 @@ import fastops
 from fastops import functional
 from fastops._op import COMPOSED, OPS, ROWS, overload
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 
 

@@ -20,7 +20,8 @@ from fastops import _guard
 from fastops._op import OPS, ROWS
 from fastops.memory import pool_info
 
-CPU = Path(__file__).parent.parent / "csrc" / "cpu"
+ROOT = Path(__file__).parents[2]
+CPU = ROOT / "csrc" / "cpu"
 SMALL, LARGE = torch.randn(4, 8), torch.randn(512, 512)
 CLASSES = torch.zeros(512, dtype=torch.int64)
 
@@ -79,7 +80,7 @@ def test_explain_says_the_kernels_that_run(fn, args, kwargs, kernels):
     assert found.runs == "fastops" and list(found.kernels) == kernels
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
     assert torch.equal(torch.get_rng_state(), rng)
-    from test_patch import Spy
+    from models import Spy
 
     with Spy() as spy:
         fn(*[t.clone() for t in tensors], *args[len(tensors) :], **kwargs)
@@ -173,7 +174,7 @@ def test_what_explain_knows_of_the_kernels_is_what_they_are_compiled_with():
         )
         assert int(found) == grain, kind
     pool = (CPU.parent / "torch" / "pool.cpp").read_text()
-    (kib,) = re.findall(r"kMinimum = size_t\{(\d+)\} << 10", pool)
+    (kib,) = re.findall(r"kMinimum =\s*size_t\{(\d+)\} << 10", pool)
     assert int(kib) << 10 == _guard.POOL_MINIMUM
     assert {"rows" if k in ("softmax", "cross_entropy") else k for k, _ in ROWS.values()} == {*_guard.GRAIN, "step"}  # fmt: skip
 
@@ -199,7 +200,7 @@ def test_the_table_of_sizes_is_explained(monkeypatch):
 
 
 def python(script, **environment):
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path} | environment
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
@@ -215,7 +216,7 @@ def test_disabled_everything_is_torchs():
         from fastops._op import OPS
         from fastops.nn import MODULES
         from cases import cases
-        from test_patch import Spy, Block
+        from models import Block, Spy
 
         def ran(f, *a, **k):
             with Spy() as spy:
@@ -233,7 +234,7 @@ def test_disabled_everything_is_torchs():
             )
         assert F.relu is torch.nn.functional.relu and F.mse_loss is torch.nn.functional.mse_loss
 
-        import test_cross_entropy_extras as extras
+        import cross_entropy_cases as extras
         for name in extras.CASES:
             x, t, kwargs = extras.given(name)
             for reduction in ("none", "mean", "sum"):

@@ -289,7 +289,7 @@ def test_hugging_face(build, attention):
 
 
 def test_hugging_face_functions_that_run():
-    from test_patch import Spy
+    from models import Spy
 
     make, given = gpt2(package("transformers"), "eager")
     m = make().eval()

@@ -1,11 +1,11 @@
 """What the emulated device sees of csrc/torch and no GPU can tell: on which device and stream each launch was made, and how
-many there were. Collected by tests/test_emulated_device.py, in a process where that device is."""
+many there were. Collected by tests/cuda/test_emulated_device.py, in a process where that device is."""
 
 import pytest
 import torch
+from cuda_cases import FEW, captured, inputs_of
 from emulation.device import DEVICE, Stream, stream
-from test_cuda_device import FEW, captured, inputs_of
-from test_optim import OPTIONS
+from optimizer_cases import OPTIONS
 
 import fastops
 
