@@ -33,7 +33,7 @@ except ImportError as _error:
 from . import _compile, autograd, functional, memory, nn, optim  # noqa: E402
 from ._explain import Explanation, explain  # noqa: E402
 from ._guard import DISABLED, DISABLED_REASON  # noqa: E402
-from .patch import PatchReport, patch, patched, unpatch  # noqa: E402
+from .patching.api import PatchReport, patch, patched, unpatch  # noqa: E402
 
 __all__ = [
     "Explanation",

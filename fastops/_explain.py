@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, _rewrite, functional, memory
+from . import _C, functional, memory
 from ._guard import DISABLED, DISABLED_REASON, GRAIN, POOL_MINIMUM, SMALLEST, unusable_because
 from ._op import COMPOSED, OPS, ROWS, tensors_of
+from .patching.calls import NAMES
+from .patching.modules import attached
 
 
 @dataclass(frozen=True)
@@ -121,19 +123,21 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
     if isinstance(fn, torch.nn.Module):
         cls = type(fn)
         if cls.__module__ == "fastops.nn" and not DISABLED:
-            return _of_module(fn, args, kwargs)
+            return _of_module(fn, cls, args, kwargs)
+        if (found := attached(fn)) and found.recipe.how == "module":
+            return _of_module(fn, _natives()[cls], args, kwargs)
         if cls.__module__ == "fastops.nn" or cls in _natives():
             why = (
                 DISABLED_REASON
                 if DISABLED
-                else f"a module of torch's; patch() makes it fastops.nn.{cls.__name__}"
+                else f"a module of torch's; patch() makes it run fastops.nn.{cls.__name__}'s forward"
             )
             return _torchs(f"{cls.__name__}", args, kwargs, why)
         raise TypeError(f"explain: expected a module of fastops.nn, got a {cls.__name__}")
     if DISABLED and (own := next((n for n, o in OPS.items() if o.function is fn), None)):
         return _torchs(own, args, kwargs, DISABLED_REASON)
-    if fn in _rewrite.NAMES:
-        ours = _rewrite.NAMES[fn]
+    if fn in NAMES:
+        ours = NAMES[fn]
         return _torchs(name, args, kwargs, f"torch's own; fastops.functional.{ours} is ours")
     if getattr(functional, name, None) is not fn:
         raise TypeError(
@@ -148,8 +152,8 @@ def _natives():
     return MODULES
 
 
-def _of_module(module: torch.nn.Module, args: tuple, kwargs: dict) -> Explanation:
-    forward: Any = type(module).forward
+def _of_module(module: torch.nn.Module, cls: type, args: tuple, kwargs: dict) -> Explanation:
+    forward: Any = cls.forward  # type: ignore[attr-defined]
     space = {**forward.__globals__, "F": _Catch()}
     try:
         types.FunctionType(forward.__code__, space, "forward", forward.__defaults__)(

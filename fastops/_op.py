@@ -6,7 +6,9 @@ read `OPS`; no op is named here.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import linecache
 import re
 import sys
 import warnings
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _C
 from ._guard import DTYPES, bound
@@ -54,24 +57,161 @@ def op(
     """Enters the decorated function into `OPS`. `rows` defaults to the one row of the function's own name."""
 
     def enter(function):
-        name = function.__name__
-        used = bound(name, function, reference)
-        signature = inspect.signature(function)
-        OPS[name] = Op(
-            name, kind, used, reference, exact or reference, signature, rows or {name: {}}
-        )
-        return used
+        return _entered(tensors_checked(function), kind, reference, exact, rows)
 
     return enter
+
+
+def elementwise(
+    *,
+    reference: Callable[..., Tensor],
+    exact: Callable[..., Tensor] | None = None,
+    rows: Mapping[str, dict[str, Any]] | None = None,
+):
+    """Enters an elementwise function of one tensor, of which the declaration is the whole: its body is written here.
+
+    The parameters are those of the kernel, in order, and `inplace` where there is an in-place form. Of several `rows`, which
+    one is run is the value of the one parameter that they differ in.
+    """
+
+    def enter(function):
+        return _entered(_written(function, rows), "map", reference, exact, rows)
+
+    return enter
+
+
+def _entered(function, kind, reference, exact, rows):
+    name = function.__name__
+    used = bound(name, function, reference)
+    signature = inspect.signature(function)
+    OPS[name] = Op(name, kind, used, reference, exact or reference, signature, rows or {name: {}})
+    return used
+
+
+def _written(function: Any, rows: Mapping[str, dict[str, Any]] | None) -> Any:
+    """The function that a declaration stands for. It is text and not a closure since the tests of a call's arguments cost
+    as much as a small kernel."""
+    name, parameters = function.__name__, list(inspect.signature(function).parameters)
+    input, rest = parameters[0], parameters[1:]
+    inplace = "inplace" in rest
+    chosen = [n for n in rest if rows and any(n in fixed for fixed in rows.values())]
+    given = ", ".join([input, *(n for n in rest if n not in ("inplace", *chosen))])
+    lines = [
+        f"def {name}({', '.join(parameters)}):",
+        f"    if has_torch_function_unary({input}):",
+        f"        return handle_torch_function({name}, ({input},), {', '.join([input, *(f'{n}={n}' for n in rest)])})",
+        "    try:",
+    ]
+    for row, fixed in (rows or {name: {}}).items():
+        test = [f"{n} == {fixed.get(n, function.__defaults__[rest.index(n)])!r}" for n in chosen]
+        indent = "        "
+        if test:
+            lines.append(f"{indent}if {' and '.join(test)}:")
+            indent += "    "
+        call = f"_C.{row}({given})"
+        lines.append(
+            f"{indent}return {f'_C.{row}_({given}) if inplace else ' if inplace else ''}{call}"
+        )
+    lines += [
+        "    except TypeError as error:",
+        f"        raise refusal({name}, {input}) or error from None",
+    ]
+    for n in chosen:
+        values = [
+            fixed.get(n, function.__defaults__[rest.index(n)]) for fixed in (rows or {}).values()
+        ]
+        lines.append(
+            f'    raise RuntimeError(f"{n} argument must be either {" or ".join(values)}, got {{{n}!r}}.")'
+        )
+    text = "\n".join(lines) + "\n"
+    file = f"<fastops.functional.{name}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+    space: dict[str, Any] = {}
+    exec(compile(text, file, "exec"), function.__globals__, space)
+    written = space[name]
+    written.__defaults__, written.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return _like(written, function)
+
+
+def _like(made: Any, function: Any) -> Any:
+    """A function in another's place: its names, documentation and annotations."""
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(made, attribute, getattr(function, attribute))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------- what is no tensor
+
+
+def type_name(value: object) -> str:
+    """A type as torch's messages write it."""
+    cls = type(value)
+    is_of_python = cls.__flags__ & 1 << 9
+    return cls.__name__ if is_of_python or cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"  # fmt: skip
+
+
+@cache
+def _tensor_parameters(function: Callable) -> tuple[tuple[int, str, bool], ...]:
+    """Position, name and whether it may be None, of the parameters of a function that are tensors only."""
+    return tuple(
+        (position, p.name, "None" in str(p.annotation))
+        for position, p in enumerate(inspect.signature(function).parameters.values(), 1)
+        if str(p.annotation) in ("Tensor", "Tensor | None")
+    )
+
+
+def not_a_tensor(function: str, argument: str, position: int, value: object) -> TypeError:
+    return TypeError(
+        f"{function}(): argument '{argument}' (position {position}) must be Tensor, "
+        f"not {type_name(value)}"
+    )
+
+
+def refusal(function: Callable, *args: Any, **kwargs: Any) -> TypeError | None:
+    """torch's error for an argument that is no tensor where one is due; None where all are."""
+    for position, name, optional in _tensor_parameters(function):
+        if position > len(args) and name not in kwargs:
+            continue
+        value = args[position - 1] if position <= len(args) else kwargs[name]
+        if not (isinstance(value, Tensor) or (optional and value is None)):
+            return not_a_tensor(function.__name__, name, position, value)
+    return None
+
+
+def tensors_checked(function: Any) -> Any:
+    """The function, with torch's error where an argument is no tensor: asked after the fact, so that no call pays for it."""
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, AttributeError) as error:
+            refused = refusal(function, *args, **kwargs)
+            if refused is None:
+                raise
+            raise refused from error
+
+    return checked
 
 
 COMPOSED: dict[str, Callable[..., Tensor]] = {}
 
 
 def composed(function):
-    """Enters a public function that is made of others, and has no kernel of its own."""
-    COMPOSED[function.__name__] = function
-    return function
+    """Enters a public function that is made of others, and has no kernel of its own. As torch's, it goes to the
+    `__torch_function__` of what knows its own functions (what torch.fx traces, subclasses, modes) as one function."""
+    tensors = _tensor_parameters(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        given = [args[p - 1] if p <= len(args) else kwargs.get(name) for p, name, _ in tensors]
+        if has_torch_function(given):
+            return handle_torch_function(entered, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    entered = tensors_checked(call)
+    COMPOSED[function.__name__] = entered
+    return entered
 
 
 def parameters_of(row: str) -> list[tuple[str, float]]:

@@ -22,7 +22,7 @@ from torch.autograd import Function
 
 from . import _C
 from ._guard import BY_TORCH, DISABLED
-from ._op import ROWS, overload, reference_of
+from ._op import ROWS, not_a_tensor, overload, reference_of
 
 __all__: list[str] = []
 _WORDS = {
@@ -166,11 +166,16 @@ class _OpFunction(Function):
     @classmethod
     def apply(cls, *args):
         """What the class's docstring says; under torch.func, the op; with FASTOPS_DISABLE, torch's function."""
-        if DISABLED:
-            return cls._by_torch(*args)
-        if torch._C._are_functorch_transforms_active():
-            return cls._op(*args)
-        return super().apply(*args)
+        try:
+            if DISABLED:
+                return cls._by_torch(*args)
+            if torch._C._are_functorch_transforms_active():
+                return cls._op(*args)
+            return super().apply(*args)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            if (refused := cls._refusal(*args)) is None:
+                raise
+            raise refused from error
 
 
 def _op(row: str, kind: str):
@@ -178,6 +183,20 @@ def _op(row: str, kind: str):
     if kind != "reduce":
         return op
     return lambda x, target, reduction, *params: op(x, target, reduction, False, *params)
+
+
+def _refusal(name: str, row: str):
+    """torch's error where an argument of apply() that has to be a tensor is none."""
+    arguments = [a for a in overload(row)._schema.arguments if a.name != "upcast"]
+    tensors = [(k, a.name) for k, a in enumerate(arguments) if str(a.type) == "Tensor"]
+
+    def refusal(*args):
+        for k, argument in tensors:
+            if k < len(args) and not isinstance(args[k], torch.Tensor):
+                return not_a_tensor(f"{name}.apply", argument, k + 1, args[k])
+        return None
+
+    return refusal
 
 
 def _by_torch(row: str, kind: str):
@@ -206,6 +225,7 @@ for _row, (_kind, _) in ROWS.items():
             "forward": staticmethod(_forward),
             "backward": staticmethod(_backward),
             "_op": staticmethod(_op(_row, _kind)),
+            "_refusal": staticmethod(_refusal(_name, _row)),
             "_by_torch": staticmethod(_by_torch(_row, _kind)),
         },
     )

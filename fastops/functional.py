@@ -19,7 +19,7 @@ from torch.overrides import (
 
 from . import _C
 from ._guard import DISABLED
-from ._op import composed, op, refused
+from ._op import composed, elementwise, op, refusal, refused  # noqa: F401  the bodies written need it
 
 __all__ = [
     "add_relu",
@@ -65,7 +65,7 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------- activations
 
 
-@op(kind="map", reference=F.relu)
+@elementwise(reference=F.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """max(input, 0), elementwise.
 
@@ -78,9 +78,6 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.relu`. Example: ``relu(torch.tensor([-1.0, 2.0]))`` is ``[0., 2.]``.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(relu, (input,), input, inplace=inplace)
-    return _C.relu_(input) if inplace else _C.relu(input)
 
 
 def _exact_gelu(input, approximate="none"):
@@ -92,8 +89,7 @@ def _exact_gelu(input, approximate="none"):
     return input * F.logsigmoid(twice_u).exp()
 
 
-@op(
-    kind="map",
+@elementwise(
     reference=F.gelu,
     exact=_exact_gelu,
     rows={"gelu": {}, "gelu_tanh": {"approximate": "tanh"}},
@@ -110,16 +106,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Same as :func:`torch.nn.functional.gelu` (Hendrycks and Gimpel, 2016). Example: ``gelu(torch.ones(1))`` is 0.8413.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(gelu, (input,), input, approximate=approximate)
-    if approximate == "none":
-        return _C.gelu(input)
-    if approximate == "tanh":
-        return _C.gelu_tanh(input)
-    raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}.")
 
 
-@op(kind="map", reference=F.relu6)
+@elementwise(reference=F.relu6)
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(input, 0), 6), elementwise.
 
@@ -129,9 +118,6 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.relu6`. Example: ``relu6(torch.tensor([8.0]))`` is 6.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(relu6, (input,), input, inplace=inplace)
-    return _C.relu6_(input) if inplace else _C.relu6(input)
 
 
 @op(kind="map", reference=F.hardtanh)
@@ -161,7 +147,7 @@ def hardtanh(
     )
 
 
-@op(kind="map", reference=F.leaky_relu)
+@elementwise(reference=F.leaky_relu)
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """input where positive, else negative_slope * input.
 
@@ -172,16 +158,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 
     Same as :func:`torch.nn.functional.leaky_relu`. Example: ``leaky_relu(torch.tensor([-1.0]))`` is -0.01.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(
-            leaky_relu, (input,), input, negative_slope=negative_slope, inplace=inplace
-        )
-    return (
-        _C.leaky_relu_(input, negative_slope) if inplace else _C.leaky_relu(input, negative_slope)
-    )
 
 
-@op(kind="map", reference=F.elu)
+@elementwise(reference=F.elu)
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """input where positive, else alpha * (exp(input) - 1).
 
@@ -192,12 +171,9 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.elu`. Example: ``elu(torch.tensor([-1.0]))`` is -0.6321.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(elu, (input,), input, alpha=alpha, inplace=inplace)
-    return _C.elu_(input, alpha) if inplace else _C.elu(input, alpha)
 
 
-@op(kind="map", reference=F.selu)
+@elementwise(reference=F.selu)
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """1.0507 * (input where positive, else 1.6733 * (exp(input) - 1)).
 
@@ -207,9 +183,6 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.selu`. Example: ``selu(torch.ones(1))`` is 1.0507.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(selu, (input,), input, inplace=inplace)
-    return _C.selu_(input) if inplace else _C.selu(input)
 
 
 def _exact_celu(input, alpha=1.0, inplace=False):
@@ -238,7 +211,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return _C.celu_(input, alpha) if inplace else _C.celu(input, alpha)
 
 
-@op(kind="map", reference=F.sigmoid)
+@elementwise(reference=F.sigmoid)
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + exp(-input)), elementwise.
 
@@ -247,12 +220,9 @@ def sigmoid(input: Tensor) -> Tensor:
 
     Same as :func:`torch.nn.functional.sigmoid`. Example: ``sigmoid(torch.zeros(1))`` is 0.5.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(sigmoid, (input,), input)
-    return _C.sigmoid(input)
 
 
-@op(kind="map", reference=F.tanh)
+@elementwise(reference=F.tanh)
 def tanh(input: Tensor) -> Tensor:
     """The hyperbolic tangent, elementwise.
 
@@ -261,12 +231,9 @@ def tanh(input: Tensor) -> Tensor:
 
     Same as :func:`torch.nn.functional.tanh`. Example: ``tanh(torch.ones(1))`` is 0.7616.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(tanh, (input,), input)
-    return _C.tanh(input)
 
 
-@op(kind="map", reference=F.logsigmoid)
+@elementwise(reference=F.logsigmoid)
 def logsigmoid(input: Tensor) -> Tensor:
     """log(1 / (1 + exp(-input))), elementwise, without overflow.
 
@@ -275,12 +242,9 @@ def logsigmoid(input: Tensor) -> Tensor:
 
     Same as :func:`torch.nn.functional.logsigmoid`. Example: ``logsigmoid(torch.zeros(1))`` is -0.6931.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(logsigmoid, (input,), input)
-    return _C.logsigmoid(input)
 
 
-@op(kind="map", reference=F.softplus)
+@elementwise(reference=F.softplus)
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """log(1 + exp(beta * input)) / beta, elementwise.
 
@@ -291,12 +255,9 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tenso
 
     Same as :func:`torch.nn.functional.softplus`. Example: ``softplus(torch.zeros(1))`` is 0.6931.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(softplus, (input,), input, beta=beta, threshold=threshold)
-    return _C.softplus(input, beta, threshold)
 
 
-@op(kind="map", reference=F.softsign)
+@elementwise(reference=F.softsign)
 def softsign(input: Tensor) -> Tensor:
     """input / (1 + |input|), elementwise.
 
@@ -305,9 +266,6 @@ def softsign(input: Tensor) -> Tensor:
 
     Same as :func:`torch.nn.functional.softsign`. Example: ``softsign(torch.ones(1))`` is 0.5.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(softsign, (input,), input)
-    return _C.softsign(input)
 
 
 def _exact_squareplus(input, b=4.0):
@@ -316,8 +274,7 @@ def _exact_squareplus(input, b=4.0):
     return 0.5 * torch.where(input > 0, input + root, b / (root - input))
 
 
-@op(
-    kind="map",
+@elementwise(
     reference=lambda input, b=4.0: 0.5 * (input + (input * input + b).sqrt()),
     exact=_exact_squareplus,
 )
@@ -332,12 +289,9 @@ def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
     torch.nn.functional has no such function; it is like its softplus, without exponentials. Example:
     ``squareplus(torch.zeros(1))`` is 1.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(squareplus, (input,), input, b=b)
-    return _C.squareplus(input, b)
 
 
-@op(kind="map", reference=F.silu)
+@elementwise(reference=F.silu)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """input / (1 + exp(-input)), elementwise.
 
@@ -347,12 +301,9 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.silu`. Example: ``silu(torch.ones(1))`` is 0.7311.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(silu, (input,), input, inplace=inplace)
-    return _C.silu_(input) if inplace else _C.silu(input)
 
 
-@op(kind="map", reference=F.mish)
+@elementwise(reference=F.mish)
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """input * tanh(log(1 + exp(input))), elementwise.
 
@@ -362,9 +313,6 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.mish`. Example: ``mish(torch.ones(1))`` is 0.8651.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(mish, (input,), input, inplace=inplace)
-    return _C.mish_(input) if inplace else _C.mish(input)
 
 
 def _hardsigmoid_of_float64(input, inplace=False):
@@ -372,7 +320,7 @@ def _hardsigmoid_of_float64(input, inplace=False):
     return F.relu6(input + 3) / 6
 
 
-@op(kind="map", reference=F.hardsigmoid, exact=_hardsigmoid_of_float64)
+@elementwise(reference=F.hardsigmoid, exact=_hardsigmoid_of_float64)
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """min(max(input + 3, 0), 6) / 6, elementwise.
 
@@ -382,12 +330,9 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.hardsigmoid`. Example: ``hardsigmoid(torch.zeros(1))`` is 0.5.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(hardsigmoid, (input,), input, inplace=inplace)
-    return _C.hardsigmoid_(input) if inplace else _C.hardsigmoid(input)
 
 
-@op(kind="map", reference=F.hardswish)
+@elementwise(reference=F.hardswish)
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """input * min(max(input + 3, 0), 6) / 6, elementwise.
 
@@ -397,9 +342,6 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.hardswish`. Example: ``hardswish(torch.ones(1))`` is 0.6667.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(hardswish, (input,), input, inplace=inplace)
-    return _C.hardswish_(input) if inplace else _C.hardswish(input)
 
 
 # ---------------------------------------------------------------------------------------------- losses

@@ -234,8 +234,6 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:func:`fastops.functional.cross_entropy` as a module; arguments of :class:`torch.nn.CrossEntropyLoss`, and the
     function's return_lse, z_loss and inplace_backward."""
 
-    return_lse, z_loss, inplace_backward = False, 0.0, False  # of a module that was torch's
-
     def __init__(
         self,
         *args,
@@ -248,10 +246,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.return_lse, self.z_loss, self.inplace_backward = return_lse, z_loss, inplace_backward
 
     def forward(self, input: Tensor, target: Tensor):
+        own = self.__dict__  # of a patched module of torch's, which has no such attributes
         return F.cross_entropy(
             input, target, weight=self.weight, ignore_index=self.ignore_index,
             reduction=self.reduction, label_smoothing=self.label_smoothing,
-            return_lse=self.return_lse, z_loss=self.z_loss, inplace_backward=self.inplace_backward,
+            return_lse=own.get("return_lse", False), z_loss=own.get("z_loss", 0.0),
+            inplace_backward=own.get("inplace_backward", False),
         )  # fmt: skip
 
 
