@@ -20,7 +20,7 @@ except ImportError as error:
     print(f"python -m bench: error: {error} (`make build` builds it here)", file=sys.stderr)
     sys.exit(2)
 
-from fastops._op import OPS
+from fastops._core.registry import OPS
 
 from .calls import Skipped, contenders, first_line
 from .cases import BOTH, QUICK_BYTES, STEP, Case, all_cases

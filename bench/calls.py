@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastops import functional
-from fastops._guard import BY_TORCH
-from fastops._op import OPS
+from fastops._core.by_torch import BY_TORCH
+from fastops._core.registry import OPS
 from fastops.selfcheck import example_inputs
 
 from . import peers

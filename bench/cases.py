@@ -1,6 +1,6 @@
 """What is measured, as data: sizes for each kind of op, and the bytes that must move. No op is called here.
 
-An op that is entered into fastops._op.OPS gets the rows of its kind; one that needs other sizes or arguments gets a line
+An op that is entered into fastops._core.registry.OPS gets the rows of its kind; one that needs other sizes or arguments gets a line
 of its own in WORKLOADS.
 """
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastops._op import OPS
+from fastops._core.registry import OPS
 from fastops.selfcheck import Masked, Wrong, compare
 
 from .calls import (

@@ -16,12 +16,12 @@ import sys as _sys
 
 import torch as _torch
 
-from . import _abi
+from ._core import loader as _loader
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it here
 
 try:
-    _C = _abi.load(_torch.__version__)
+    _C = _loader.load(_torch.__version__)
 except ImportError as _error:
     # `python -m fastops doctor` and `fastops doctor` are for what does not load, too.
     if [_os.path.basename(word) for word in _sys.orig_argv[-2:]] == ["fastops", "doctor"]:
@@ -30,9 +30,10 @@ except ImportError as _error:
         raise SystemExit(_doctor(_error)) from None
     raise
 
-from . import _compile, autograd, functional, memory, nn, optim  # noqa: E402
-from ._explain import Explanation, explain  # noqa: E402
-from ._guard import DISABLED, DISABLED_REASON  # noqa: E402
+from . import autograd, functional, memory, nn, optim  # noqa: E402
+from ._core import registrations as _registrations  # noqa: E402, F401
+from ._core.by_torch import DISABLED, DISABLED_REASON  # noqa: E402
+from ._core.explain import Explanation, explain  # noqa: E402
 from .patching.api import PatchReport, patch, patched, unpatch  # noqa: E402
 
 __all__ = [
@@ -49,8 +50,6 @@ __all__ = [
     "show_config",
     "unpatch",
 ]
-
-del _compile
 
 
 def show_config() -> str:

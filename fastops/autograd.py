@@ -21,8 +21,10 @@ import torch
 from torch.autograd import Function
 
 from . import _C
-from ._guard import BY_TORCH, DISABLED
-from ._op import ROWS, not_a_tensor, overload, reference_of
+from ._core.arguments import not_a_tensor
+from ._core.by_torch import BY_TORCH, DISABLED
+from ._core.fallback import reference_of
+from ._core.registry import ROWS, overload
 
 __all__: list[str] = []
 _WORDS = {

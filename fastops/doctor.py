@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import _abi
+from ._core import loader
 
 __all__ = ["Finding", "Section", "examine", "main"]
 
@@ -50,7 +50,7 @@ class Section:
 def versions(version: str) -> Section:
     """fastops, Python, the system, the processor, and what is set in the environment."""
     section = Section("Versions")
-    section.add("fastops", f"{version} in {_abi.FOLDER}")
+    section.add("fastops", f"{version} in {loader.FOLDER}")
     try:
         recorded = importlib.metadata.version("torch-fastops")
         if recorded != version:
@@ -152,8 +152,8 @@ def cuda() -> Section:
 
     section = Section("CUDA")
     built = _C.cuda_built()
-    file = _abi.path()
-    architectures = _abi.cuda_architectures(file) if built and file else []
+    file = loader.path()
+    architectures = loader.cuda_architectures(file) if built and file else []
     section.add("torch's CUDA", torch.version.cuda or "none: this torch is a CPU build")
     section.add("kernels", f"built for {', '.join(architectures)}" if built else "not built")
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -191,7 +191,7 @@ def pool() -> Section:
 def self_check() -> Section:
     """Every op and optimizer beside torch, on the CPU and, where the kernels can run there, on the GPU."""
     from . import _C, selfcheck
-    from ._guard import DISABLED, DISABLED_REASON
+    from ._core.by_torch import DISABLED, DISABLED_REASON
 
     section = Section("Self-check")
     if DISABLED:

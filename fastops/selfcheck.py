@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._op import OPS, Op
+from ._core.registry import OPS, Op
 
 __all__ = ["Check", "Wrong", "check_ops", "check_optimizers", "compare", "example_inputs"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of float64, torch is its own oracle

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.devices import why_not
-from fastops._op import OPS, Op
+from fastops._core.registry import OPS, Op
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FAST = torch.float32

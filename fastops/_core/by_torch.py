@@ -1,5 +1,5 @@
-"""What is torch's to compute: the switch, the table of sizes, and the tensors that the kernels do not take. Data and tests
-of a tensor, read by the table of ops, by patch and by explain."""
+"""What torch would run: the switch that leaves everything to it, and its functions where the reference of an op does not take
+all of the op's arguments."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import _reduction
-
-from . import _C
 
 #: FASTOPS_DISABLE=1 in the environment, read when the package is imported: every function is torch's, every optimizer steps
 #: as torch's does, and patch() leaves everything.
@@ -25,45 +22,6 @@ DISABLED_REASON = "FASTOPS_DISABLE is set"
 #: so that ops that are not here pay nothing. `python -m bench` found no op that is slower at its smallest size by more than
 #: the noise; what is slower at others (README, "Open") is no matter of a threshold.
 SMALLEST: dict[str, int] = {}
-
-#: What csrc/cpu compiles in: the elements that a thread takes at least, by kind; the bytes from which on a result comes from
-#: the pool. For fastops.explain; a test compares them with the sources.
-GRAIN = {"map": 16384, "fused": 16384, "reduce": 16384, "rows": 16384, "random": 4096}
-POOL_MINIMUM = 128 << 10
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", "cuda") if _C.cuda_built() else ("cpu",)
-CLASSES = (Tensor, torch.nn.Parameter, FakeTensor)
-
-
-def usable(t: object) -> bool:
-    """Whether the kernels take t: an ordinary strided tensor of a float dtype on a device that they are built for
-    (or one without values, as torch.export has them)."""
-    return (
-        type(t) in CLASSES
-        and t.dtype in DTYPES  # type: ignore[attr-defined]
-        and t.device.type in DEVICES  # type: ignore[attr-defined]
-        and t.layout is torch.strided  # type: ignore[attr-defined]
-        and not t.is_nested  # type: ignore[attr-defined]
-    )
-
-
-def unusable_because(t: object) -> str | None:
-    """Why not, in words; None where :func:`usable` is true."""
-    if not isinstance(t, Tensor):
-        return f"it is no tensor but a {type(t).__name__}"
-    if type(t) not in CLASSES:
-        return f"a tensor subclass, {type(t).__name__}"
-    if t.is_nested:
-        return "a nested tensor"
-    if t.layout is not torch.strided:
-        return f"the layout {t.layout}"
-    if t.dtype not in DTYPES:
-        return f"the dtype {str(t.dtype).removeprefix('torch.')}"
-    if t.device.type not in DEVICES:
-        return f"no kernels for {t.device.type} in this build"
-    return None
-
 
 # ---------------------------------------------------------------------------------------------- what torch would run
 

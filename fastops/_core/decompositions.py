@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._compile import rows_of
-from ._op import overload, reference_of
+from .fallback import reference_of
+from .registry import overload, rows_of
 
 
 def _wide(x: Tensor, upcast: bool) -> Tensor:
@@ -35,16 +36,30 @@ def _cross_entropy(
     input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, upcast=False,
     second_target=None, lam=1.0,
 ):  # fmt: skip
+    name = ("none", "mean", "sum")[reduction]
+    x = _wide(input, upcast)
+    wide = weight if weight is None else _wide(weight, upcast)
+    dim = min(1, x.dim() - 1)
+
     def of(target):
         if target.is_floating_point():
-            target = _wide(target, upcast)
-        elif target.dtype != torch.int64:
-            target = target.to(torch.int64)
-        wide = weight if weight is None else _wide(weight, upcast)
-        return torch.nn.functional.cross_entropy(
-            _wide(input, upcast), target, wide, ignore_index=ignore_index,
-            reduction=("none", "mean", "sum")[reduction], label_smoothing=label_smoothing,
-        )  # fmt: skip
+            return F.cross_entropy(x, _wide(target, upcast), wide, reduction=name, label_smoothing=label_smoothing)  # fmt: skip
+        target, logs = target.to(torch.int64), F.log_softmax(x, dim)
+        loss = F.nll_loss(logs, target, wide, ignore_index=ignore_index, reduction=name)
+        if label_smoothing == 0:
+            return loss
+        # torch's own smoothing fills in place, which a decomposition may not.
+        live = target != ignore_index
+        each = logs if wide is None else logs * wide.view(-1, *(1,) * (x.dim() - 1 - dim))
+        smooth = torch.where(live, -each.sum(dim), 0)
+        if name == "mean":
+            mass = (
+                live if wide is None else torch.where(live, wide[torch.where(live, target, 0)], 0)
+            )
+            smooth = smooth.sum() / mass.sum()
+        elif name == "sum":
+            smooth = smooth.sum()
+        return (1 - label_smoothing) * loss + label_smoothing / x.shape[dim] * smooth
 
     first = of(target)
     return first if second_target is None else lam * first + (1 - lam) * of(second_target)

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, functional, memory
-from ._guard import DISABLED, DISABLED_REASON, GRAIN, POOL_MINIMUM, SMALLEST, unusable_because
-from ._op import COMPOSED, OPS, ROWS, tensors_of
-from .patching.calls import NAMES
-from .patching.modules import attached
+from .. import _C, functional, memory
+from ..patching.calls import NAMES
+from ..patching.modules import attached
+from .by_torch import DISABLED, DISABLED_REASON, SMALLEST
+from .registry import COMPOSED, OPS, ROWS
+from .usable import tensors_of, unusable_because
+
+#: What csrc/cpu compiles in: the elements that a thread takes at least, by kind; the bytes from which on a result comes from
+#: the pool. For fastops.explain; a test compares them with the sources.
+GRAIN = {"map": 16384, "fused": 16384, "reduce": 16384, "rows": 16384, "random": 4096}
+POOL_MINIMUM = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,15 @@ class _Torch:
 
 def _noted(kernels: list, torchs: list) -> dict[str, Any]:
     """The names of fastops.functional, its functions calling notes."""
-    space: dict[str, Any] = dict(vars(functional))
+    kinds = [m for m in vars(functional).values() if inspect.ismodule(m)]
+    kinds = [m for m in kinds if m.__name__.startswith(f"{functional.__name__}.")]
+    space: dict[str, Any] = {k: v for kind in kinds for k, v in vars(kind).items()}
     space |= {"_C": _Kernels(kernels), "F": _Torch(torchs)}
-    for name, value in vars(functional).items():
-        if isinstance(value, types.FunctionType) and value.__module__ == functional.__name__:
+    for name, value in list(space.items()):
+        if str(getattr(value, "__module__", "")).startswith(functional.__name__):
             value = inspect.unwrap(value)
+            if not isinstance(value, types.FunctionType):
+                continue
             copy = types.FunctionType(
                 value.__code__, space, name, value.__defaults__, value.__closure__
             )
@@ -147,7 +157,7 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _natives():
-    from .nn import MODULES
+    from ..nn import MODULES
 
     return MODULES
 

@@ -11,7 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 REBUILD = (
     "build it again for this torch: `pip install --no-build-isolation --force-reinstall --no-deps .` in the source tree, "
     "or the wheel that was made for it"
@@ -90,7 +90,7 @@ def load(torch_version: str) -> ModuleType:
         ImportError: it does not load, or was built for another minor version of torch; says what to do.
     """
     try:
-        from . import _C
+        from .. import _C
     except ImportError as error:
         raise ImportError(why_not(torch_version, error), name="fastops._C") from error
     built = _C.torch_version()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import functional as F
+from .. import functional as F
 
 
 class ReLU(torch.nn.ReLU):

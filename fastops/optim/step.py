@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _C
-from .._guard import DISABLED
+from .._core.by_torch import DISABLED
 
 try:
     from torch.distributed.tensor import DTensor

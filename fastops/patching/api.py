@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._guard import DISABLED, DISABLED_REASON
+from .._core.by_torch import DISABLED, DISABLED_REASON
 from ..nn import MODULES
 from .calls import NAMES, replace_calls
 from .joins import FOREIGN, join, may_join

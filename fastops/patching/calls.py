@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
-from .._guard import DISABLED, usable
-from .._op import COMPOSED, OPS
+from .._core.by_torch import DISABLED
+from .._core.registry import COMPOSED, OPS
+from .._core.usable import usable
 from .reading import MISSING, Refused, chain, is_hashable, lookup, tree_of
 
 CALLS: dict[Callable, Callable] = {}  # torch's function -> ours for tensors we take, else torch's
@@ -151,7 +152,7 @@ def _known(node: ast.expr, module: nn.Module | None, owner: str | None) -> objec
 
 # ---------------------------------------------------------------------------------------------- replacing callees
 
-_METHODS = {name: ours for name in dir(Tensor) if (ours := NAMES.get(getattr(Tensor, name)))}
+_METHODS = {m.__name__: name for m, name in NAMES.items() if getattr(Tensor, m.__name__, None) is m}
 
 
 def _method(name: str) -> Callable:

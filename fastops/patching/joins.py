@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _hooks
 
 from .. import functional
-from .._guard import usable
+from .._core.usable import usable
 from ..nn import MODULES
 from .calls import CALLS, NAMES
 from .modules import Recipe
@@ -240,7 +240,7 @@ FOREIGN = {
         "    if not usable(input):\n"
         "        return original(self, input)\n"
         '    return gelu(input, "tanh")\n',
-        (("gelu", "fastops.functional:gelu"), ("usable", "fastops._guard:usable")),
+        (("gelu", "fastops.functional:gelu"), ("usable", "fastops._core.usable:usable")),
     )
     for name in ("NewGELUActivation", "AccurateGELUActivation")
 }

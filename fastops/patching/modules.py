@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..nn import MODULES
@@ -139,8 +140,12 @@ def _forward(module: nn.Module, recipe: Recipe) -> tuple[Any, types.CellType]:
     reference = weakref.ref(module)
     run: Any = _function(module, recipe)
 
+    is_traced = (
+        torch._C._get_tracing_state
+    )  # by torch.jit.trace: what is saved has to load without fastops
+
     def forward(*args, **kwargs):
-        return run(reference(), *args, **kwargs)
+        return (original if is_traced() else run)(reference(), *args, **kwargs)
 
     code = forward.__code__
     cell: Any = (forward.__closure__ or ())[code.co_freevars.index("run")]
@@ -149,8 +154,8 @@ def _forward(module: nn.Module, recipe: Recipe) -> tuple[Any, types.CellType]:
         code, getattr(original, "__globals__", {}), "forward", None, forward.__closure__
     )
     functools.update_wrapper(made, original)
-    parameters = list(inspect.signature(original).parameters.values())
-    made.__signature__ = inspect.Signature(parameters[1:])
+    signature = inspect.signature(original)
+    made.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
     return made, cell
 
 

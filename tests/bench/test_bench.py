@@ -18,7 +18,7 @@ from bench.cases import OPTIMIZERS, PARAMETERS, all_cases
 from bench.report import write_json
 from bench.timing import FEW, LEAST, make_copy, measure
 from bench.verify import Wrong, compare
-from fastops._op import OPS
+from fastops._core.registry import OPS
 
 RELU = "relu 16 "
 TRAINED = "relu 16 float32 forward+backward"

@@ -26,7 +26,7 @@ from cuda_cases import ALL, FEW, captured, inputs_of
 from optimizer_cases import OPTIONS, gradient, parameters
 
 import fastops
-from fastops._op import OPS, overload
+from fastops._core.registry import OPS, overload
 
 PLACES = [pytest.param(case, "cpu", id=f"{case.name}-cpu") for case in FEW] + [
     pytest.param(case, *CUDA.values, id=f"{case.name}-cuda", marks=CUDA.marks) for case in ALL

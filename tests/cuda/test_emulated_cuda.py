@@ -51,7 +51,7 @@ from emulation.library import (
 )  # fmt: skip
 
 from bench.cases import PARAMETERS
-from fastops._op import parameters_of
+from fastops._core.registry import parameters_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

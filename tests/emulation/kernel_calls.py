@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastops._op import OPS
+from fastops._core.registry import OPS
 
 from .library import (
     DTYPES,

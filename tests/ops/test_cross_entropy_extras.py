@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
 
 import fastops
-from fastops._op import overload
+from fastops._core.registry import overload
 from fastops.functional import cross_entropy
 
 every_case = pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,7 @@ import torch
 from torch.func import grad, jvp
 
 import fastops
-from fastops._op import OPS, overload
+from fastops._core.registry import OPS, overload
 
 F = fastops.functional
 

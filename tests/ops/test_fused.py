@@ -9,7 +9,7 @@ from cases import DTYPES, LAYOUTS, assert_as_accurate, randn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastops
-from fastops._op import overload
+from fastops._core.registry import overload
 
 F = fastops.functional
 SEED = torch.tensor(0x1234_5678_9ABC_DEF)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 import fastops
-from fastops._op import OPS
+from fastops._core.registry import OPS
 
 BUDGET = int(os.environ.get("FASTOPS_FUZZ", 0))
 FUZZ = settings(

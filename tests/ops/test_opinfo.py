@@ -15,7 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastops import functional
-from fastops._op import COMPOSED, OPS
+from fastops._core.registry import COMPOSED, OPS
 
 OTHER_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
                 torch.complex128, torch.complex64, torch.float8_e4m3fn]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from cases import DTYPES, LAYOUTS
 
 import fastops
-from fastops._op import overload
+from fastops._core.registry import overload
 
 F = fastops.functional
 dropout = overload("dropout")

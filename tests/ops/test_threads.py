@@ -12,7 +12,7 @@ import torch
 from instruction_sets import ISAS, available, need
 
 import fastops
-from fastops._op import COMPOSED, OPS
+from fastops._core.registry import COMPOSED, OPS
 
 ROOT = Path(__file__).parents[2]
 F = fastops.functional

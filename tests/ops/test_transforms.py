@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vjp, vmap
 
 import fastops
-from fastops._op import OPS, ROWS, overload
+from fastops._core.registry import OPS, ROWS, overload
 
 SMALL = [
     c
@@ -161,7 +161,11 @@ def test_vmap(case, dim):
 
 def parameters(row, weight):
     """What a row takes beside its inputs: `weight` where that is a tensor, else the defaults."""
-    return [weight] if "Tensor" in ROWS[row][1] else [v for _, v in fastops._op.parameters_of(row)]
+    return (
+        [weight]
+        if "Tensor" in ROWS[row][1]
+        else [v for _, v in fastops._core.registry.parameters_of(row)]
+    )
 
 
 def opcheck_inputs():
@@ -171,7 +175,7 @@ def opcheck_inputs():
     weight = torch.rand(6)
     for row, (kind, _) in ROWS.items():
         if kind == "map":
-            params = [v for _, v in fastops._op.parameters_of(row)]
+            params = [v for _, v in fastops._core.registry.parameters_of(row)]
             yield row, (x, *params)
             yield f"{row}_", (x, *params)
             yield f"{row}_backward", (x, t, *params)

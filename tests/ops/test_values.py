@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import DTYPES, INPUTS, Case, assert_as_accurate, cases, gradients, ids
 
-from fastops._op import OPS, ROWS, overload, parameters_of
+from fastops._core.registry import OPS, ROWS, overload, parameters_of
 
 ALL = cases()
 

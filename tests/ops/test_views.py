@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastops
-from fastops._op import OPS
+from fastops._core.registry import OPS
 
 VIEWS = {
     "whole": lambda b: b.view(6, 4),

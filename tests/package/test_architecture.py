@@ -11,7 +11,7 @@ import torch
 
 import fastops
 from fastops import functional
-from fastops._op import COMPOSED, OPS, ROWS, overload
+from fastops._core.registry import COMPOSED, OPS, ROWS, overload
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -104,7 +104,9 @@ def test_docstring_of_composed_functions(name):
 @pytest.mark.parametrize("row", [r for r, (kind, _) in ROWS.items() if kind == "map"])
 def test_schema_has_the_formulas_parameters(row):
     arguments = overload(row)._schema.arguments[1:]
-    assert [(a.name, a.default_value) for a in arguments] == fastops._op.parameters_of(row)
+    assert [(a.name, a.default_value) for a in arguments] == fastops._core.registry.parameters_of(
+        row
+    )
 
 
 def test_every_function_has_a_function_class_and_all_names_exist():

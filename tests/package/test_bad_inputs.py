@@ -16,7 +16,7 @@ from torch import nn
 
 import bench.__main__ as bench_command
 import fastops
-from fastops._op import OPS, overload
+from fastops._core.registry import OPS, overload
 
 F, N, M = fastops.functional, fastops.nn, fastops.optim
 NAN = float("nan")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastops
-from fastops._op import OPS
+from fastops._core.registry import OPS
 
 CALLS = int(os.environ.get("FASTOPS_LEAK_CALLS", 100))
 LARGE = 40_000  # elements: above what the interpreter's lock is kept for, and cut into parts for several threads

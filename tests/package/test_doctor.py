@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import fastops
-from fastops import _abi, _guard, doctor, selfcheck
+from fastops import doctor, selfcheck
 from fastops.__main__ import main
-from fastops._op import OPS
+from fastops._core import by_torch, loader
+from fastops._core.registry import OPS
 
-SUFFIX = _abi.EXTENSION_SUFFIXES[0]
+SUFFIX = loader.EXTENSION_SUFFIXES[0]
 
 
 def findings(section):
@@ -33,7 +34,7 @@ def test_all_is_well(capsys):
 
 
 def test_a_check_of_torch_beside_torch_is_not_called_one(monkeypatch):
-    monkeypatch.setattr(_guard, "DISABLED", True)
+    monkeypatch.setattr(by_torch, "DISABLED", True)
     (said,) = doctor.self_check().findings
     assert said.state == doctor.NOTE and said.text.startswith("not checked: FASTOPS_DISABLE is set")
 
@@ -146,10 +147,10 @@ def test_an_extension_that_does_not_load_is_a_sentence(tmp_path, contents, suffi
 
 def test_a_build_for_another_minor_version_is_refused_though_it_loads(monkeypatch):
     monkeypatch.setattr(fastops._C, "torch_version", lambda: "2.9.1")
-    monkeypatch.setattr(_abi, "built_for", lambda file: "2.9.1")
+    monkeypatch.setattr(loader, "built_for", lambda file: "2.9.1")
     with pytest.raises(ImportError, match=r"built for torch 2\.9\.1, this is torch 2\.14\.1"):
-        _abi.load("2.14.1")
-    assert _abi.load("2.9.0+cpu") is fastops._C
+        loader.load("2.14.1")
+    assert loader.load("2.9.0+cpu") is fastops._C
 
 
 def test_a_build_for_another_patch_version_is_a_note(monkeypatch):
@@ -158,7 +159,7 @@ def test_a_build_for_another_patch_version_is_a_note(monkeypatch):
 
 
 def test_the_file_says_what_it_was_built_for():
-    assert _abi.built_for(_abi.path()) == fastops._C.torch_version()
+    assert loader.built_for(loader.path()) == fastops._C.torch_version()
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -176,13 +177,13 @@ def fat_binary(*entries: tuple[int, int]) -> bytes:
 def test_architectures_are_read_from_the_file(tmp_path):
     file = tmp_path / "_C.so"
     file.write_bytes(b"abc" + fat_binary((2, 80), (2, 120), (1, 120)) + b"\0" * 99 + fat_binary((2, 80)))  # fmt: skip
-    assert _abi.cuda_architectures(file) == ["sm_80", "compute_120", "sm_120"]
+    assert loader.cuda_architectures(file) == ["sm_80", "compute_120", "sm_120"]
     file.write_bytes(fat_binary((2, 80))[:20])
-    assert _abi.cuda_architectures(file) == []
+    assert loader.cuda_architectures(file) == []
 
 
 def test_cuda_kernels_of_this_build_name_their_architectures():
-    assert bool(_abi.cuda_architectures(_abi.path())) == fastops._C.cuda_built()
+    assert bool(loader.cuda_architectures(loader.path())) == fastops._C.cuda_built()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_a_gpu_without_kernels_is_wrong(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 1))
     monkeypatch.setattr(fastops._C, "cuda_built", lambda: True)
-    monkeypatch.setattr(_abi, "cuda_architectures", lambda file: ["sm_80"])
+    monkeypatch.setattr(loader, "cuda_architectures", lambda file: ["sm_80"])
     found = findings(doctor.cuda())["GPU 0"]
     assert found.state == doctor.WRONG and "TORCH_CUDA_ARCH_LIST=6.1" in found.text
 

@@ -17,7 +17,7 @@ from torch import nn
 import fastops
 import fastops.functional as F
 from fastops import _guard
-from fastops._op import OPS, ROWS
+from fastops._core.registry import OPS, ROWS
 from fastops.memory import pool_info
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +213,7 @@ def test_disabled_everything_is_torchs():
     out = python(
         """
         import torch, fastops, fastops.functional as F
-        from fastops._op import OPS
+        from fastops._core.registry import OPS
         from fastops.nn import MODULES
         from cases import cases
         from models import Block, Spy

@@ -133,10 +133,6 @@ def test_a_traced_dropout_obeys_train_and_eval():
         assert "dropout" in ours(traced, x)
 
 
-def dropouts(x, training):
-    return F.dropout1d(x[0], 0.5, training), F.dropout2d(x, 0.5, training), F.dropout3d(x, 0.5)
-
-
 @pytest.mark.parametrize("name", ["dropout1d", "dropout2d", "dropout3d", "alpha_dropout"])
 def test_functions_made_of_others_are_one_function_to_torch_fx(name):
     function = getattr(fastops.functional, name)
@@ -205,8 +201,7 @@ def test_a_shallow_copy_runs_its_own_submodules(pair):
 def test_a_replica_runs_its_own_submodules(pair):
     block = pair[1][0]
     replica = block._replicate_for_data_parallel()
-    for name, child in block._modules.items():
-        replica._modules[name] = child._replicate_for_data_parallel()
+    assert replica._modules is not block._modules
     replica._modules["conv1"] = nn.Conv2d(4, 4, 3, padding=1)
     assert type(replica) is Block and "add_relu" in ours(replica, X)
     assert not torch.equal(replica(X), block(X))
@@ -256,7 +251,7 @@ def test_a_class_with_a_getstate_or_deepcopy_of_its_own():
         twin = copy.deepcopy(m)
         del m
         gc.collect()
-        assert type(twin) is cls and ours(twin, X) == ["add_relu"]
+        assert type(twin) is cls and ours(twin, X) == ["relu"]
 
 
 def test_a_patched_model_is_freed_at_once(pair):

@@ -1,0 +1,60 @@
+"""What an elementwise declaration stands for: the body of the function."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Mapping
+from typing import Any
+
+
+def body_of(function: Any, rows: Mapping[str, dict[str, Any]] | None) -> Any:
+    """The function that a declaration stands for. It is text and not a closure since the tests of a call's arguments cost
+    as much as a small kernel."""
+    name, parameters = function.__name__, list(inspect.signature(function).parameters)
+    input, rest = parameters[0], parameters[1:]
+    inplace = "inplace" in rest
+    chosen = [n for n in rest if rows and any(n in fixed for fixed in rows.values())]
+    given = ", ".join([input, *(n for n in rest if n not in ("inplace", *chosen))])
+    lines = [
+        f"def {name}({', '.join(parameters)}):",
+        f"    if has_torch_function_unary({input}):",
+        f"        return handle_torch_function({name}, ({input},), {', '.join([input, *(f'{n}={n}' for n in rest)])})",
+        "    try:",
+    ]
+    for row, fixed in (rows or {name: {}}).items():
+        test = [f"{n} == {fixed.get(n, function.__defaults__[rest.index(n)])!r}" for n in chosen]
+        indent = "        "
+        if test:
+            lines.append(f"{indent}if {' and '.join(test)}:")
+            indent += "    "
+        call = f"_C.{row}({given})"
+        lines.append(
+            f"{indent}return {f'_C.{row}_({given}) if inplace else ' if inplace else ''}{call}"
+        )
+    lines += [
+        "    except TypeError as error:",
+        f"        raise refusal({name}, {input}) or error from None",
+    ]
+    for n in chosen:
+        values = [
+            fixed.get(n, function.__defaults__[rest.index(n)]) for fixed in (rows or {}).values()
+        ]
+        lines.append(
+            f'    raise RuntimeError(f"{n} argument must be either {" or ".join(values)}, got {{{n}!r}}.")'
+        )
+    text = "\n".join(lines) + "\n"
+    file = f"<fastops.functional.{name}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+    space: dict[str, Any] = {}
+    exec(compile(text, file, "exec"), function.__globals__, space)
+    written = space[name]
+    written.__defaults__, written.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return _like(written, function)
+
+
+def _like(made: Any, function: Any) -> Any:
+    """A function in another's place: its names, documentation and annotations."""
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(made, attribute, getattr(function, attribute))
+    return made

@@ -1,0 +1,62 @@
+"""Softmax and its logarithm along a dimension."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .. import _C
+from .._core.registry import op
+
+__all__ = ["log_softmax", "softmax"]
+
+
+def _softmax_dim(name: str, ndim: int, stacklevel: int) -> int:
+    return F._get_softmax_dim(name, ndim, stacklevel + 2)  # type: ignore[attr-defined]
+
+
+@op(kind="rows", reference=F.softmax)
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """exp(input) / sum(exp(input)) along a dimension.
+
+    Args:
+        input: a float tensor of any shape and dense layout; other dtypes with `dtype` only.
+        dim: the dimension whose values sum to 1.
+        dtype: what input is converted to first.
+
+    Raises:
+        IndexError: `dim` is out of range.
+        NotImplementedError: integers without `dtype`.
+
+    Same as :func:`torch.nn.functional.softmax`; float32 under autocast. Example: ``softmax(torch.zeros(4), dim=0)`` is
+    0.25 four times.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
+        )
+    if dim is None:
+        dim = _softmax_dim("softmax", input.dim(), _stacklevel)
+    return _C.softmax(input if dtype is None else input.to(dtype=dtype), dim)
+
+
+@op(kind="rows", reference=F.log_softmax)
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """log(softmax(input)) along a dimension, without overflow.
+
+    Args, errors: those of :func:`softmax`. Same as :func:`torch.nn.functional.log_softmax`.
+    Example: ``log_softmax(torch.zeros(4), dim=0)`` is -1.3863 four times.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
+        )
+    if dim is None:
+        dim = _softmax_dim("log_softmax", input.dim(), _stacklevel)
+    return _C.log_softmax(input if dtype is None else input.to(dtype=dtype), dim)
