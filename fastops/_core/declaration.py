@@ -1,4 +1,4 @@
-"""What an elementwise declaration stands for: the body of the function."""
+"""What an elementwise declaration stands for: the body of the function, and its module."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import inspect
 import linecache
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 
 def body_of(function: Any, rows: Mapping[str, dict[str, Any]] | None) -> Any:
@@ -58,3 +60,36 @@ def _like(made: Any, function: Any) -> Any:
     for attribute in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
         setattr(made, attribute, getattr(function, attribute))
     return made
+
+
+def module_of(
+    name: str, signature: inspect.Signature, functional: Any
+) -> type[torch.nn.Module] | None:
+    """The module of a function: torch.nn's of the same name, whose attributes are the function's arguments. None where
+    torch.nn has none, or one that takes other attributes."""
+    base: Any = next(
+        (c for n, c in vars(torch.nn).items() if n.lower() == name.replace("_", "")), None
+    )
+    if not (isinstance(base, type) and issubclass(base, torch.nn.Module)):
+        return None
+    attributes = list(signature.parameters)[1:]
+    if not set(attributes) <= vars(base()).keys():
+        return None
+    given = ", ".join(["input", *(f"self.{n}" for n in attributes)])
+    text = f"def forward(self, input):\n    return F.{name}({given})\n"
+    file = f"<fastops.nn.{base.__name__}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(True), file)
+    space: dict[str, Any] = {"F": functional}
+    exec(compile(text, file, "exec"), space)
+    space["forward"].__annotations__ = {"input": torch.Tensor, "return": torch.Tensor}
+    space["forward"].__module__ = "fastops.nn"
+    arguments = f"arguments of :class:`torch.nn.{base.__name__}`"
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "__module__": "fastops.nn",
+            "__doc__": f":func:`fastops.functional.{name}` as a module; {arguments}.",
+            "forward": space["forward"],
+        },
+    )

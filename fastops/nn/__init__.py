@@ -1,5 +1,9 @@
 """Modules: torch.nn's, with the forward pass of fastops.functional. Names, arguments, attributes and state_dicts are
-torch.nn's, because each is a subclass of its torch.nn counterpart."""
+torch.nn's, because each is a subclass of its torch.nn counterpart. What fastops has no module for is torch.nn's own:
+`fastops.nn.Linear` is `torch.nn.Linear`.
+
+Modules of elementwise functions are made from the table of ops: `ReLU` of `relu`, with the parameters of the function as
+attributes. Those that take more are written here."""
 
 from __future__ import annotations
 
@@ -7,125 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-
-
-class ReLU(torch.nn.ReLU):
-    """:func:`fastops.functional.relu` as a module; arguments of :class:`torch.nn.ReLU`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(input, self.inplace)
-
-
-class ReLU6(torch.nn.ReLU6):
-    """:func:`fastops.functional.relu6` as a module; arguments of :class:`torch.nn.ReLU6`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu6(input, self.inplace)
-
-
-class Hardtanh(torch.nn.Hardtanh):
-    """:func:`fastops.functional.hardtanh` as a module; arguments of :class:`torch.nn.Hardtanh`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
-
-
-class LeakyReLU(torch.nn.LeakyReLU):
-    """:func:`fastops.functional.leaky_relu` as a module; arguments of :class:`torch.nn.LeakyReLU`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.leaky_relu(input, self.negative_slope, self.inplace)
-
-
-class ELU(torch.nn.ELU):
-    """:func:`fastops.functional.elu` as a module; arguments of :class:`torch.nn.ELU`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.elu(input, self.alpha, self.inplace)
-
-
-class SELU(torch.nn.SELU):
-    """:func:`fastops.functional.selu` as a module; arguments of :class:`torch.nn.SELU`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.selu(input, self.inplace)
-
-
-class CELU(torch.nn.CELU):
-    """:func:`fastops.functional.celu` as a module; arguments of :class:`torch.nn.CELU`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.celu(input, self.alpha, self.inplace)
-
-
-class Sigmoid(torch.nn.Sigmoid):
-    """:func:`fastops.functional.sigmoid` as a module; arguments of :class:`torch.nn.Sigmoid`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.sigmoid(input)
-
-
-class Tanh(torch.nn.Tanh):
-    """:func:`fastops.functional.tanh` as a module; arguments of :class:`torch.nn.Tanh`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.tanh(input)
-
-
-class LogSigmoid(torch.nn.LogSigmoid):
-    """:func:`fastops.functional.logsigmoid` as a module; arguments of :class:`torch.nn.LogSigmoid`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.logsigmoid(input)
-
-
-class Softplus(torch.nn.Softplus):
-    """:func:`fastops.functional.softplus` as a module; arguments of :class:`torch.nn.Softplus`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.softplus(input, self.beta, self.threshold)
-
-
-class Softsign(torch.nn.Softsign):
-    """:func:`fastops.functional.softsign` as a module; arguments of :class:`torch.nn.Softsign`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.softsign(input)
-
-
-class SiLU(torch.nn.SiLU):
-    """:func:`fastops.functional.silu` as a module; arguments of :class:`torch.nn.SiLU`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.silu(input, self.inplace)
-
-
-class Mish(torch.nn.Mish):
-    """:func:`fastops.functional.mish` as a module; arguments of :class:`torch.nn.Mish`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.mish(input, self.inplace)
-
-
-class Hardsigmoid(torch.nn.Hardsigmoid):
-    """:func:`fastops.functional.hardsigmoid` as a module; arguments of :class:`torch.nn.Hardsigmoid`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.hardsigmoid(input, self.inplace)
-
-
-class Hardswish(torch.nn.Hardswish):
-    """:func:`fastops.functional.hardswish` as a module; arguments of :class:`torch.nn.Hardswish`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.hardswish(input, self.inplace)
-
-
-class GELU(torch.nn.GELU):
-    """:func:`fastops.functional.gelu` as a module; arguments of :class:`torch.nn.GELU`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, self.approximate)
+from .._core.declaration import module_of
+from .._core.registry import OPS
 
 
 class Softmax(torch.nn.Softmax):
@@ -255,9 +142,24 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )  # fmt: skip
 
 
+for _op in OPS.values():
+    if _op.kind == "map" and (_module := module_of(_op.name, _op.signature, F)) is not None:
+        globals()[_module.__name__] = _module
+
 MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     cls.__mro__[1]: cls  # torch.nn's class -> ours
     for cls in list(vars().values())
     if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == __name__
 }
 __all__ = sorted(cls.__name__ for cls in MODULES.values())
+
+
+def __getattr__(name: str):
+    """torch.nn's own, of the names that are not here."""
+    if not name.startswith("__") and hasattr(torch.nn, name):
+        return getattr(torch.nn, name)
+    raise AttributeError(f"neither {__name__} nor torch.nn has {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(n for n in dir(torch.nn) if not n.startswith("_"))})
