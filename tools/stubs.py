@@ -1,6 +1,8 @@
-"""Writes fastops/_C.pyi from what the extension says of its own functions: `make stubs`, after C++ gained one. Then
-mypy.stubtest compares the two."""
+"""Writes the .pyi files of what is made when it is imported: fastops._C from what the extension says of its own functions,
+fastops.autograd and fastops.nn from the table of ops, fastops.optim from its signatures. `make stubs`, after any of these
+gained a name. Then mypy.stubtest compares the extension's with the extension."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -10,8 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastops import _C  # noqa: E402
+import torch  # noqa: E402
 
+import fastops.nn  # noqa: E402
+import fastops.optim  # noqa: E402
+from fastops import _C, autograd  # noqa: E402
+from fastops._core.registry import ROWS, overload  # noqa: E402
+
+WRITTEN = "# Written by tools/stubs.py (`make stubs`).\n"
 STUB = ROOT / "fastops" / "_C.pyi"
 HEAD = "# Written by tools/stubs.py (`make stubs`).\nfrom collections.abc import Callable\n\nimport torch\n"
 PLAIN = {
@@ -55,6 +63,97 @@ def stub() -> str:
     return "\n".join([HEAD, *functions, *classes, ""])
 
 
+OF_SCHEMA = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "float": "float", "int": "int"}
+
+
+def autograd_stub() -> str:
+    """fastops.autograd: a Function for every row, whose apply() takes the arguments of the row's schema."""
+    lines = [WRITTEN + "from torch import Tensor", "from torch.autograd import Function", ""]
+    lines += ["def class_name(row: str) -> str: ..."]
+    names = {autograd.class_name(row): row for row in ROWS}
+    for name in autograd.__all__:
+        arguments = [a for a in overload(names[name])._schema.arguments if a.name != "upcast"]
+        written = []
+        for a in arguments:
+            default = f" = {a.default_value!r}" if a.has_default_value() else ""
+            written.append(f"{a.name}: {OF_SCHEMA[str(a.type)]}{default}")
+        given = ", ".join(["cls", *written, "/"])
+        lines += [f"class {name}(Function):", "    @classmethod"]
+        lines += [f"    def apply({given}) -> Tensor: ...  # type: ignore[override]"]
+    return "\n".join(lines) + "\n"
+
+
+def nn_stub() -> str:
+    """fastops.nn: the classes, and torch.nn's names."""
+    lines = [WRITTEN + "from typing import Any", "", "import torch", ""]
+    lines += ["MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]]", ""]
+    lines += ["def __getattr__(name: str) -> Any: ...", ""]
+    for name in fastops.nn.__all__:
+        cls = getattr(fastops.nn, name)
+        lines.append(f"class {name}(torch.nn.{name}):")
+        if "__init__" in vars(cls):
+            own = [p for p in inspect.signature(cls).parameters.values() if p.annotation is not p.empty]
+            for p in own:
+                lines.append(f"    {p.name}: {p.annotation}")
+            given = ", ".join(f"{p.name}: {p.annotation} = {p.default!r}" for p in own)
+            lines.append(f"    def __init__(self, *args: Any, {given}, **kwargs: Any) -> None: ...")
+        else:
+            lines.append("    pass")
+    return "\n".join(lines) + "\n"
+
+
+def optim_stub() -> str:
+    """fastops.optim: every optimizer with the whole of its signature."""
+    names = [n for n in fastops.optim.__all__ if isinstance(getattr(fastops.optim, n), type)]
+    others = [n for n in fastops.optim.__all__ if n not in names]
+    lines = [WRITTEN + "from typing import Any", "", "import torch", "from torch import Tensor", ""]
+    for name in others:
+        source = getattr(fastops.optim, name).__module__.rpartition(".")[2]
+        lines.append(f"from .{source} import {name} as {name}")
+    lines += ["from .step import FusedStep", "", "def __getattr__(name: str) -> Any: ...", ""]
+    for name in names:
+        cls = getattr(fastops.optim, name)
+        base = next(c for c in cls.__mro__ if c.__module__.startswith("torch.optim"))
+        lines.append(f"class {name}(FusedStep, torch.optim.{base.__name__}):")
+        written, star = [], False
+        for p in inspect.signature(cls).parameters.values():
+            if p.kind is p.KEYWORD_ONLY and not star:
+                written, star = [*written, "*"], True
+            default = "" if p.default is p.empty else f" = {default_of(p.default)}"
+            written.append(f"{p.name}: {type_of(p)}{default}")
+        lines.append(f"    def __init__(self, {', '.join(written)}) -> None: ...")
+    return "\n".join(lines) + "\n"
+
+
+def default_of(value: object) -> str:
+    return repr(value) if isinstance(value, bool | int | float | str | tuple | None) else "..."
+
+
+def type_of(p: inspect.Parameter) -> str:
+    """What a parameter of an optimizer takes: by its default, since torch's own annotations name types of torch.optim's."""
+    if p.default is p.empty:
+        return "Any"
+    if p.name == "lr":
+        return "float | Tensor"
+    if isinstance(p.default, bool):
+        return "bool"
+    if isinstance(p.default, int | float):
+        return "float"
+    if isinstance(p.default, str):
+        return "str"
+    if isinstance(p.default, tuple):
+        return "tuple[float | Tensor, ...]"
+    return "Any"
+
+
+STUBS = {
+    STUB: stub,
+    ROOT / "fastops" / "autograd.pyi": autograd_stub,
+    ROOT / "fastops" / "nn" / "__init__.pyi": nn_stub,
+    ROOT / "fastops" / "optim" / "__init__.pyi": optim_stub,
+}
+
+
 def stubtest() -> subprocess.CompletedProcess[str]:
     """mypy.stubtest of the extension and the file, without following torch, which would take it a minute."""
     with tempfile.TemporaryDirectory() as folder:
@@ -69,9 +168,12 @@ def stubtest() -> subprocess.CompletedProcess[str]:
 
 
 def main() -> int:
-    """Writes the file, formats it and has it checked; returns the checker's exit code."""
-    STUB.write_text(stub())
-    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(STUB)], check=True)
+    """Writes the files, formats them and has the extension's checked; returns the checker's exit code."""
+    for file, write in STUBS.items():
+        file.write_text(write())
+    files = list(map(str, STUBS))
+    subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "--fix", *files], check=True)
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", *files], check=True)
     done = stubtest()
     print(done.stdout + done.stderr, end="")
     return done.returncode

@@ -34,7 +34,7 @@ void bind_rows(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_optimizers(pybind11::module_& m);
 
-// What fastops/_core/fallback.py makes of (name, arguments) of a call that was refused; NotImplemented where
+// What fastops/_op.py makes of (name, arguments) of a call that was refused; NotImplemented where
 // it has nothing better.
 void set_hand_over(pybind11::function f);
 pybind11::object hand_over(const char* name, const pybind11::tuple& arguments);

@@ -9,7 +9,7 @@
 
 namespace py = pybind11;
 
-// fastops/_core/loader.py finds this in the file, where the extension does not load.
+// fastops/_abi.py finds this in the file, where the extension does not load.
 extern "C" __attribute__((used, visibility("default"))) const char fastops_built_for[] =
     "fastops built for torch " FASTOPS_TORCH_VERSION "\n";
 

@@ -1,6 +1,7 @@
 """Elementwise functions: activations, and activations fused with their neighbours. A declaration with `@elementwise` is
 the whole of an activation: its body, module, autograd.Function, tests and benchmark rows are made from it."""
 
+# mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
 import torch

@@ -110,7 +110,7 @@ def _recipe_for(
 
 def _plan(model: nn.Module, functional: bool) -> tuple[PatchReport, _Plan]:
     """What patch() would report, and the recipe of each module that it touches."""
-    report, plan = PatchReport(), []
+    report, plan = PatchReport(), _Plan()
     missed: dict[str, tuple[nn.Module, set[str]]] = {}
     fast_path = False
     for name, module in model.named_modules():
@@ -181,9 +181,9 @@ def _plan_mode(
     report.replaced += [(name, what, how) for name, what in names.items()]
     planned = next((r for m, r in plan if m is model), found.recipe if found else None)
     base = planned or Recipe("", (), True)
-    words = tuple((what, how) for what in names.values())
+    within = tuple((what, how) for what in names.values())
     plan[:] = [(m, r) for m, r in plan if m is not model]
-    mode = Recipe(base.how, base.replaced + words, True, base.source, base.names, True)
+    mode = Recipe(base.how, base.replaced + within, True, base.source, base.names, True)
     plan.append((model, mode))
 
 

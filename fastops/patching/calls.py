@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -346,14 +347,18 @@ def _compiled(function: Any, tree: ast.FunctionDef, supplied: dict[str, object])
     before = function.__code__
     cells = dict(zip(before.co_freevars, function.__closure__ or (), strict=True))
     cells |= {name: types.CellType(value) for name, value in supplied.items()}
-    tree.decorator_list, tree.returns = [], None
-    none = ast.Constant(None)
+    # Under its own name it would hide the global one from itself.
+    tree.name, tree.decorator_list, tree.returns = "_fastops_function", [], None
     arguments = tree.args
     for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):  # fmt: skip
         if a is not None:
             a.annotation = None
-    arguments.defaults = [none for _ in arguments.defaults]
-    arguments.kw_defaults = [d and none for d in arguments.kw_defaults]
+
+    def none(default: ast.expr) -> ast.expr:
+        return ast.copy_location(ast.Constant(None), default)
+
+    arguments.defaults = [none(d) for d in arguments.defaults]
+    arguments.kw_defaults = [d and none(d) for d in arguments.kw_defaults]
     outer = ast.parse(f"def outer({', '.join(cells)}): pass").body[0]
     outer.body = [tree]  # type: ignore[attr-defined]
     ast.increment_lineno(tree, before.co_firstlineno - 1)
@@ -363,6 +368,7 @@ def _compiled(function: Any, tree: ast.FunctionDef, supplied: dict[str, object])
         made = next(
             c for c in made.co_consts if isinstance(c, types.CodeType) and c.co_name == name
         )
+    made = made.replace(co_name=before.co_name)
     closure = tuple(cells[name] for name in made.co_freevars)
     result = types.FunctionType(
         made, function.__globals__, function.__name__, function.__defaults__, closure
@@ -383,19 +389,37 @@ def replace_calls(
         within: what was replaced so far, by function; for recursion.
     """
     within = {} if within is None else within
-    key = (function, module is None)
     if not is_hashable(function):
         return function, set(), set()
+    key = (function, module is None)
+    if module is None and function in _HELPERS:
+        return _HELPERS[function]
     if key in within:
-        return within[key]
-    within[key] = (function, set(), set())  # of a function that calls itself, for the time being
+        within["recursive"] = within["recursive"] or within[key] is _UNFINISHED
+        return (function, set(), set()) if within[key] is _UNFINISHED else within[key]
+    outermost = not within
+    within.setdefault("recursive", False)
+    within[key] = _UNFINISHED
+    within[key] = result = _replaced(function, module, within)
+    if module is None and not within["recursive"] and isinstance(function, types.FunctionType):
+        _HELPERS[function] = result
+    if outermost:
+        within.clear()
+    return result
+
+
+_UNFINISHED = object()  # of a function that is being looked at
+_HELPERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by function, for all modules
+
+
+def _replaced(function: Any, module: nn.Module | None, within: dict) -> tuple[Any, set, set]:
     plain = inspect.unwrap(function)
     if not isinstance(plain, types.FunctionType) or plain.__module__ in ("torch", "builtins"):
-        return within[key]
+        return function, set(), set()
     try:
         tree = copy.deepcopy(tree_of(plain))
     except Refused:
-        return within[key]
+        return function, set(), set()
     replacer = _Replacer(plain, module, within)
     tree.body = [replacer.visit(s) for s in tree.body]
     found, missed = replacer.found, replacer.missed
@@ -405,6 +429,4 @@ def replace_calls(
     )
     if found and (plain is not function or mangled):  # decorated, or with names of its class
         found, missed = set(), missed | found
-    result = _compiled(plain, tree, replacer.supplied) if found else function
-    within[key] = (result, found, missed)
-    return within[key]
+    return (_compiled(plain, tree, replacer.supplied) if found else function), found, missed

@@ -86,7 +86,8 @@ class Attachment:
         module = self._alive()
         plain = object.__new__(type(module))
         vars(plain).update(self._without(vars(module)))
-        return type(module).__getstate__(plain)
+        cls: Any = type(module)
+        return cls.__getstate__(plain)
 
     def deepcopy(self, memo: dict) -> nn.Module:
         module = self._alive()

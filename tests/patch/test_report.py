@@ -137,6 +137,27 @@ def test_calls_are_replaced_without_a_mode():
     assert not has_mode(m)
 
 
+def with_defaults(x, y=1.0, *rest: "int", scale: float = 2.0, **named) -> torch.Tensor:
+    return torch.relu(x) * scale + y
+
+
+def turns(x, n):
+    """It calls itself."""
+    return F.silu(x) if n == 0 else turns(x, n - 1)
+
+
+class Helped(nn.Module):
+    def forward(self, x):
+        return with_defaults(x) + with_defaults(x, 3.0, scale=0.5) + turns(x, 2)
+
+
+def test_helpers_keep_their_defaults_and_may_call_themselves():
+    for m in (Helped(), Helped()):
+        y = m(X)
+        assert len(fastops.patch(m, functional=True).replaced) == 2
+        torch.testing.assert_close(m(X), y)
+
+
 def decorated(function):
     def wrapper(*args, **kwargs):
         return function(*args, **kwargs)
