@@ -25,6 +25,7 @@ from fastops._core.registry import OPS
 from .calls import Skipped, contenders, first_line
 from .cases import BOTH, QUICK_BYTES, STEP, Case, all_cases
 from .devices import why_not
+from .models import MODEL, model_cases
 from .report import LEGEND, Row, environment, print_summary, print_tables, write_json
 from .timing import make_copy, measure
 from .verify import Wrong, verify
@@ -119,7 +120,7 @@ def select(options: argparse.Namespace) -> list[Case]:
     Raises:
         UsageError: there are none.
     """
-    cases = all_cases(OPS)
+    cases = [*all_cases(OPS), *model_cases()]
     # At the start of a word: `relu 16` is not in `leaky_relu 16`.
     wanted = re.compile(r"(?<!\w)" + re.escape(options.filter), re.IGNORECASE)
     chosen = [c for c in cases if wanted.search(c.label)]
@@ -134,7 +135,9 @@ def select(options: argparse.Namespace) -> list[Case]:
 
 def run_case(case: Case, device: str, budget: float, which: str) -> Row:
     """Verifies a case and, if it is right, times it."""
-    with_compile = case.kind != STEP and (which == "all" or (which == "some" and case.compiled))
+    with_compile = case.kind not in (STEP, MODEL) and (
+        which == "all" or (which == "some" and case.compiled)
+    )
     try:
         verify(case, device)
         made = contenders(case, device, with_compile)

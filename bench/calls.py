@@ -18,6 +18,7 @@ from fastops.selfcheck import example_inputs
 
 from . import peers
 from .cases import BOTH, FORWARD, STEP, Case
+from .models import MODEL, model_calls
 
 Call = Callable[[], Any]
 STEPPERS = {
@@ -298,6 +299,12 @@ def contenders(case: Case, device: str, with_compile: bool) -> Contenders:
     """
     if case.kind == STEP:
         return optimizer_contenders(case, device)
+    if case.kind == MODEL:
+        try:
+            ours, theirs = model_calls(case, device)
+        except ImportError as error:
+            raise Skipped(first_line(error)) from None
+        return Contenders(ours, {"eager": theirs})
     return function_contenders(case, device, with_compile)
 
 

@@ -23,6 +23,7 @@ from .calls import (
     seeded,
 )
 from .cases import BOTH, STEP, Case
+from .models import MODEL, verify_model
 
 STEPS = 3
 
@@ -124,5 +125,5 @@ def verify(case: Case, device: str) -> None:
         Wrong: our result is not torch's.
         Skipped: the case cannot run here.
     """
-    checks = {"random": verify_random, STEP: verify_optimizer}
+    checks = {"random": verify_random, STEP: verify_optimizer, MODEL: verify_model}
     checks.get(case.kind, verify_function)(case, device)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .. import functional
 from .._core.by_torch import DISABLED
 from .._core.registry import COMPOSED, OPS
-from .._core.usable import usable
+from .._core.usable import CLASSES
 from .reading import MISSING, Refused, chain, is_hashable, lookup, tree_of
 
 CALLS: dict[Callable, Callable] = {}  # torch's function -> ours for tensors we take, else torch's
@@ -31,14 +31,21 @@ NAMES: dict[Callable, str] = {}  # torch's function -> our name
 
 
 def _call(name: str, ours: Callable, theirs: Callable, tensors: int = 1) -> None:
-    """Enters `ours` in place of `theirs`. The first `tensors` arguments must be tensors that the kernels take."""
+    """Enters `ours` in place of `theirs`, where the first `tensors` arguments are tensors. What of them the kernels do not
+    take is torch's by itself; what torch.fx traces and what knows its own functions has to see torch's."""
     accepted = frozenset(inspect.signature(ours).parameters)
 
-    def call(*args, **kwargs):
-        if len(args) >= tensors and all(usable(t) for t in args[:tensors]):
-            if accepted >= kwargs.keys():
-                return ours(*args, **kwargs)
+    def one(*args, **kwargs):
+        if args and type(args[0]) in CLASSES and (not kwargs or accepted >= kwargs.keys()):
+            return ours(*args, **kwargs)
         return theirs(*args, **kwargs)
+
+    def two(*args, **kwargs):
+        if len(args) > 1 and type(args[1]) in CLASSES:
+            return one(*args, **kwargs)
+        return theirs(*args, **kwargs)
+
+    call = one if tensors == 1 else two
 
     title = fx.node._get_qualified_name(theirs).replace(".", "_")
     call.__name__ = call.__qualname__ = f"call_{title}"
@@ -409,7 +416,9 @@ def replace_calls(
 
 
 _UNFINISHED = object()  # of a function that is being looked at
-_HELPERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by function, for all modules
+_HELPERS: weakref.WeakKeyDictionary[Any, Any] = (
+    weakref.WeakKeyDictionary()
+)  # by function, for all modules
 
 
 def _replaced(function: Any, module: nn.Module | None, within: dict) -> tuple[Any, set, set]:
