@@ -16,7 +16,7 @@ from torch import nn
 
 import fastops
 import fastops.functional as F
-from fastops import _guard
+from fastops._core import by_torch, explain
 from fastops._core.registry import OPS, ROWS
 from fastops.memory import pool_info
 
@@ -110,7 +110,7 @@ TORCHS = [
     ),
     (TF.relu, (SMALL,), {}, "fastops.functional.relu is ours"),
     (torch.softmax, (SMALL, 1), {}, "fastops.functional.softmax is ours"),
-    (nn.GELU(), (SMALL,), {}, "patch() makes it fastops.nn.GELU"),
+    (nn.GELU(), (SMALL,), {}, "patch() makes it run fastops.nn.GELU"),
 ]
 
 
@@ -169,32 +169,32 @@ def test_explain_refuses_what_is_not_ours():
 
 def test_what_explain_knows_of_the_kernels_is_what_they_are_compiled_with():
     files = {"map": "elementwise", "reduce": "loss", "rows": "cross_entropy", "random": "dropout"}
-    for kind, grain in _guard.GRAIN.items():
+    for kind, grain in explain.GRAIN.items():
         text = (CPU / f"{files.get(kind, kind)}.cpp").read_text()
         (found,) = re.findall(r"constexpr int64_t kGrain = (\d+);", text)
         assert int(found) == grain, kind
     pool = (CPU.parent / "torch" / "pool.cpp").read_text()
     (kib,) = re.findall(r"kMinimum =\s*size_t\{(\d+)\} << 10", pool)
-    assert int(kib) << 10 == _guard.POOL_MINIMUM
-    assert {"rows" if k in ("softmax", "cross_entropy") else k for k, _ in ROWS.values()} == {*_guard.GRAIN, "step"}  # fmt: skip
+    assert int(kib) << 10 == explain.POOL_MINIMUM
+    assert {"rows" if k in ("softmax", "cross_entropy") else k for k, _ in ROWS.values()} == {*explain.GRAIN, "step"}  # fmt: skip
 
 
 def test_the_table_of_sizes_binds_a_check():
     calls = []
-    bound = _guard.above(16, lambda *a, **k: calls.append("ours"), lambda *a, **k: calls.append("torch"))  # fmt: skip
+    bound = by_torch.above(16, lambda *a, **k: calls.append("ours"), lambda *a, **k: calls.append("torch"))  # fmt: skip
     for n in (15, 16):
         bound(torch.zeros(n))
         bound(input=torch.zeros(n), other=1)
     assert calls == ["torch", "torch", "ours", "ours"]
-    assert set(_guard.SMALLEST) <= set(OPS)
-    assert _guard.bound("relu", F.relu, TF.relu) is F.relu  # what is not in the table pays nothing
+    assert set(by_torch.SMALLEST) <= set(OPS)
+    assert by_torch.bound("relu", F.relu, TF.relu) is F.relu  # what is not in the table pays nothing
 
 
 def test_the_table_of_sizes_is_explained(monkeypatch):
-    monkeypatch.setitem(_guard.SMALLEST, "relu", 1000)
+    monkeypatch.setitem(by_torch.SMALLEST, "relu", 1000)
     assert said(F.relu, SMALL).runs == "torch" and "fewer than 1000" in said(F.relu, SMALL).why[0]
     assert said(F.relu, LARGE).runs == "fastops"
-    bound = _guard.bound("relu", F.relu, TF.relu)
+    bound = by_torch.bound("relu", F.relu, TF.relu)
     assert bound is not F.relu and inspect.signature(bound) == inspect.signature(F.relu)
     assert torch.equal(bound(SMALL), TF.relu(SMALL))
 
