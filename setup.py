@@ -176,4 +176,15 @@ else:
         extra_link_args=link,
     )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+
+def urls():
+    """Where the project lives, as the CI that builds a release says; a build elsewhere names no place."""
+    server, repository = (os.environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY"))
+    if not server or not repository:
+        return {}
+    home = f"{server}/{repository}"
+    pages = {"Source": "", "Issues": "/issues", "Changelog": "/blob/main/CHANGELOG.md"}
+    return {name: home + path for name, path in pages.items()}
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": Build}, project_urls=urls())
