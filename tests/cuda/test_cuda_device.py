@@ -21,6 +21,7 @@ from cases import (
     gradients,
     ids,
     moved,
+    roomy,
 )
 from cuda_cases import ALL, FEW, captured, inputs_of
 from optimizer_cases import OPTIONS, gradient, parameters
@@ -29,7 +30,8 @@ import fastops
 from fastops._core.registry import OPS, overload
 
 PLACES = [pytest.param(case, "cpu", id=f"{case.name}-cpu") for case in FEW] + [
-    pytest.param(case, *CUDA.values, id=f"{case.name}-cuda", marks=CUDA.marks) for case in ALL
+    pytest.param(case, *CUDA.values, id=f"{case.name}-cuda", marks=CUDA.marks)
+    for case in (ALL if NO_CUDA is None else ())
 ]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 cuda = pytest.mark.parametrize("device", [CUDA])
@@ -64,12 +66,10 @@ def test_as_accurate_as_torch(case, device, dtype):
         assert torch.equal(back(tensor), before) and tensor.stride() == before.stride()
 
 
-@pytest.mark.parametrize("case, device", PLACES)
+@pytest.mark.parametrize("case, device", [place for place in PLACES if roomy(place.values[0])])
 def test_special_values(case, device):
     """inf, -inf, nan, huge and denormal values give what torch gives, in float32 or in float64."""
     tensors = case.to(torch.float32).tensors
-    if tensors[0].numel() < 8 or any(stride == 0 for stride in tensors[0].stride()):
-        pytest.skip("too few elements to hold the special values")
     values = [torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, -0.0, 1e-37]
     if case.op.name in INPUTS:
         values = [0.0, -0.0, 1.0, 1e-37, 1e-36, 1 - 6e-8, 0.5, 1e-12]

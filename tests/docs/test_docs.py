@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,15 +33,15 @@ def test_pages_are_those_of_the_nav():
     assert sorted(PAGES) == sorted(str(p.relative_to(DOCS).as_posix()) for p in DOCS.rglob("*.md"))
 
 
-GROUPS = [[p] for p in NEEDS] + [[p for p in PAGES if snippets(p) and p not in NEEDS]]
+GROUPS = [
+    *(pytest.param([p], marks=pytest.mark.integration(*names)) for p, names in NEEDS.items()),
+    [p for p in PAGES if snippets(p) and p not in NEEDS],
+]
 
 
 @pytest.mark.parametrize("pages", GROUPS, ids=lambda pages: pages[0])
 def test_snippets_run(pages, tmp_path):
     """The snippets of a page are one program; pages without needs of their own share a process, and no names."""
-    missing = [m for p in pages for m in NEEDS.get(p, []) if find_spec(m) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} is not installed")
     programs = {page: "\n".join(snippets(page)) for page in pages}
     assert all(programs.values())
     code = f"for page, text in {programs!r}.items(): exec(compile(text, page, 'exec'), {{'__name__': '__main__'}})"
@@ -64,10 +63,7 @@ def test_autograd_functions_are_listed():
     assert re.findall(r"`(\w+)`", listed) == fastops.autograd.__all__
 
 
-@pytest.mark.skipif(
-    find_spec("mkdocs") is None or find_spec("mkdocstrings") is None or find_spec("material") is None,
-    reason="mkdocs-material and mkdocstrings[python] are not installed (`make docs` installs them)",
-)  # fmt: skip
+@pytest.mark.integration("mkdocs", "mkdocstrings", "material")
 def test_site_builds_without_a_warning_and_has_every_function(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],

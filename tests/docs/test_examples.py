@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def test_pytorch_primer():
     assert 0 < last < first < 2.3
 
 
-@pytest.mark.skipif(find_spec("keras") is None, reason="keras is not installed")
+@pytest.mark.integration("keras")
 def test_keras_primer():
     out = run("keras_primer.py")
     assert len(re.findall(r"^\w+: \[", out, re.M)) == 9
@@ -82,11 +81,6 @@ def test_fsdp2_in_two_processes_is_one_process():
 # ------------------------------------------------------------------------------------------------ training loops
 
 
-def needs(*packages):
-    missing = [name for name in packages if find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
-
-
 def numbers(out: str, name: str) -> list[float]:
     """Of the one line that starts with `name`."""
     (line,) = re.findall(rf"^{name} ([-\d. ]+)$", out, re.M)
@@ -108,21 +102,21 @@ def test_plain_loop():
     assert numbers(out, "resumed") == losses[10:]
 
 
-@needs("accelerate")
+@pytest.mark.integration("accelerate")
 def test_accelerate_loop():
     out = run("accelerate_loop.py")
     losses = assert_trains(out, 16, last=0.7)
     assert numbers(out, "resumed") == losses[8:]
 
 
-@needs("transformers", "accelerate")
+@pytest.mark.integration("transformers", "accelerate")
 def test_hf_trainer():
     out = run("hf_trainer.py")
     assert re.search(r"GELU\w* -> fastops", out, re.I)
     assert_trains(out, 12, last=0.7)
 
 
-@needs("timm")
+@pytest.mark.integration("timm")
 def test_timm_model():
     out = run("timm_model.py")
     assert "softmax -> fastops.functional" in out
@@ -131,7 +125,7 @@ def test_timm_model():
         assert_trains(out, 6, last=0.7, prefix=name + " ")
 
 
-@needs("lightning")
+@pytest.mark.integration("lightning")
 def test_lightning_module():
     out = run("lightning_module.py")
     losses = assert_trains(out, 4, last=0.95)

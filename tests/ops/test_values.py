@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, INPUTS, Case, assert_as_accurate, cases, gradients, ids
+from cases import DTYPES, INPUTS, Case, assert_as_accurate, cases, gradients, ids, roomy
 
 from fastops._core.registry import OPS, ROWS, overload, parameters_of
 
 ALL = cases()
+ROOMY = [case for case in ALL if roomy(case)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,12 +111,10 @@ def test_inputs_are_left_alone(case):
         assert t._version == v
 
 
-@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+@pytest.mark.parametrize("case", ROOMY, ids=ids(ROOMY))
 def test_special_values(case):
     """inf, -inf, nan and huge values give what torch gives, in float32 or (where the two differ) in float64."""
     x = case.tensors[0].to(torch.float32).clone()
-    if x.numel() < 8 or any(s == 0 for s in x.stride()):
-        pytest.skip("too few elements to hold the special values")
     flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
     values = [torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 0.0, -0.0, 1e-42]
     if case.op.name in INPUTS:  # the ends of what it takes, and what is next to them

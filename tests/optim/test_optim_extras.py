@@ -155,8 +155,10 @@ def test_sgd_is_proximal_gradient_descent(l1, l2, momentum):
     torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.integration("sklearn")
 def test_lasso_and_elastic_net_are_scikit_learns():
-    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")  # fmt: skip
+    from sklearn import linear_model
+
     x, y = sparse_problem()
     exact = {"fit_intercept": False, "tol": 1e-12, "max_iter": 100_000}
     for l1, l2 in ((0.05, 0.0), (0.2, 0.0), (0.2, 0.3)):

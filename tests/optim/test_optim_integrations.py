@@ -1,8 +1,5 @@
 """The optimizers in the hands of libraries that know torch.optim: distributed checkpoints, accelerate, Hugging Face's
-Trainer, Lightning. What is not installed is skipped, and pytest says so."""
-
-from importlib import import_module
-from importlib.util import find_spec
+Trainer, Lightning. `make integrations` installs them and runs these."""
 
 import pytest
 import torch
@@ -17,10 +14,6 @@ OURS = {
     "RMSprop": {"centered": True, "eps": 1e-3},
 }
 every = pytest.mark.parametrize("name", OURS)
-
-
-def needs(package):
-    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
 
 
 def make(name, model):
@@ -104,7 +97,7 @@ def test_step_within_backward(name):
 # ------------------------------------------------------------------------------------------------ others
 
 
-@needs("accelerate")
+@pytest.mark.integration("accelerate")
 @every
 def test_accelerate(name, tmp_path):
     """Accelerator.prepare, accumulation, clip_grad_norm_ and save_state/load_state."""
@@ -128,8 +121,7 @@ def test_accelerate(name, tmp_path):
         assert all(map(torch.equal, expected, plain.parameters()))
 
 
-@needs("transformers")
-@needs("accelerate")
+@pytest.mark.integration("transformers", "accelerate")
 @every
 def test_hugging_face_trainer(name, tmp_path):
     """Trainer(optimizer_cls_and_kwargs=...): groups with and without weight decay, a schedule, and a resumed run that
@@ -166,16 +158,11 @@ def test_hugging_face_trainer(name, tmp_path):
     assert_equal(whole, resumed)
 
 
-@pytest.mark.skipif(
-    find_spec("lightning") is None and find_spec("pytorch_lightning") is None,
-    reason="neither lightning nor pytorch_lightning is installed",
-)
+@pytest.mark.integration("lightning")
 @every
 def test_lightning(name, tmp_path):
     """Trainer.fit with a scheduler, its own clipping and a checkpoint."""
-    lightning = import_module(
-        "lightning.pytorch" if find_spec("lightning") else "pytorch_lightning"
-    )
+    import lightning.pytorch as lightning
 
     class Module(lightning.LightningModule):
         def __init__(self):

@@ -1,15 +1,12 @@
 """fastops/_C.pyi says what the extension has: neither less, nor more, nor another signature."""
 
 import ast
-from importlib.util import find_spec
 
 import pytest
 
 from tools import stubs
 
-with_mypy = pytest.mark.skipif(
-    find_spec("mypy") is None, reason="mypy is not installed (`make lint` installs it)"
-)
+with_mypy = pytest.mark.integration("mypy")
 
 
 def test_signatures_are_the_extensions():

@@ -3,24 +3,18 @@ float64's as without. Each family by its smallest member; `make zoo` (FASTOPS_ZO
 model."""
 
 import copy
-import importlib
 import os
 
 import pytest
 import torch
+import torchvision
+from models import Spy
 from torch import nn
 
 import fastops
 
 ALL = os.environ.get("FASTOPS_ZOO", "") not in ("", "0")
 EPS = torch.finfo(torch.float32).eps
-
-
-def package(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        pytest.skip(f"{name} is not importable: {error}")
 
 
 def without_dropout(m):
@@ -203,34 +197,26 @@ def images(side, number=4):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_torchvision(family):
     make, side, functional, least = FAMILIES[family]
-    tv = package("torchvision")
-    check(lambda: make(tv), images(side), functional, least)
+    check(lambda: make(torchvision), images(side), functional, least)
 
 
-def every_model():
-    if not ALL:
-        return [pytest.param("all", marks=pytest.mark.skip(reason="make zoo runs them"))]
-    import torchvision
+if ALL:
 
-    return torchvision.models.list_models(module=torchvision.models)
+    @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
+    def test_every_torchvision_model(name):
+        side = 224 if name.startswith("maxvit") else 96 if "inception" in name else 64
+        kwargs = {"num_classes": 10}
+        if name.startswith("vit_"):
+            side = 56 if name.endswith("14") else 64
+            kwargs["image_size"] = side
+        if name in ("googlenet", "inception_v3"):
+            kwargs |= {"init_weights": False, "aux_logits": False}
 
+        def make():
+            m = torchvision.models.get_model(name, **kwargs)
+            return narrow(m) if name.startswith(("vgg", "alexnet")) else m
 
-@pytest.mark.parametrize("name", every_model())
-def test_every_torchvision_model(name):
-    tv = package("torchvision")
-    side = 224 if name.startswith("maxvit") else 96 if "inception" in name else 64
-    kwargs = {"num_classes": 10}
-    if name.startswith("vit_"):
-        side = 56 if name.endswith("14") else 64
-        kwargs["image_size"] = side
-    if name in ("googlenet", "inception_v3"):
-        kwargs |= {"init_weights": False, "aux_logits": False}
-
-    def make():
-        m = tv.models.get_model(name, **kwargs)
-        return narrow(m) if name.startswith(("vgg", "alexnet")) else m
-
-    check(make, images(side, 2 if side == 224 else 4), functional=True)
+        check(make, images(side, 2 if side == 224 else 4), functional=True)
 
 
 # ---------------------------------------------------------------------------------------------- timm
@@ -243,9 +229,11 @@ TIMM = {
 }  # fmt: skip
 
 
+@pytest.mark.integration("timm")
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name):
-    timm = package("timm")
+    import timm
+
     check(lambda: timm.create_model(name, num_classes=10), images(TIMM[name]), functional=True)
 
 
@@ -279,19 +267,23 @@ def vit(hf, attention):
     return (lambda: hf.ViTForImageClassification(config)), given
 
 
+@pytest.mark.integration("transformers")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("build", [bert, gpt2, vit], ids=lambda f: f.__name__)
 def test_hugging_face(build, attention):
-    make, given = build(package("transformers"), attention)
+    import transformers
+
+    make, given = build(transformers, attention)
     report = str(check(make, given, functional=True, least=7))
     assert ("NewGELUActivation" if build is gpt2 else "GELUActivation: gelu") in report
     assert "cross_entropy" in report
 
 
+@pytest.mark.integration("transformers")
 def test_hugging_face_functions_that_run():
-    from models import Spy
+    import transformers
 
-    make, given = gpt2(package("transformers"), "eager")
+    make, given = gpt2(transformers, "eager")
     m = make().eval()
     fastops.patch(m, functional=True)
     with Spy() as spy:
@@ -302,8 +294,10 @@ def test_hugging_face_functions_that_run():
     assert m.generate(TOKENS, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[0] == 3
 
 
+@pytest.mark.integration("transformers")
 def test_hugging_face_saves_and_loads(tmp_path):
-    hf = package("transformers")
+    import transformers as hf
+
     make, given = bert(hf, "sdpa")
     m = make().eval()
     fastops.patch(m, functional=True)
