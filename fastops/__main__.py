@@ -262,8 +262,8 @@ def run_predict(options: argparse.Namespace) -> int:
     import json
 
     from fastops.finetune import ConfigError, load_classifier
+    from fastops.finetune.devices import find_device
     from fastops.finetune.folders import find_pictures
-    from fastops.finetune.trainer import find_device
 
     if options.top_k < 1:
         raise ConfigError(f"--top-k must be 1 or more, got {options.top_k}")

@@ -12,7 +12,7 @@ from .errors import ConfigError, DataError, FineTuneError, OutputError, WeightsE
 from .experiment import Result, finetune, resume
 from .predict import Classifier, export_program, load_classifier
 from .profiling import profile
-from .trainer import Run
+from .run import Run
 
 __all__ = [
     "Classifier",

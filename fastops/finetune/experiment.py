@@ -15,14 +15,17 @@ from . import processes
 from .checkpoints import Weights, find_weights, load_weights
 from .config import FineTuneConfig
 from .data import Collection, sample_per_class
+from .devices import find_device
 from .errors import ConfigError, OutputError
 from .fashion_mnist import load_raw, load_shipped
 from .folders import load_folder
 from .freezing import split
+from .interrupts import deferred_interrupt
 from .journal import Journal, find_writer
 from .networks import build, count_parameters, input_format
 from .pictures import InputFormat
 from .predict import export_program, load_classifier, save_classifier
+from .recipe import find_optimizer, ops_for
 from .report import (
     best_arm,
     compare_backends,
@@ -32,10 +35,11 @@ from .report import (
     write_report,
     write_text,
 )
+from .run import Run
 from .storage import check_run_folder, complete_file, make_run_folder, remove_unfinished
 from .surroundings import usual_state
 from .text import any_terminal, printable
-from .trainer import Run, deferred_interrupt, find_device, find_optimizer, fit, ops_for
+from .trainer import fit
 
 
 @dataclass

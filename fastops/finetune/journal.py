@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, OutputError
+from .run import Run
 from .storage import complete_file
-from .trainer import Run
 
 METRICS = "metrics.jsonl"
 

@@ -17,9 +17,9 @@ from .data import count_cores
 from .errors import ConfigError, DataError, WeightsError
 from .networks import build, evaluating
 from .pictures import InputFormat, read_picture
+from .run import Run
 from .storage import complete_file
 from .surroundings import usual_state
-from .trainer import Run
 
 BATCH = 32
 """Pictures that are decoded and classified at once."""

@@ -10,9 +10,11 @@ from .config import FineTuneConfig
 from .data import iterate, take
 from .experiment import Plan, make_plan
 from .measure import clock
+from .recipe import ops_for
 from .report import align
+from .run import Run
 from .surroundings import usual_state
-from .trainer import Run, Trainer, ops_for, prepare
+from .trainer import Trainer, prepare
 
 WARM_UP, TIMED, PROFILED = 3, 10, 3
 """Steps of each kind."""

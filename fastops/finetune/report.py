@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from .config import FineTuneConfig, plain
 from .data import Collection
 from .measure import spread
+from .run import Run
 from .storage import complete_file
-from .trainer import Run
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#666666")
 

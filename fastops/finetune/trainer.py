@@ -3,196 +3,49 @@
 import contextlib
 import inspect
 import math
-import os
-import signal
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..optim import param_groups
 from . import processes
 from .checkpoints import Weights, load_weights
-from .config import OPTIMIZERS, FineTuneConfig
-from .data import Collection, InMemory, OnDisk, augment, draw_batches, iterate, take
+from .config import FineTuneConfig
+from .cutting import CutNetwork
+from .data import Collection, InMemory, OnDisk, draw_batches, iterate, take
+from .devices import find_device
 from .errors import ConfigError, FineTuneError
-from .freezing import split
 from .measure import PeakMemory, clock
-from .networks import build, count_parameters, evaluating
+from .networks import build, count_parameters
 from .pictures import InputFormat
-
-CACHE_LIMIT = 2 << 30
-"""Outputs of frozen stages are kept when they take fewer bytes than this."""
-
-EVALUATION_BATCH = 250
+from .recipe import (
+    Ops,
+    StepAverage,
+    averages_in_step,
+    make_optimizer,
+    ops_for,
+    regularise,
+    thaw_steps,
+    warmup_cosine,
+)
+from .run import Run
 
 SAVE_SECONDS = 30
 """Time between checkpoints where no number of steps is given."""
 
 options_of_ddp = inspect.signature(DistributedDataParallel.__init__).parameters
+
 SYNC_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in options_of_ddp)
 """What DistributedDataParallel calls it to overwrite buffers by the first process's (torch 2.14 renamed it)."""
 
 CURVE_IMAGES = 300
 """The curves are drawn from this many test images; the table counts all of them."""
-
-
-@dataclass(frozen=True)
-class Ops:
-    """What a recipe takes from a back end."""
-
-    cross_entropy: Callable[..., torch.Tensor]
-    mixup_cross_entropy: Callable[..., torch.Tensor]
-    optimizers: ModuleType
-    patch: Callable[[nn.Module], Any]
-    fused: bool
-    """The optimizers take l1, max_grad_norm and ema_decay."""
-
-
-def ops_for(backend: str) -> Ops:
-    """The losses, the optimizers and the module patch of "fastops" or "torch"."""
-    if backend == "torch":
-        return Ops(F.cross_entropy, mix_cross_entropies, torch.optim, lambda model: None, False)
-    from fastops import functional, optim, patch
-
-    return Ops(functional.cross_entropy, functional.mixup_cross_entropy, optim, patch, True)
-
-
-def mix_cross_entropies(logits, labels_a, labels_b, share, **options) -> torch.Tensor:
-    """fastops.functional.mixup_cross_entropy on torch's own cross-entropy."""
-    first = F.cross_entropy(logits, labels_a, **options)
-    return share * first + (1 - share) * F.cross_entropy(logits, labels_b, **options)
-
-
-@dataclass
-class Run:
-    """What one training run came to.
-
-    Attributes:
-        mode, seed, backend: which run it was.
-        accuracy: share of the test images predicted rightly, after the last step.
-        seconds: training alone, without evaluation; frozen stages that ran once are counted.
-        times: seconds of each step.
-        stopped: whether it ended early.
-        images_per_second: training images over `seconds`.
-        peak_memory: bytes by which the memory in use rose at most (see measure.PeakMemory); None
-            where the system does not tell.
-        parameters: the number of trained values.
-        epoch_speedup: time of an epoch with the frozen stages in it over time of one on their
-            kept outputs; None when nothing is kept.
-        losses: the loss before each step.
-        rates: the learning rate of the head at each step.
-        curve: (steps done, accuracy on a fixed part of the test images).
-        predictions: class of each test image, int64 (N,).
-        confidence: softmax probability of that class, float32 (N,).
-    """
-
-    mode: str
-    seed: int
-    backend: str
-    accuracy: float = 0.0
-    seconds: float = 0.0
-    times: list[float] = field(default_factory=list)
-    stopped: bool = False
-    images_per_second: float = 0.0
-    peak_memory: int | None = None
-    parameters: int = 0
-    epoch_speedup: float | None = None
-    losses: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    predictions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    confidence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def file_name(self) -> str:
-        """The mode as a part of a file's name."""
-        return self.mode.replace(":", "-")
-
-    @property
-    def seconds_per_step(self) -> float:
-        """The median of `times`."""
-        return statistics.median(self.times)
-
-
-class CutNetwork:
-    """A network cut where its training starts (see model.split), on a device.
-
-    What goes into the trained part is made of uint8 pixels, or was kept from an earlier time: then
-    it is floating point. Of what is computed without gradients for many images, each of several
-    processes computes a share.
-    """
-
-    def __init__(self, model: nn.Module, mode: str, format: InputFormat, amp: str):
-        cut = split(model, mode)
-        self.frozen, self.trained, self.pieces = cut.frozen, cut.trained, cut.pieces
-        self.format = format
-        self.amp = amp
-        self.device = next(model.parameters()).device
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 where it is asked for."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16")
-
-    def inputs(
-        self,
-        images: torch.Tensor,
-        noise: torch.Generator | None = None,
-        mixture: tuple[float, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """What the trained part takes: the frozen stages' output without gradients.
-
-        Args:
-            images: uint8 (N, C, H, W), or outputs that were kept.
-            noise: augment the images with it before anything else sees them.
-            mixture: the share of an image, and the index of the image that the rest is of.
-        """
-        images = images.to(self.device)
-        if images.dtype != torch.uint8:
-            return images
-        pixels = self.format.normalise(images).contiguous(memory_format=torch.channels_last)
-        if noise is not None:
-            pixels = augment(pixels, noise)
-        if mixture is not None:
-            share, others = mixture
-            pixels = share * pixels + (1 - share) * pixels[others.to(self.device)]
-        if self.frozen is None:
-            return pixels
-        with torch.no_grad(), self.autocast():
-            return self.frozen(pixels)
-
-    def keep_outputs(self, images: InMemory | OnDisk) -> InMemory | None:
-        """The frozen stages' outputs for all images; None without such stages or if too large."""
-        if self.frozen is None:
-            return None
-        example = self.inputs(images[0][0].unsqueeze(0))
-        if example.nbytes * len(images) > CACHE_LIMIT:
-            return None
-        outputs = [self.inputs(pixels).cpu() for pixels, _ in iterate(images, in_order(images))]
-        return InMemory(torch.cat(sum(processes.gather(outputs), [])), images.labels)
-
-    def predict(self, images: InMemory | OnDisk, trained: nn.Module | None = None) -> torch.Tensor:
-        """Softmax probabilities, float32 (N, classes) on the CPU, with the network in eval.
-
-        Args:
-            trained: takes the place of the trained part.
-        """
-        trained = trained or self.trained
-        with evaluating(trained), self.autocast():
-            logits = [
-                trained(self.inputs(pixels)).float().cpu()
-                for pixels, _ in iterate(images, in_order(images))
-            ]
-        return torch.cat(sum(processes.gather(logits), [])).softmax(1)
 
 
 def fit(
@@ -515,154 +368,3 @@ class Trainer:
         if config.early_stop is not None:
             right = right[self.other_order]
         run.accuracy = right.float().mean().item()
-
-
-class StepAverage(AveragedModel):
-    """The moving average of a network whose parameters the optimizer averages within its step
-    (fastops.optim's ema_decay): only the buffers are left to average here."""
-
-    def __init__(self, model: nn.Module, decay: float, optimizer: torch.optim.Optimizer):
-        super().__init__(model)
-        self.decay, self.optimizer = decay, optimizer
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """After a step."""
-        for average, value in zip(self.module.buffers(), model.buffers(), strict=True):
-            if self.n_averaged and average.is_floating_point():
-                average.lerp_(value, 1 - self.decay)
-            else:
-                average.copy_(value)
-        self.n_averaged += 1
-
-    @torch.no_grad()
-    def fetch(self, model: nn.Module) -> None:
-        """Copy the optimizer's averages of the model's parameters into `module`."""
-        for average, p in zip(self.module.parameters(), model.parameters(), strict=True):
-            average.copy_(self.optimizer.state[p].get("ema", p))
-
-
-def averages_in_step(config: FineTuneConfig, ops: Ops) -> bool:
-    """Whether the optimizer keeps the moving average: it starts a parameter's average with the
-    parameter's first step, as AveragedModel does where all parameters step from the first on."""
-    return config.ema is not None and ops.fused and config.schedule == "together"
-
-
-def regularise(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
-    """What fastops.optim does within its step: clip, then add the L1 penalty's subgradient."""
-    if max_grad_norm is not None:
-        every = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(every, max_grad_norm)
-    for group in optimizer.param_groups:
-        if group["l1"]:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.grad.add_(p.detach().sign(), alpha=group["l1"])
-
-
-def thaw_steps(pieces: dict[str, nn.Module], steps: int, epoch: int) -> dict[str, int]:
-    """The step at which each piece starts to learn: the head at 0, the others one after another.
-
-    Pieces start in equal intervals over the first half of the steps, and with a new epoch where
-    an interval is longer than an epoch.
-    """
-    names = [name for name in reversed(pieces) if count_parameters(pieces[name])]
-    interval = steps / (2 * len(names))
-    starts = [math.ceil(i * interval) for i in range(len(names))]
-    if interval > epoch:
-        starts = [-(-start // epoch) * epoch for start in starts]
-    return dict(zip(names, starts, strict=True))
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C sets; the second raises KeyboardInterrupt as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(number, frame):
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def in_order(images: InMemory | OnDisk) -> list[list[int]]:
-    """Batches for evaluation: every image of this process's part once, in order."""
-    indices = list(range(len(images)))[processes.part(len(images))]
-    return [indices[i : i + EVALUATION_BATCH] for i in range(0, len(indices), EVALUATION_BATCH)]
-
-
-def find_optimizer(config: FineTuneConfig, ops: Ops) -> Callable[..., torch.optim.Optimizer]:
-    """The back end's class for `config.optimizer`.
-
-    Raises:
-        ConfigError: the back end has none.
-    """
-    name = OPTIMIZERS[config.optimizer]
-    if not hasattr(ops.optimizers, name):
-        raise ConfigError(f"{ops.optimizers.__name__} has no {name}: choose another optimizer")
-    return getattr(ops.optimizers, name)
-
-
-def make_optimizer(
-    config: FineTuneConfig, ops: Ops, mode: str, trained: dict[str, nn.Module]
-) -> torch.optim.Optimizer:
-    """The optimizer over the trained pieces: own rates for the head and each stage, own groups for
-    weights (regularised) and for biases and norms (not)."""
-    optimizer = find_optimizer(config, ops)
-    head_rate = config.chosen_lr
-    stages = [name for name, module in reversed(trained.items()) if count_parameters(module)]
-    groups = []
-    for depth, piece in enumerate(stages):
-        rate = head_rate
-        if piece != "head" and mode != "scratch":
-            rate *= config.backbone_rate * config.layer_decay ** (depth - 1)
-        for group in param_groups(trained[piece], config.weight_decay, config.l1):
-            groups.append({**group, "lr": rate})
-    options: dict[str, Any] = {"momentum": 0.9} if config.optimizer == "sgd" else {}
-    if ops.fused:
-        options["max_grad_norm"] = config.max_grad_norm
-    if averages_in_step(config, ops):
-        options["ema_decay"] = config.ema
-    return optimizer(groups, lr=head_rate, **options)
-
-
-def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    """The factor on every learning rate at a step: linear rise, then a cosine down to 0."""
-    rise = max(1, round(steps * warmup))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-    return factor
-
-
-def find_device(name: str) -> torch.device:
-    """The torch device of a name; "auto" prefers a GPU. Each of several processes has its own GPU.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes.count() > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', processes.rank())}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
-    return device

@@ -29,10 +29,12 @@ from fastops.finetune import (
     OutputError,
     Run,
     WeightsError,
+    cutting,
     fashion_mnist,
     finetune,
     folders,
     load_classifier,
+    recipe,
     trainer,
 )
 from fastops.finetune.checkpoints import find_weights, load_weights
@@ -49,6 +51,7 @@ from fastops.finetune.folders import load_folder
 from fastops.finetune.freezing import parse_mode, split, stages_of
 from fastops.finetune.networks import SHIPPED_FORMAT, SmallResNet, build, input_format
 from fastops.finetune.pictures import read_picture
+from fastops.finetune.recipe import make_optimizer, ops_for, warmup_cosine
 from fastops.finetune.report import (
     compare_backends,
     count_confusions,
@@ -59,7 +62,7 @@ from fastops.finetune.report import (
     letters,
 )
 from fastops.finetune.storage import complete_file, make_run_folder
-from fastops.finetune.trainer import fit, make_optimizer, ops_for, warmup_cosine
+from fastops.finetune.trainer import fit
 from tools.pretrain import TURNS, distort, measure, write_sheet
 
 # ------------------------------------------------------------------ the shipped images and weights
@@ -180,7 +183,7 @@ def test_frozen_stages_do_not_move(tmp_path, small_test, mode, augmented):
 def test_kept_outputs_change_nothing_but_the_time(tmp_path, small_test, monkeypatch):
     config = quick(tmp_path, modes=("features", "last"))
     kept = finetune(config)
-    monkeypatch.setattr(trainer, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(cutting, "CACHE_LIMIT", 0)
     plain = finetune(quick(tmp_path / "run", modes=("features", "last")))
     for a, b in zip(kept.runs, plain.runs, strict=True):
         assert a.epoch_speedup is not None and b.epoch_speedup is None
@@ -442,7 +445,8 @@ def test_averages_in_the_optimizers_sweep_are_those_beside_it(
     options = {"modes": ("full",), "ema": 0.8, "steps": 6, "freeze_norm": freeze}
     ours = finetune(quick(tmp_path, **options))
     saved = load_classifier(ours.folder).model.state_dict()
-    monkeypatch.setattr(trainer, "averages_in_step", lambda config, ops: False)
+    for module in (recipe, trainer):
+        monkeypatch.setattr(module, "averages_in_step", lambda config, ops: False)
     beside = finetune(quick(tmp_path / "run", **options))
     assert ours.runs[0].losses == beside.runs[0].losses
     for name, value in load_classifier(beside.folder).model.state_dict().items():
