@@ -1,4 +1,4 @@
-"""The command: python -m fastops doctor | finetune | predict."""
+"""The command: python -m fastops doctor | finetune | evaluate | predict | export."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from fastops import doctor
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command with its three subcommands."""
+    """The parser of the command with its subcommands."""
     parser = argparse.ArgumentParser(
         prog="python -m fastops", description="Fused kernels for PyTorch."
     )
@@ -18,168 +18,97 @@ def make_parser() -> argparse.ArgumentParser:
         help="show what is installed, what it can use, and whether it computes what torch does",
     )
     add_finetune(commands)
+    add_evaluate(commands)
     add_predict(commands)
+    add_export(commands)
     return parser
 
 
 def add_finetune(commands) -> None:
     """The finetune subcommand: one option for each field of FineTuneConfig."""
+    from fastops.finetune.options import add_options
+
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a pretrained ResNet on few images",
+        help="fine-tune a pretrained network on pictures",
         usage="python -m fastops finetune [OPTION ...]",
         description=(
-            "Fine-tune a pretrained ResNet in three modes, beside the same network from scratch.\n"
-            "Without options: five classes of Fashion-MNIST that the shipped network has not\n"
-            "seen, ten images of each; nothing is downloaded."
+            "Fine-tune a pretrained network on a folder of pictures; the first lines say what will\n"
+            "be done and why. Without options: five classes of Fashion-MNIST that the shipped\n"
+            "network has not seen, ten images of each, in three modes and from scratch; nothing is\n"
+            "downloaded."
         ),
         epilog=(
             "examples:\n"
             "  python -m fastops finetune\n"
+            "  python -m fastops finetune --data photos/\n"
+            "  python -m fastops finetune --data photos/ --weights resnet18.pth --compare\n"
             "  python -m fastops finetune --modes features,last:2 --seeds 5 --shots 5\n"
-            "  python -m fastops finetune --data photos/ --arch resnet18 --weights resnet18.pth\n"
             "  python -m fastops finetune --backend both --modes full\n"
             "  python -m fastops finetune --backend both --modes full --profile\n"
             "  torchrun --nproc-per-node=2 -m fastops finetune"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("what to train on")
-    what.add_argument(
-        "--data",
-        metavar="FOLDER",
-        default="shipped",
-        help="pictures in one sub-folder a class, or train/ and val/ of such; or 'shipped' (the "
-        "default), or 'fashion-mnist' (all images, from Debian's package or the network)",
-    )
-    what.add_argument(
-        "--shots",
-        type=int,
-        metavar="N",
-        help="training images a class, 0 for all (default: 10 of the shipped data, else all)",
-    )
-    what.add_argument(
-        "--test-fraction",
-        type=float,
-        metavar="X",
-        help="share of each class kept for testing if FOLDER has no val/ (default: 0.2)",
-    )
-    what.add_argument(
-        "--image-size", type=int, metavar="N", help="side in pixels (default: 28 small, else 224)"
-    )
-    what.add_argument(
-        "--strict", action="store_true", help="refuse pictures that cannot be read, do not skip"
-    )
-
-    network = parser.add_argument_group("the network")
-    network.add_argument(
-        "--arch",
-        metavar="NAME",
-        help="small (ResNet-14, the default), any of torchvision's classification models "
-        "(resnet18, ...), or timm/NAME; with --weights FILE alone it is told from the file",
-    )
-    network.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="a checkpoint (.pt, .pth, .safetensors), none, or DEFAULT: the shipped one for "
-        "small, torchvision's download for the others",
-    )
-    network.add_argument(
-        "--dropout", type=float, metavar="P", help="before the last layer (default: 0)"
-    )
-
-    recipe = parser.add_argument_group("the recipe")
-    recipe.add_argument(
-        "--modes",
-        "--mode",
-        type=split_list,
-        metavar="LIST",
-        help="of features (backbone frozen), last or last:N (last N stages too), full (backbone "
-        "at a low rate), scratch; default: features,last,full,scratch",
-    )
-    recipe.add_argument(
-        "--seeds", type=int, metavar="N", help="repetitions of each mode (default: 3)"
-    )
-    recipe.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each run")
-    recipe.add_argument(
-        "--epochs", type=int, metavar="N", help="the same as passes over the training images"
-    )
-    recipe.add_argument("--batch-size", type=int, metavar="N", help="default: 50")
-    recipe.add_argument(
-        "--lr", type=float, metavar="X", help="rate of the head (default: 0.01 small, else 0.001)"
-    )
-    recipe.add_argument(
-        "--backbone-rate", type=float, metavar="X", help="backbone's rate over --lr (default: 0.1)"
-    )
-    recipe.add_argument(
-        "--warmup", type=float, metavar="X", help="share of steps the rate rises (default: 0.1)"
-    )
-    recipe.add_argument("--optimizer", metavar="NAME", help="adamw (default), adam, sgd, rmsprop")
-    recipe.add_argument(
-        "--weight-decay", type=float, metavar="X", help="not on biases and norms (default: 0.05)"
-    )
-    recipe.add_argument("--label-smoothing", type=float, metavar="P", help="default: 0.1")
-    recipe.add_argument(
-        "--max-grad-norm", type=float, metavar="X", help="clip the gradient (default: no clipping)"
-    )
-    recipe.add_argument("--augment", action="store_true", help="random crops and flips")
-    recipe.add_argument(
-        "--schedule",
-        metavar="NAME",
-        help="together (default), or gradual: the head first, then one more stage after another",
-    )
-    recipe.add_argument(
-        "--layer-decay",
-        type=float,
-        metavar="X",
-        help="each stage at this times the rate of the one after it (default: 1)",
-    )
-    recipe.add_argument(
-        "--freeze-norm", action="store_true", help="pretrained BatchNorm keeps its statistics"
-    )
-    recipe.add_argument("--l1", type=float, metavar="X", help="L1 penalty on weights (default: 0)")
-    recipe.add_argument(
-        "--mixup", type=float, metavar="A", help="mix images by Beta(A, A) (default: 0, no mixing)"
-    )
-    recipe.add_argument(
-        "--ema", type=float, metavar="D", help="test and save averaged weights, of this decay"
-    )
-    recipe.add_argument(
-        "--accumulate", type=int, metavar="N", help="compute a batch in N parts (default: 1)"
-    )
-    recipe.add_argument(
-        "--early-stop", type=int, metavar="N", help="end after N of 8 evaluations without gain"
-    )
-
-    machine = parser.add_argument_group("how to run it")
-    machine.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="fastops (default), torch (the same recipe on native ops) or both",
-    )
-    machine.add_argument("--amp", metavar="TYPE", help="off (default) or bf16")
-    machine.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, ...")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-
-    output = parser.add_argument_group("what to leave")
-    output.add_argument(
-        "--out", metavar="FOLDER", help="new folder (default: runs/finetune-<date>-<time>)"
-    )
+    groups = add_options(parser)
+    output = list(groups.values())[-1]
     output.add_argument(
         "--resume", metavar="FOLDER", help="go on with the run in FOLDER, with its own options"
     )
     output.add_argument(
-        "--save-every", type=int, metavar="N", help="steps between saves (default: half a minute)"
-    )
-    output.add_argument("--logdir", metavar="FOLDER", help="write TensorBoard's files below FOLDER")
-    output.add_argument(
-        "--export", metavar="FILE", help="the best network for torch.export.load, needs torch only"
+        "--config",
+        metavar="FILE",
+        help="options from a JSON or YAML file; those given beside it win",
     )
     output.add_argument(
         "--profile", action="store_true", help="only say where the time of a step goes, by op"
     )
     output.add_argument("--dry-run", action="store_true", help="check and describe, do not train")
     output.add_argument("--quiet", action="store_true", help="print the closing table only")
+
+
+def add_evaluate(commands) -> None:
+    """The evaluate subcommand."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="say how good a fine-tuned network is",
+        description=(
+            "Evaluate a run's best network on the test images that it kept apart, or on a folder of\n"
+            "pictures with a sub-folder for each class: accuracy, precision, recall and F1 by class,\n"
+            "calibration, the most confused classes and the most wrong pictures."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", help="other pictures")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where evaluation.json and evaluation.html go (default: RUN)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, ..."
+    )
+
+
+def add_export(commands) -> None:
+    """The export subcommand."""
+    parser = commands.add_parser(
+        "export",
+        help="write a fine-tuned network for programs without fastops",
+        description=(
+            "Write a run's best network, read it again and compare what the two answer.\n\n"
+            "pt2          a torch.export program from pixels to probabilities\n"
+            "onnx         the same for ONNX runtimes\n"
+            "torch        the weights by torchvision's or timm's names, for torch.load\n"
+            "safetensors  the same without pickle"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's folder, or a checkpoint in it")
+    parser.add_argument("--format", default="pt2", metavar="NAME", help="default: pt2")
+    parser.add_argument("--out", metavar="FILE", help="default: RUN/network.SUFFIX")
 
 
 def add_predict(commands) -> None:
@@ -209,41 +138,23 @@ def add_predict(commands) -> None:
     )
 
 
-def split_list(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def run_finetune(options: argparse.Namespace) -> None:
     """Make a FineTuneConfig of the options that were given, run it and print the table."""
-    import dataclasses
-
-    import torch
-
     from fastops.finetune import ConfigError, FineTuneConfig, finetune, processes, profile, resume
+    from fastops.finetune.options import flag, given_options
     from fastops.finetune.text import for_terminal
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ConfigError(f"threads must be 1 or more, got {options.threads}")
-        torch.set_num_threads(options.threads)
-    given = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(FineTuneConfig)
-        if getattr(options, field.name) is not None
-    }
+    given = given_options(options)
     if options.resume is not None:
-        flags = [
-            name for name, value in given.items() if value != getattr(FineTuneConfig, name, None)
-        ]
-        flags += [name for name in ("dry_run", "profile") if getattr(options, name)]
-        if flags:
+        threads = given.pop("threads", None)
+        names = [*given, *(name for name in ("dry_run", "profile") if getattr(options, name))]
+        if names:
             raise ConfigError(
-                f"--resume takes the options of the run; leave out {', '.join(f'--{name}'.replace('_', '-') for name in flags)}"
+                f"--resume takes the options of the run; leave out {', '.join(map(flag, names))}"
             )
-        result = resume(options.resume, show=not options.quiet)
+        result = resume(options.resume, threads=threads, show=not options.quiet)
     elif options.profile and not options.dry_run:
-        print(profile(FineTuneConfig(**given)))
+        print(for_terminal(profile(FineTuneConfig(**given))))
         return
     else:
         config = FineTuneConfig(**given)
@@ -255,6 +166,48 @@ def run_finetune(options: argparse.Namespace) -> None:
         return
     print(for_terminal(str(result)))
     print(f"\nSee {result.folder / 'report.html'}")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Print the figures and write the page."""
+    import dataclasses
+    import json
+    from pathlib import Path
+
+    from fastops.finetune import OutputError
+    from fastops.finetune.devices import find_device
+    from fastops.finetune.evaluation import evaluate, write_evaluation
+    from fastops.finetune.text import for_terminal
+
+    out = Path(options.out or options.run)
+    if options.out is not None and not out.is_dir():
+        raise OutputError(f"cannot write into {out}: there is no such folder")
+    found = evaluate(options.run, options.folder, device=find_device(options.device))
+    if options.json:
+        print(json.dumps({"name": found.name, **dataclasses.asdict(found.metrics)}))
+    else:
+        print(for_terminal(str(found)))
+    if out.is_dir():
+        *_, page = write_evaluation(found, out)
+        if not options.json:
+            print(f"\nSee {page}")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write a file and say how it compares."""
+    from pathlib import Path
+
+    from fastops.finetune import ConfigError, OutputError, export_network, load_classifier
+    from fastops.finetune.export import FORMATS
+
+    if options.format not in FORMATS:
+        raise ConfigError(f"unknown format {options.format!r}: choose from {', '.join(FORMATS)}")
+    run = Path(options.run)
+    folder = run if run.is_dir() else run.parent
+    path = Path(options.out) if options.out else folder / f"network{FORMATS[options.format]}"
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: name a file in a folder that exists")
+    print(export_network(load_classifier(run), path, options.format))
 
 
 def run_predict(options: argparse.Namespace) -> int:
@@ -300,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "doctor":
         return doctor.main()
     try:
-        from fastops.finetune import FineTuneError, processes
+        from fastops.finetune import FineTuneError, experiment, processes  # noqa: F401
         from fastops.finetune.text import any_terminal
     except ModuleNotFoundError as error:
         print(
@@ -312,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if options.command == "predict":
                 return run_predict(options)
-            run_finetune(options)
+            run = {"finetune": run_finetune, "evaluate": run_evaluate, "export": run_export}
+            run[options.command](options)
         except FineTuneError as error:
             if processes.first():
                 print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)

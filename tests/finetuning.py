@@ -36,13 +36,15 @@ def small_test(monkeypatch):
 
 
 def quick(tmp_path, **options):
-    """A configuration of three steps."""
+    """A configuration of three steps; of pictures with the small network."""
     options = {"steps": 3, "seeds": 1, "shots": 4, "batch_size": 10, **options}
+    if "data" in options:
+        options = {"arch": "small", "threads": 1, "amp": "off", **options}
     return FineTuneConfig(out=tmp_path / "run", **options)
 
 
 def draw_pictures(folder, classes=("cat", "dog", "owl"), count=4, size=(40, 30)):
-    """Coloured noise with a class's own brightness, one sub-folder a class."""
+    """Colored noise with a class's own brightness, one sub-folder a class."""
     numbers = np.random.default_rng(0)
     for level, name in enumerate(classes):
         (folder / name).mkdir(parents=True)

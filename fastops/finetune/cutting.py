@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from . import processes
-from .data import InMemory, OnDisk, augment, iterate
+from .augmentation import Mixture
+from .data import InMemory, OnDisk, iterate
 from .freezing import split
 from .networks import evaluating
 from .pictures import InputFormat
@@ -34,28 +35,20 @@ class CutNetwork:
         """bfloat16 where it is asked for."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16")
 
-    def inputs(
-        self,
-        images: torch.Tensor,
-        noise: torch.Generator | None = None,
-        mixture: tuple[float, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def inputs(self, images: torch.Tensor, mixture: Mixture | None = None) -> torch.Tensor:
         """What the trained part takes: the frozen stages' output without gradients.
 
         Args:
             images: uint8 (N, C, H, W), or outputs that were kept.
-            noise: augment the images with it before anything else sees them.
-            mixture: the share of an image, and the index of the image that the rest is of.
+            mixture: how the images are mixed before anything else sees them.
         """
-        images = images.to(self.device)
+        images = images.to(self.device, non_blocking=True)
         if images.dtype != torch.uint8:
             return images
-        pixels = self.format.normalise(images).contiguous(memory_format=torch.channels_last)
-        if noise is not None:
-            pixels = augment(pixels, noise)
+        pixels = self.format.normalise(self.format.center(images))
         if mixture is not None:
-            share, others = mixture
-            pixels = share * pixels + (1 - share) * pixels[others.to(self.device)]
+            pixels = mixture.mix(pixels)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         if self.frozen is None:
             return pixels
         with torch.no_grad(), self.autocast():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .pictures import InputFormat, read_picture
@@ -55,8 +54,9 @@ class OnDisk(Dataset):
 
 @dataclass
 class Collection:
-    """A task: named classes, images to train on and images to test on.
+    """A task: named classes, images to train on, to choose the best weights by, and to test on.
 
+    Without `validation` a part of the test images is looked at during training.
     `skipped` lists the files that could not be read, each with its reason, `notes` what else was
     not taken as it lies in the folder.
     """
@@ -67,6 +67,7 @@ class Collection:
     test: InMemory | OnDisk
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    validation: InMemory | OnDisk | None = None
 
 
 @overload
@@ -99,27 +100,49 @@ def sample_per_class(
     return torch.cat(chosen).sort().values
 
 
-def draw_batches(count: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def draw_batches(
+    count: int, batch_size: int, steps: int, seed: int, weights: torch.Tensor | None = None
+) -> list[list[int]]:
     """Indices of `steps` batches: one shuffle after another, cut into equal batches.
 
     Every batch is full, so that BatchNorm never meets a leftover of one image; a data set smaller
     than `batch_size` gives batches of all its images.
+
+    Args:
+        weights: draw the images in these proportions instead, with replacement.
     """
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, count)
-    shuffles = -(-steps * batch_size // count)
-    stream = torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)])
+    if weights is not None:
+        stream = torch.multinomial(weights, steps * batch_size, True, generator=generator)
+    else:
+        shuffles = -(-steps * batch_size // count)
+        stream = torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)])
     return [batch.tolist() for batch in stream.split(batch_size)[:steps]]
 
 
-def iterate(images: InMemory | OnDisk, batches: list[list[int]]) -> DataLoader:
-    """A loader of (images, labels) for these batches; files are decoded in worker processes."""
-    workers = min(8, count_cores()) if isinstance(images, OnDisk) else 0
+def balancing_weights(labels: torch.Tensor) -> torch.Tensor:
+    """For each class, what makes all classes equal: 1 in the mean over the images, float32."""
+    counts = torch.bincount(labels)
+    return len(labels) / (counts.count_nonzero() * counts.clamp(min=1)).float()
+
+
+def iterate(
+    images: Dataset, batches: Sequence[Sequence[Any]], workers: int | None = None
+) -> DataLoader:
+    """A loader of (images, labels) for these batches.
+
+    Args:
+        workers: processes that make them; None for some where files are decoded.
+    """
+    if workers is None:
+        workers = min(8, count_cores()) if isinstance(images, OnDisk) else 0
     return DataLoader(
         images,
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=unchanged,
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
         # Else every loader takes a number from torch's default generator.
         generator=torch.Generator(),
     )
@@ -133,23 +156,3 @@ def count_cores() -> int:
 def unchanged(batch: Any) -> Any:
     """The data sets above answer whole batches, so there is nothing left to collate."""
     return batch
-
-
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A random crop (75 to 100 % of each side), scaled back, and a flip, for each image alone.
-
-    Args:
-        images: floating point (N, C, H, W), already normalised.
-        generator: CPU generator that all of it is drawn from.
-    """
-    n = len(images)
-    scale = 0.75 + 0.25 * torch.rand(n, generator=generator)
-    shift = (1 - scale).unsqueeze(1) * (2 * torch.rand(n, 2, generator=generator) - 1)
-    flip = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0)
-    zero = torch.zeros(n)
-    across = torch.stack((scale * flip, zero, shift[:, 0]), 1)
-    down = torch.stack((zero, scale, shift[:, 1]), 1)
-    theta = torch.stack((across, down), 1).to(images)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    crops = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return crops.contiguous(memory_format=torch.channels_last)

@@ -30,6 +30,11 @@ Progress = Callable[[Iterable, str, int], Iterable]
 """Gets an iterable, a title and the number of items; gives the items back."""
 
 
+def without_progress(items: Iterable, title: str, total: int) -> Iterable:
+    """A Progress that shows nothing."""
+    return items
+
+
 @dataclass
 class Listing:
     """Picture files by class.
@@ -175,17 +180,20 @@ def load_folder(
     format: InputFormat,
     *,
     test_fraction: float = 0.2,
+    validation_fraction: float = 0.15,
     strict: bool = False,
-    progress: Progress = lambda items, title, total: items,
+    progress: Progress = without_progress,
 ) -> Collection:
     """A folder of pictures as torchvision's ImageFolder lays it: one sub-folder a class.
 
-    With sub-folders train/ and val/ or test/ (see PARTS) these are taken, test/ where there are
-    both; else every class is split, the same way each time. Every file is decoded once before
-    training: what cannot be read is listed in `skipped`, so that it does not end a run halfway.
+    With sub-folders train/, val/ and test/ (see PARTS) these are taken; where one of the last two
+    is missing, the other is tested on, and the validation images are a share of train/. Else
+    every class is split, the same way each time. Every file is decoded once before training: what
+    cannot be read is listed in `skipped`, so that it does not end a run halfway.
 
     Args:
         test_fraction: the share of each class kept for testing when the folder is split.
+        validation_fraction: the share of each class of the rest kept for validation.
         strict: refuse the folder when a picture cannot be read, instead of skipping it.
         progress: shows how far the reading is.
 
@@ -200,15 +208,14 @@ def load_folder(
     found, notes = find_parts(folder)
     if found:
         testing = found.get("test") or found["val"]
-        if "test" in found and "val" in found:
-            notes.append(f"tested on {printable(testing)}; {printable(found['val'])} is not used")
-        listings = [list_pictures(found["train"]), list_pictures(testing)]
-        classes, test_classes = (listing.classes for listing in listings)
-        if classes != test_classes:
-            differ = sorted(set(classes) ^ set(test_classes))
-            raise DataError(
-                f"{found['train']} and {testing} have different classes: {', '.join(differ)}"
-            )
+        folders = [found["train"], testing] + [found["val"]] * ("test" in found and "val" in found)
+        listings = [list_pictures(part) for part in folders]
+        classes = listings[0].classes
+        for part, listing in zip(folders, listings, strict=True):
+            if differ := sorted(set(classes) ^ set(listing.classes)):
+                raise DataError(
+                    f"{found['train']} and {part} have different classes: {', '.join(differ)}"
+                )
     else:
         listings = [list_pictures(folder)]
         classes = listings[0].classes
@@ -224,19 +231,39 @@ def load_folder(
     if skipped and strict:
         raise DataError(f"{len(skipped)} of the pictures cannot be read; {skipped[0]}")
     if len(loaded) == 1:
-        testing_indices = sample_per_class(loaded[0].labels, test_fraction, len(classes))
-        rest = torch.ones(len(loaded[0]), dtype=torch.bool)
-        rest[testing_indices] = False
-        loaded = [take(loaded[0], rest.nonzero()[:, 0]), take(loaded[0], testing_indices)]
-    for part, what in zip(loaded, ("train", "test"), strict=True):
-        counts = torch.bincount(part.labels, minlength=len(classes))
+        loaded = list(divide(loaded[0], test_fraction, len(classes)))
+    if len(loaded) == 2:
+        train, validation = divide(loaded[0], validation_fraction, len(classes))
+        loaded = [train, loaded[1], validation]
+    train, test, validation = loaded
+    for images, what in ((train, "train"), (test, "test")):
+        counts = torch.bincount(images.labels, minlength=len(classes))
         if (counts == 0).any():
             name = classes[int(counts.argmin())]
             raise DataError(f"{folder}: no readable pictures of class {name} to {what} on")
-    train, test = loaded
     for listing in listings:
         notes += listing.notes
-    return Collection(printable(folder), classes, train, test, skipped, notes)
+    if not len(validation):
+        notes.append("too few pictures for validation images: the last weights are kept")
+    return Collection(
+        printable(folder),
+        classes,
+        train,
+        test,
+        skipped,
+        notes,
+        validation if len(validation) else None,
+    )
+
+
+def divide(
+    images: InMemory | OnDisk, fraction: float, classes: int
+) -> tuple[InMemory | OnDisk, InMemory | OnDisk]:
+    """The images without, and only with, a share of each class."""
+    chosen = sample_per_class(images.labels, fraction, classes)
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[chosen] = False
+    return take(images, rest.nonzero()[:, 0]), take(images, chosen)
 
 
 def decode(
@@ -247,7 +274,7 @@ def decode(
     progress: Progress,
 ) -> InMemory | OnDisk:
     """Decode every file once; keep the pictures if they fit into memory, else their paths."""
-    keep = len(paths) * format.channels * format.size**2 <= IN_MEMORY_LIMIT
+    keep = len(paths) * format.channels * format.stored**2 <= IN_MEMORY_LIMIT
 
     def attempt(path: Path) -> torch.Tensor | bool | DataError:
         try:

@@ -8,8 +8,8 @@ from torch import nn
 from .errors import ConfigError
 from .networks import head_of
 
-FEWEST_STAGES = 4
-"""A backbone with fewer modules is cut within the largest of them."""
+FEWEST_STAGES = 3
+"""A backbone of fewer modules that have modules is cut within the largest of them."""
 
 CHAIN = ("conv1", "bn1", "relu", "maxpool", "avgpool", "fc")
 """The modules that torchvision's ResNets call one after another, with layer1 ... between."""
@@ -93,15 +93,18 @@ def stages_of(model: nn.Module) -> dict[str, nn.Module]:
     in_head = {id(p) for p in head.parameters()}
 
     def parts_of(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-        """The children with parameters outside of the head."""
-        return {
-            prefix + name: child
-            for name, child in module.named_children()
-            if any(id(p) not in in_head for p in child.parameters())
-        }
+        """The children with parameters; of one that holds the head, what is beside it."""
+        parts: dict[str, nn.Module] = {}
+        for name, child in module.named_children():
+            own = {id(p) for p in child.parameters()}
+            if own and own.isdisjoint(in_head):
+                parts[prefix + name] = child
+            elif own - in_head:
+                parts |= parts_of(child, f"{prefix}{name}.")
+        return parts
 
     found = parts_of(model, "")
-    while len(found) < FEWEST_STAGES:
+    while sum(any(True for _ in part.children()) for part in found.values()) < FEWEST_STAGES:
         inner = {name: parts_of(part, f"{name}.") for name, part in found.items()}
         dividable = [name for name in found if inner[name]]
         if not dividable:

@@ -15,7 +15,7 @@ from .pictures import InputFormat
 ARCHITECTURES = ("small", *torchvision.models.list_models(torchvision.models))
 
 SHIPPED_FORMAT = InputFormat(1, 28, (0.286,), (0.353,))
-IMAGENET_FORMAT = InputFormat(3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_FORMAT = InputFormat(3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256)
 
 
 class SmallResNet(nn.Module):
@@ -99,11 +99,16 @@ def input_format(arch: str, image_size: int | None = None) -> InputFormat:
         given = find_timm().get_pretrained_cfg(arch.removeprefix("timm/"))
         if given is not None:
             channels, size, _ = given.input_size
-            own = InputFormat(channels, size, tuple(given.mean), tuple(given.std))
+            stored = round(size / (given.crop_pct or 1))
+            own = InputFormat(channels, size, tuple(given.mean), tuple(given.std), stored)
     elif arch in ARCHITECTURES:
         recipe = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
-        own = InputFormat(3, recipe.crop_size[0], tuple(recipe.mean), tuple(recipe.std))
-    return InputFormat(own.channels, image_size or own.size, own.mean, own.std)
+        stored = recipe.resize_size[0]
+        own = InputFormat(3, recipe.crop_size[0], tuple(recipe.mean), tuple(recipe.std), stored)
+    if image_size is None:
+        return own
+    stored = round(image_size * own.stored / own.size)
+    return InputFormat(own.channels, image_size, own.mean, own.std, stored)
 
 
 def build(arch: str, num_classes: int, dropout: float = 0.0) -> nn.Module:

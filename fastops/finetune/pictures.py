@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as transforms
+from torchvision.transforms.v2 import functional as transforms
 
 from .errors import DataError
 
@@ -26,12 +26,28 @@ TRANSPOSITIONS = {
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a network takes: images (channels, size, size), normalised by `mean` and `std`."""
+    """What a network takes: images (channels, size, size), normalised by `mean` and `std`.
+
+    Pictures are kept as squares of `resize` pixels; the middle of them is tested, and training
+    crops them at random. None for `size`.
+    """
 
     channels: int
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: int | None = None
+
+    @property
+    def stored(self) -> int:
+        """The side of the squares that pictures are kept as."""
+        return max(self.size, self.resize or 0)
+
+    def center(self, images: torch.Tensor) -> torch.Tensor:
+        """The middle of images (N, C, H, W) that are larger than the network's."""
+        if images.shape[-1] <= self.size:
+            return images
+        return transforms.center_crop(images, [self.size, self.size])
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (N, C, H, W) to float32, zero mean and unit variance over the data set."""
@@ -41,7 +57,7 @@ class InputFormat:
 
 
 def read_picture(path: Path, format: InputFormat) -> torch.Tensor:
-    """Decode a picture file to uint8 (C, size, size): upright, short side resized, center kept.
+    """Decode a picture file to uint8, a square of `format.stored`: upright, resized, center kept.
 
     Gray, palette, CMYK and transparent pictures are converted; 16 bits become 8.
 
@@ -65,8 +81,8 @@ def read_picture(path: Path, format: InputFormat) -> torch.Tensor:
         # the network's size would need gigabytes.
         sides = [min(side, 8 * min(colors.size)) for side in reversed(colors.size)]
         pixels = transforms.center_crop(transforms.pil_to_tensor(colors), sides)
-        pixels = transforms.resize(pixels, format.size, antialias=True)
-        return transforms.center_crop(pixels, [format.size, format.size])
+        pixels = transforms.resize(pixels, format.stored, antialias=True)
+        return transforms.center_crop(pixels, [format.stored, format.stored])
     # Pillow's decoders raise whatever their format's parser meets, SyntaxError included.
     except Exception as error:
         reason = getattr(error, "strerror", None) or error

@@ -1,7 +1,5 @@
 """A fine-tuned network as a file, and what it says about pictures."""
 
-import copy
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -47,13 +45,14 @@ class Classifier:
     model: nn.Module
     classes: list[str]
     format: InputFormat
+    arch: str
 
     @usual_state()
     def probabilities(self, pixels: torch.Tensor) -> torch.Tensor:
         """Softmax over the classes, float32 (N, classes), for uint8 images (N, C, size, size)."""
         device = next(self.model.parameters()).device
         with evaluating(self.model):
-            inputs = self.format.normalise(pixels.to(device))
+            inputs = self.format.normalise(self.format.center(pixels.to(device)))
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             return self.model(inputs).softmax(1).cpu()
 
@@ -142,47 +141,6 @@ def save_classifier(
         torch.save(content, file)
 
 
-class Program(nn.Module):
-    """From pixels to probabilities: what `export_program` exports."""
-
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.model, format = classifier.model, classifier.format
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", torch.tensor(format.mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(format.std).view(1, -1, 1, 1))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model((pixels.float() / 255 - self.mean) / self.std).softmax(1)
-
-
-@usual_state()
-def export_program(classifier: Classifier, path: str | PathLike) -> None:
-    """Write a classifier as a torch.export program, which needs torch and nothing of fastops.
-
-    It takes uint8 images (N, C, size, size), any N, and gives probabilities, float32 (N, classes);
-    the file holds the classes' names as "classes.json".
-
-    >>> files = {"classes.json": ""}
-    >>> program = torch.export.load("out.pt2", extra_files=files).module()
-    >>> program(images).argmax(1)
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    format = classifier.format
-    example = torch.zeros(2, format.channels, format.size, format.size, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1)
-    model = Program(classifier).eval()
-    # What is saved is each weight's memory as a whole, in torch's own order.
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-    names = {"classes.json": json.dumps(classifier.classes)}
-    with complete_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
-        torch.export.save(program, file, extra_files=names)
-
-
 @usual_state()
 def load_classifier(path: str | PathLike) -> Classifier:
     """Read a network that `finetune` saved. It runs on torch's own ops; fastops.patch it at will.
@@ -206,4 +164,4 @@ def load_classifier(path: str | PathLike) -> Classifier:
     except (AttributeError, KeyError, TypeError, ConfigError) as error:
         raise WeightsError(f"{path} was not written by finetune: {error!r}") from error
     model.to(memory_format=torch.channels_last).eval()
-    return Classifier(model, content["classes"], format)
+    return Classifier(model, content["classes"], format, content["arch"])

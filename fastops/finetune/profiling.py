@@ -7,12 +7,12 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from .config import FineTuneConfig
-from .data import iterate, take
-from .experiment import Plan, make_plan
+from .data import take
 from .measure import clock
+from .plan import Plan, make_plan
 from .recipe import ops_for
-from .report import align
 from .run import Run
+from .summary import align
 from .surroundings import usual_state
 from .trainer import Trainer, prepare
 
@@ -41,7 +41,7 @@ class Stepper:
         self.trainer = Trainer(run, config, ops_for(backend), network, images, test)
         self.trainer.set_training(0)
         kept = self.trainer.keep_outputs()
-        self.loader = iter(iterate(kept or images, self.trainer.batches))
+        self.loader = iter(self.trainer.load(kept))
         self.device = network.device
 
     def step(self) -> float:
@@ -64,7 +64,9 @@ def profile(config: FineTuneConfig) -> str:
         ConfigError, DataError, WeightsError: see finetune.
     """
     steps = WARM_UP + TIMED + PROFILED
-    plan = make_plan(replace(config, steps=steps, schedule="together", early_stop=None))
+    plan = make_plan(
+        replace(config, steps=steps, schedule="together", early_stop=None, keep="last")
+    )
     with torch.random.fork_rng():
         tables = [profile_mode(plan, mode) for mode in config.chosen_modes]
     return "\n".join([*plan.description, *tables])

@@ -16,6 +16,9 @@ from .config import OPTIMIZERS, FineTuneConfig
 from .errors import ConfigError
 from .networks import count_parameters
 
+HEAD_FIRST = 20
+"""Percent of the steps in which the schedule head-first trains the head alone."""
+
 
 @dataclass(frozen=True)
 class Ops:
@@ -91,13 +94,22 @@ def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def thaw_steps(pieces: dict[str, nn.Module], steps: int, epoch: int) -> dict[str, int]:
-    """The step at which each piece starts to learn: the head at 0, the others one after another.
+def thaw_steps(
+    pieces: dict[str, nn.Module], steps: int, epoch: int, schedule: str
+) -> dict[str, int]:
+    """The step at which each piece starts to learn: the head at 0; empty for all of them at 0.
 
-    Pieces start in equal intervals over the first half of the steps, and with a new epoch where
-    an interval is longer than an epoch.
+    Args:
+        epoch: steps in an epoch.
+        schedule: "together"; "head-first": the others after a fifth of the steps; or "gradual":
+            one after another, in equal intervals over the first half of the steps, and with a new
+            epoch where an interval is longer than an epoch.
     """
+    if schedule == "together":
+        return {}
     names = [name for name in reversed(pieces) if count_parameters(pieces[name])]
+    if schedule == "head-first":
+        return {name: 0 if name == "head" else HEAD_FIRST * steps // 100 for name in names}
     interval = steps / (2 * len(names))
     starts = [math.ceil(i * interval) for i in range(len(names))]
     if interval > epoch:
@@ -145,4 +157,4 @@ class StepAverage(AveragedModel):
 def averages_in_step(config: FineTuneConfig, ops: Ops) -> bool:
     """Whether the optimizer keeps the moving average: it starts a parameter's average with the
     parameter's first step, as AveragedModel does where all parameters step from the first on."""
-    return config.ema is not None and ops.fused and config.schedule == "together"
+    return config.ema is not None and ops.fused and config.chosen_schedule == "together"

@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ class Run:
         curve: (steps done, accuracy on a fixed part of the test images).
         predictions: class of each test image, int64 (N,).
         confidence: softmax probability of that class, float32 (N,).
+        metrics: metrics.Metrics of the test images, as plain values.
     """
 
     mode: str
@@ -45,6 +47,7 @@ class Run:
     curve: list[tuple[int, float]] = field(default_factory=list)
     predictions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     confidence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:

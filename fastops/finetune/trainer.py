@@ -5,7 +5,7 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,13 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import processes
+from .augmentation import Augmented, draw_mixture, training_transform
 from .checkpoints import Weights, load_weights
 from .config import FineTuneConfig
 from .cutting import CutNetwork
-from .data import Collection, InMemory, OnDisk, draw_batches, iterate, take
+from .data import (
+    Collection,
+    InMemory,
+    OnDisk,
+    balancing_weights,
+    count_cores,
+    draw_batches,
+    iterate,
+    take,
+)
 from .devices import find_device
 from .errors import ConfigError, FineTuneError
 from .measure import PeakMemory, clock
+from .metrics import compute_metrics
 from .networks import build, count_parameters
 from .pictures import InputFormat
 from .recipe import (
@@ -88,7 +99,8 @@ def fit(
         memory = PeakMemory(device)
         network, model = prepare(config, collection, format, weights, mode, seed, backend)
         images = take(collection.train, chosen)
-        trainer = Trainer(run, config, ops_for(backend), network, images, collection.test)
+        parts = images, collection.test, collection.validation
+        trainer = Trainer(run, config, ops_for(backend), network, *parts)
         if state is not None:
             try:
                 trainer.load_state_dict(state)
@@ -99,6 +111,11 @@ def fit(
                 ) from error
         trainer.train(on_step, save, stop or threading.Event())
         run.peak_memory = memory.rise()
+        tested = trainer.tested
+        labels = collection.test.labels[tested]
+        run.metrics = asdict(
+            compute_metrics(trainer.probabilities[tested], labels, collection.classes)
+        )
     return run, model.eval()
 
 
@@ -118,7 +135,7 @@ def prepare(
         load_weights(model, weights.state, head=False)
     model.to(find_device(config.device)).to(memory_format=torch.channels_last)
     ops_for(backend).patch(model)
-    return CutNetwork(model, mode, format, config.amp), model
+    return CutNetwork(model, mode, format, config.amp or "off"), model
 
 
 class Trainer:
@@ -140,26 +157,29 @@ class Trainer:
         network: CutNetwork,
         images: InMemory | OnDisk,
         test: InMemory | OnDisk,
+        validation: InMemory | OnDisk | None = None,
     ):
         self.run, self.config, self.ops, self.network = run, config, ops, network
         self.images = images
         self.steps = config.count_steps(len(images), processes.count())
-        size = config.batch_size * processes.count()
-        self.batches = draw_batches(len(images), size, self.steps, run.seed)
+        size = config.chosen_batch_size * processes.count()
+        self.classes = balancing_weights(images.labels)
+        often = self.classes[images.labels] if config.balance == "sample" else None
+        self.batches = draw_batches(len(images), size, self.steps, run.seed, often)
         self.batch = len(self.batches[0])
-        # The same network in every process, but not the same dropout.
-        own_seed = run.seed + (processes.rank() << 32)
+        self.transform = training_transform(config.chosen_augment, network.format)
+        # The same network in every process, but not the same dropout. The generator takes 32 bits.
+        own_seed = run.seed + processes.rank() * 0x9E3779B1
         torch.manual_seed(own_seed)
-        self.noise = torch.Generator().manual_seed(own_seed)
         self.replica: nn.Module = network.trained
         self.optimizer = make_optimizer(config, ops, run.mode, network.pieces)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, warmup_cosine(self.steps, config.warmup)
         )
         run.parameters = count_parameters(network.trained)
-        gradual = config.schedule == "gradual" and run.mode != "scratch"
         epoch = max(1, len(images) // self.batch)
-        self.thaw = thaw_steps(network.pieces, self.steps, epoch) if gradual else {}
+        schedule = config.chosen_schedule if run.mode != "scratch" else "together"
+        self.thaw = thaw_steps(network.pieces, self.steps, epoch, schedule)
         self.ema: AveragedModel | None = None
         if config.ema is not None and averages_in_step(config, ops):
             self.ema = StepAverage(network.trained, config.ema, self.optimizer)
@@ -168,10 +188,15 @@ class Trainer:
             self.ema = AveragedModel(network.trained, multi_avg_fn=average, use_buffers=True)
         self.best: dict[str, torch.Tensor] | None = None
         self.test = network.keep_outputs(test) or test
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-        count = CURVE_IMAGES if config.early_stop is None else min(CURVE_IMAGES, len(test) // 2)
-        self.curve_order, self.other_order = order[:count], order[count:]
-        self.curve_images = take(self.test, self.curve_order)
+        self.tested = torch.arange(len(test))
+        if validation is not None:
+            self.curve_images = network.keep_outputs(validation) or validation
+        else:
+            order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+            count = min(CURVE_IMAGES, len(test) // 2) if config.keeps_best else CURVE_IMAGES
+            self.curve_images = take(self.test, order[:count])
+            if config.keeps_best:  # by images that are not tested
+                self.tested = order[count:]
 
     @property
     def averaged(self) -> nn.Module:
@@ -196,7 +221,7 @@ class Trainer:
 
     def random_state(self) -> dict[str, torch.Tensor]:
         """Where this process's random number generators stand."""
-        state = {"noise": self.noise.get_state(), "cpu": torch.get_rng_state()}
+        state = {"cpu": torch.get_rng_state()}
         if self.network.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.network.device)
         return state
@@ -212,15 +237,35 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.best = state["best"]
         random = state["random"][processes.rank()]
-        self.noise.set_state(random["noise"])
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.network.device)
 
     def keep_outputs(self) -> InMemory | None:
         """The frozen stages' outputs, where nothing changes the images on their way."""
-        varied = self.config.augment or self.config.mixup
+        varied = self.transform is not None or self.config.mixup or self.config.cutmix
         return None if varied else self.network.keep_outputs(self.images)
+
+    def load(self, kept: InMemory | None, first: int = 0) -> Iterable:
+        """This process's parts of the batches from number `first` on: (images, labels)."""
+        parts = [processes.part(len(batch)) for batch in self.batches[first:]]
+        workers = self.config.workers
+        if kept is not None or self.transform is None:
+            batches = [b[p] for b, p in zip(self.batches[first:], parts, strict=True)]
+            return iterate(kept or self.images, batches, workers)
+        # An image's random numbers are those of its place in all batches.
+        places = [
+            [(index, number * self.batch + place) for place, index in enumerate(batch)][part]
+            for number, (batch, part) in enumerate(
+                zip(self.batches[first:], parts, strict=True), first
+            )
+        ]
+        if workers is None and self.network.device.type == "cuda":
+            workers = min(8, count_cores())
+        if workers is None and isinstance(self.images, OnDisk):
+            workers = min(8, count_cores())
+        varied = Augmented(self.images, self.transform, self.run.seed)
+        return iterate(varied, places, workers)
 
     def set_training(self, step: int) -> None:
         """Freeze what the schedule has not reached at `step`, and the norms that are to stay."""
@@ -237,20 +282,20 @@ class Trainer:
             self.replica = DistributedDataParallel(self.network.trained, **options)
 
     def loss(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch, augmented and mixed as the recipe says."""
+        """The loss of a batch, mixed as the recipe says."""
         config, network = self.config, self.network
-        noise = self.noise if config.augment else None
         labels = labels.to(network.device)
-        smoothing = config.label_smoothing
+        options: dict[str, Any] = {"label_smoothing": config.label_smoothing}
+        if config.balance == "loss":
+            options["weight"] = self.classes.to(network.device)
+        size = network.format.size
+        mixture = draw_mixture(config.mixup, config.cutmix, len(labels), size)
         with network.autocast():
-            if not config.mixup:
-                logits = self.replica(network.inputs(pixels, noise))
-                return self.ops.cross_entropy(logits, labels, label_smoothing=smoothing)
-            share = torch.distributions.Beta(config.mixup, config.mixup).sample().item()
-            others = torch.randperm(len(labels))
-            logits = self.replica(network.inputs(pixels, noise, (share, others)))
-            mixed = (labels, labels[others.to(network.device)], share)
-            return self.ops.mixup_cross_entropy(logits, *mixed, label_smoothing=smoothing)
+            logits = self.replica(network.inputs(pixels, mixture))
+            if mixture is None:
+                return self.ops.cross_entropy(logits, labels, **options)
+            others = labels[mixture.others.to(network.device)]
+            return self.ops.mixup_cross_entropy(logits, labels, others, mixture.share, **options)
 
     def step(self, pixels: torch.Tensor, labels: torch.Tensor) -> float:
         """One step of the optimizer on this process's part of the batch; the whole batch's loss before it."""
@@ -302,13 +347,14 @@ class Trainer:
         right = self.network.predict(self.curve_images, self.averaged).argmax(1)
         accuracy = (right == self.curve_images.labels).float().mean().item()
         self.run.curve.append((len(self.run.losses), accuracy))
-        if self.config.early_stop is None:
+        if not self.config.keeps_best:
             return False
         accuracies = [accuracy for _, accuracy in self.run.curve]
         best = accuracies.index(max(accuracies))
         if best == len(accuracies) - 1:
             self.best = {k: v.clone() for k, v in self.averaged.state_dict().items()}
-        return len(accuracies) - 1 - best >= self.config.early_stop
+        patience = self.config.early_stop
+        return patience is not None and len(accuracies) - 1 - best >= patience
 
     def train(
         self,
@@ -326,11 +372,9 @@ class Trainer:
         first = len(run.losses)
         self.set_training(first)
         saved = time.monotonic()
-        batches = [batch[processes.part(len(batch))] for batch in self.batches[first:]]
-        if run.stopped:
-            batches = []
+        loader = () if run.stopped else self.load(kept, first)
         started = clock(network.device)
-        for number, (pixels, labels) in enumerate(iterate(kept or self.images, batches), first):
+        for number, (pixels, labels) in enumerate(loader, first):
             if number in self.thaw.values():
                 self.set_training(number)
             self.step(pixels, labels)
@@ -363,8 +407,7 @@ class Trainer:
         if kept is not None:
             epoch = looping * len(self.images) / trained_images
             run.epoch_speedup = (keeping + epoch) / epoch
-        run.confidence, run.predictions = network.predict(self.test).max(1)
+        self.probabilities = network.predict(self.test)
+        run.confidence, run.predictions = self.probabilities.max(1)
         right = run.predictions == self.test.labels
-        if config.early_stop is not None:
-            right = right[self.other_order]
-        run.accuracy = right.float().mean().item()
+        run.accuracy = right[self.tested].float().mean().item()

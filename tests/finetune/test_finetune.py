@@ -38,7 +38,7 @@ from fastops.finetune import (
     trainer,
 )
 from fastops.finetune.checkpoints import find_weights, load_weights
-from fastops.finetune.data import InMemory, OnDisk, augment, draw_batches, sample_per_class, take
+from fastops.finetune.data import InMemory, OnDisk, draw_batches, sample_per_class, take
 from fastops.finetune.fashion_mnist import (
     NEW_CLASSES,
     PRETRAINING_CLASSES,
@@ -47,21 +47,20 @@ from fastops.finetune.fashion_mnist import (
     read_idx,
     read_sheet,
 )
-from fastops.finetune.folders import load_folder
-from fastops.finetune.freezing import parse_mode, split, stages_of
-from fastops.finetune.networks import SHIPPED_FORMAT, SmallResNet, build, input_format
-from fastops.finetune.pictures import read_picture
-from fastops.finetune.recipe import make_optimizer, ops_for, warmup_cosine
-from fastops.finetune.report import (
-    compare_backends,
+from fastops.finetune.figures import (
     count_confusions,
-    curve_distances,
     draw_curves,
     draw_predictions,
     find_fonts,
     letters,
 )
+from fastops.finetune.folders import load_folder
+from fastops.finetune.freezing import parse_mode, split, stages_of
+from fastops.finetune.networks import SHIPPED_FORMAT, SmallResNet, build, input_format
+from fastops.finetune.pictures import read_picture
+from fastops.finetune.recipe import make_optimizer, ops_for, warmup_cosine
 from fastops.finetune.storage import complete_file, make_run_folder
+from fastops.finetune.summary import compare_backends, curve_distances
 from fastops.finetune.trainer import fit
 from tools.pretrain import TURNS, distort, measure, write_sheet
 
@@ -490,7 +489,7 @@ def test_interrupted_experiment_reports_what_it_has(tmp_path, small_test, monkey
             raise KeyboardInterrupt
         return fit(*arguments, seed=seed, **options)
 
-    monkeypatch.setattr("fastops.finetune.experiment.fit", fit_two)
+    monkeypatch.setattr("fastops.finetune.plan.fit", fit_two)
     out = str(tmp_path / "run")
     command = ["finetune", "--modes=features", "--steps=2", "--shots=2", "--out", out, "--quiet"]
     assert main(command) == 130
@@ -510,7 +509,10 @@ def test_folder_with_resnet18(tmp_path, capsys):
     command += ["--steps=2", "--batch-size=4", "--augment", "--out", str(tmp_path / "run")]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "12 training images, 6 test images, 32 x 32" in printed and "last:2" in printed
+    assert (
+        "9 training images, 3 validation images, 6 test images, 32 x 32" in printed
+        and "last:2" in printed
+    )
     classifier = load_classifier(tmp_path / "run" / "checkpoints" / "full.pt")
     assert classifier.classes == ["cat", "dog", "owl"] and classifier.format.size == 32
 
@@ -544,7 +546,7 @@ def test_fonts_are_found_by_their_letters():
 def test_folder_is_split_the_same_way_each_time(tmp_path):
     draw_pictures(tmp_path / "data", count=5)
     first, second = (load_folder(tmp_path / "data", SHIPPED_FORMAT) for _ in range(2))
-    assert len(first.train) == 12 and len(first.test) == 3
+    assert (len(first.train), len(first.validation), len(first.test)) == (9, 3, 3)
     assert torch.equal(first.test.images, second.test.images)
 
 
@@ -567,7 +569,7 @@ def test_odd_pictures(tmp_path, mode, size):
     for arch in ("small", "resnet18"):
         format = input_format(arch)
         pixels = read_picture(path, format)
-        assert pixels.shape == (format.channels, format.size, format.size)
+        assert pixels.shape == (format.channels, format.stored, format.stored)
         assert pixels.dtype == torch.uint8
 
 
@@ -616,9 +618,10 @@ def test_unreadable_pictures_are_named_and_skipped(tmp_path, monkeypatch, capsys
     broken.write_bytes(broken.read_bytes()[:200])
     (tmp_path / "data" / "dog" / "text.jpg").write_text("not a picture")
     collection = load_folder(tmp_path / "data", SHIPPED_FORMAT)
-    assert len(collection.train) + len(collection.test) == 14
+    parts = collection.train, collection.validation, collection.test
+    assert sum(map(len, parts)) == 13
     assert len(collection.skipped) == 2 and str(broken) in collection.skipped[0]
-    assert main(["finetune", "--data", str(tmp_path / "data"), "--dry-run"]) == 0
+    assert main(["finetune", "--data", str(tmp_path / "data"), "--dry-run", "--arch=small"]) == 0
     assert f"cannot read picture {broken}" in capsys.readouterr().out
     with pytest.raises(DataError, match="text.jpg|0.png"):
         load_folder(tmp_path / "data", SHIPPED_FORMAT, strict=True)
@@ -640,17 +643,6 @@ def test_sampling():
     assert sorted(sum(batches, [])[:7]) == list(range(7))
     assert batches == draw_batches(7, 3, 5, seed=1) != draw_batches(7, 3, 5, seed=2)
     assert [len(batch) for batch in draw_batches(4, 10, 2, seed=0)] == [4, 4]
-
-
-def test_augment_keeps_shape_and_range():
-    images = torch.rand(8, 3, 20, 20)
-    crops = augment(images, torch.Generator().manual_seed(0))
-    again = augment(images, torch.Generator().manual_seed(0))
-    assert crops.shape == images.shape and torch.equal(crops, again)
-    assert not torch.equal(crops, images)
-    assert crops.min() >= 0 and crops.max() <= 1
-    still = torch.full((2, 1, 20, 20), 0.5)
-    assert torch.allclose(augment(still, torch.Generator()), still)
 
 
 # --------------------------------------------------------------------------------------- bad input

@@ -32,7 +32,13 @@ def test_every_command_with_names_of_any_bytes(tmp_path, encoding):
         "--modes=features",
         "--arch=small",
     ]
-    options += ["--seeds=1", "--steps=2", "--out", os.fsencode(tmp_path / odd / "run")]
+    options += [
+        "--seeds=1",
+        "--steps=2",
+        "--threads=1",
+        "--out",
+        os.fsencode(tmp_path / odd / "run"),
+    ]
     done = command("finetune", *options, encoding=encoding)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     printed = done.stdout.decode(encoding, "replace")

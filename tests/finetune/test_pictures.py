@@ -20,6 +20,13 @@ from fastops.finetune.pictures import read_picture
 RAMP = np.linspace(0, 1, 256).repeat(256).reshape(256, 256).T  # brighter to the right
 
 
+def count(collection):
+    """Pictures of each class in all parts."""
+    parts = (collection.train, collection.validation, collection.test)
+    labels = [label for part in parts if part is not None for label in part.labels.tolist()]
+    return [labels.count(c) for c in range(len(collection.classes))]
+
+
 def save_16_bits(path: Path, mode: str) -> None:
     values = (RAMP * 65535).round()
     if path.suffix == ".pgm":
@@ -108,8 +115,7 @@ def test_linked_folders_are_followed_and_cycles_end(tmp_path):
     (tmp_path / "data" / "owl" / "self").symlink_to(tmp_path / "data" / "owl")
     (tmp_path / "more" / "winter" / "back").symlink_to(tmp_path / "data" / "cat")
     collection = load_folder(tmp_path / "data", SHIPPED_FORMAT)
-    labels = collection.train.labels.tolist() + collection.test.labels.tolist()
-    assert [labels.count(c) for c in range(3)] == [5, 3, 3]
+    assert count(collection) == [5, 3, 3]
 
 
 def test_a_folder_with_the_name_of_a_picture_is_none(tmp_path):
@@ -117,7 +123,7 @@ def test_a_folder_with_the_name_of_a_picture_is_none(tmp_path):
     (tmp_path / "data" / "cat" / "IMG_0001.jpg").mkdir()
     (tmp_path / "data" / "cat" / "0.png").rename(tmp_path / "data/cat/IMG_0001.jpg/0.png")
     collection = load_folder(tmp_path / "data", SHIPPED_FORMAT, strict=True)
-    assert len(collection.train) + len(collection.test) == 12 and not collection.skipped
+    assert count(collection) == [4, 4, 4] and not collection.skipped
 
 
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
@@ -143,7 +149,7 @@ def test_parts_of_many_names(tmp_path, train, val):
     draw_pictures(tmp_path / val, count=2)
     collection = load_folder(tmp_path, SHIPPED_FORMAT)
     assert collection.classes == ["cat", "dog", "owl"]
-    assert (len(collection.train), len(collection.test)) == (9, 6)
+    assert (len(collection.train), len(collection.validation), len(collection.test)) == (6, 3, 6)
 
 
 def test_test_beside_val(tmp_path):
@@ -152,7 +158,8 @@ def test_test_beside_val(tmp_path):
     draw_pictures(tmp_path / "test", count=2)
     (tmp_path / "extra").mkdir()
     collection = load_folder(tmp_path, SHIPPED_FORMAT)
-    assert len(collection.test) == 6
+    parts = collection.train, collection.validation, collection.test
+    assert [len(part) for part in parts] == [9, 3, 6]
     assert any("extra/" in note for note in collection.notes)
     for picture in (tmp_path / "test").rglob("*.png"):  # as Kaggle's: pictures without classes
         picture.rename(tmp_path / "test" / f"{picture.parent.name}{picture.name}")
@@ -188,7 +195,7 @@ def test_names_that_differ_in_their_unicode_form_are_one_class(tmp_path):
     draw_pictures(tmp_path / "a", (decomposed,), count=2)
     collection = load_folder(tmp_path / "a", SHIPPED_FORMAT)
     assert collection.classes == [composed, "tea"]
-    assert (collection.train.labels == 0).sum() + (collection.test.labels == 0).sum() == 5
+    assert count(collection) == [5, 3]
     assert any("differ in their Unicode form" in note for note in collection.notes)
     draw_pictures(tmp_path / "b" / "train", (composed, "tea"), count=3)
     draw_pictures(tmp_path / "b" / "val", (decomposed, "tea"), count=3)
@@ -198,7 +205,7 @@ def test_names_that_differ_in_their_unicode_form_are_one_class(tmp_path):
 def test_notes_are_said_before_training(tmp_path, capsys):
     draw_pictures(tmp_path / "data", count=4)
     (tmp_path / "data" / "cat" / "photo.heic").touch()
-    assert main(["finetune", "--data", str(tmp_path / "data"), "--dry-run"]) == 0
+    assert main(["finetune", "--data", str(tmp_path / "data"), "--dry-run", "--arch=small"]) == 0
     assert "passed over files that are no pictures: 1 of .heic" in capsys.readouterr().out
 
 

@@ -27,6 +27,8 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 import torch
 import fastops.finetune.experiment as experiment
+import fastops.finetune.plan as plan
+import fastops.finetune.progress as progress
 import fastops.finetune.storage as storage
 import fastops.finetune.trainer as train
 from fastops.__main__ import main
@@ -35,18 +37,18 @@ from fastops.finetune.data import take
 
 folder, same, recipes = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 rank = int(os.environ["RANK"])
-load = experiment.load_shipped
+load = plan.load_shipped
 
 def few(format):
     images = load(format)
     images.test = take(images.test, torch.arange(0, len(images.test), 7))
     return images
 
-experiment.load_shipped = few
+plan.load_shipped = few
 if rank:  # whatever is written goes through here
     def refuse(*arguments):
         raise AssertionError("this process is not to write")
-    experiment.complete_file = experiment.write_report = experiment.write_text = refuse
+    experiment.complete_file = progress.complete_file = experiment.write_report = experiment.write_text = refuse
     experiment.save_classifier = experiment.make_run_folder = refuse
 
 def command(name, *more):
@@ -79,9 +81,9 @@ torch.save = save
 
 def broken(format):
     raise DataError("a picture that only this process has")
-experiment.load_shipped = broken if rank else few
+plan.load_shipped = broken if rank else few
 codes["bad data"] = command("features", "--out", str(folder / "bad"))
-experiment.load_shipped = few
+plan.load_shipped = few
 (folder / f"codes{rank}.json").write_text(json.dumps(codes))
 """
 
