@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -187,6 +188,8 @@ class Trainer:
             average = get_ema_multi_avg_fn(config.ema)
             self.ema = AveragedModel(network.trained, multi_avg_fn=average, use_buffers=True)
         self.best: dict[str, torch.Tensor] | None = None
+        self.best_score = (0.0, 0.0)
+        self.validated = validation is not None
         self.test = network.keep_outputs(test) or test
         self.tested = torch.arange(len(test))
         if validation is not None:
@@ -216,6 +219,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "ema": self.ema and self.ema.state_dict(),
             "best": self.best,
+            "best_score": self.best_score,
             "random": processes.gather(self.random_state()),
         }
 
@@ -235,7 +239,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.best = state["best"]
+        self.best, self.best_score = state["best"], tuple(state["best_score"])
         random = state["random"][processes.rank()]
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
@@ -344,14 +348,18 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Add a point to the curve; whether it is time to stop early."""
-        right = self.network.predict(self.curve_images, self.averaged).argmax(1)
-        accuracy = (right == self.curve_images.labels).float().mean().item()
+        labels = self.curve_images.labels
+        probabilities = self.network.predict(self.curve_images, self.averaged)
+        accuracy = (probabilities.argmax(1) == labels).float().mean().item()
         self.run.curve.append((len(self.run.losses), accuracy))
         if not self.config.keeps_best:
             return False
         accuracies = [accuracy for _, accuracy in self.run.curve]
         best = accuracies.index(max(accuracies))
-        if best == len(accuracies) - 1:
+        # Few validation images give few different accuracies: of equal ones the loss decides.
+        loss = F.nll_loss(probabilities.clamp(min=1e-12).log(), labels).item() * self.validated
+        if self.best is None or (accuracy, -loss) > self.best_score:
+            self.best_score = accuracy, -loss
             self.best = {k: v.clone() for k, v in self.averaged.state_dict().items()}
         patience = self.config.early_stop
         return patience is not None and len(accuracies) - 1 - best >= patience
