@@ -138,7 +138,12 @@ def containers(content: Mapping[Any, Any], place: str = "", depth: int = 0) -> I
     for name, value in content.items():
         if isinstance(value, Mapping) and depth < 4:
             if not any(word in str(name).lower() for word in OTHER_STATE):
-                yield from containers(value, f"{place}[{name!r}]", depth + 1)
+                yield from containers(value, f"{place}.{name}" if place else str(name), depth + 1)
+
+
+def is_averaged(name: str) -> bool:
+    """Whether a container or prefix is called EMA, alone or as a part of its name."""
+    return re.search(r"(?<![a-z])ema(?![a-z])", name.lower()) is not None
 
 
 @cache
@@ -168,7 +173,7 @@ def prefixed(candidate: Candidate, model: State, head: str) -> Candidate:
 
     order = {name: i for i, name in enumerate(candidate.state)}
     first = {p: min((i for k, i in order.items() if k.startswith(p)), default=0) for p in prefixes}
-    best = max(prefixes, key=lambda p: (count(p), "ema" in p, -first[p]))
+    best = max(prefixes, key=lambda p: (count(p), is_averaged(p), -first[p]))
     state = {k.removeprefix(best): v for k, v in candidate.state.items() if k.startswith(best)}
     beside = [k for k in candidate.state if not k.startswith(best)]
     place = candidate.place + (f" under the prefix {best!r}" if best else "")
@@ -188,9 +193,9 @@ def locate(content: Mapping[str, Any], arch: str, source: str) -> Weights:
         raise WeightsError(f"{source} holds no weights{f', but {names}' if names else ''}")
     most = max(c.matches for c in candidates)
     fitting = [c for c in candidates if c.matches == most]
-    averaged = [c for c in fitting if "ema" in c.place.lower()]
+    averaged = [c for c in fitting if is_averaged(c.place)]
     best = (averaged or fitting)[0]
-    said = [best.place.strip()] if best.place else []
+    said = [("in " if best.place[0] != " " else "") + best.place.strip()] if best.place else []
     if best.beside:
         more = f" and {len(best.beside) - 3} more" if len(best.beside) > 3 else ""
         said.append(f"not used: {', '.join(best.beside[:3])}{more}")
@@ -270,7 +275,8 @@ def find_weights(arch: str | None, weights: str) -> Weights | None:
         if arch not in (None, "small"):
             return Weights(arch, download_weights(arch))
         with resources.as_file(resources.files(__package__) / "assets" / "resnet14.pt") as path:
-            return locate(read_checkpoint(path), "small", "the shipped checkpoint")
+            found = locate(read_checkpoint(path), "small", "the shipped checkpoint")
+            return Weights(found.arch, found.state)
     content = read_checkpoint(Path(weights))
     found = identify(content, weights) if arch is None else locate(content, arch, weights)
     if broken := [
