@@ -50,7 +50,17 @@ def interrupted_run(monkeypatch):
 
 def test_there_are_commands():
     words = " ".join(COMMANDS)
-    shown = ("torchrun", "--data", "--schedule", "--resume", "--profile", "predict", "--help")
+    shown = (
+        "torchrun",
+        "--data",
+        "--schedule",
+        "--resume",
+        "--profile",
+        "predict",
+        "evaluate",
+        "export",
+        "--help",
+    )
     assert all(word in words for word in shown)
 
 
@@ -80,10 +90,13 @@ def test_command(place, command, capsys, small_test, monkeypatch):  # noqa: F811
         interrupted_run(monkeypatch)
         assert main(words) == 0 and (place / "RUN" / "report.html").exists()
         return
-    if words[0] == "predict":
-        assert main(["finetune", "--modes=features", *FEW, "--out=RUN"]) == 0
+    if words[0] != "finetune":
+        train = ["finetune", "--data=FOLDER", "--arch=small", "--modes=features"]
+        assert main([*train, *FEW, "--out=RUN"]) == 0
         capsys.readouterr()
-        assert main(words) == 0 and capsys.readouterr().out.startswith("IMAGE.png: ")
+        assert main(words) == 0
+        said = {"predict": "IMAGE.png: ", "evaluate": "balanced", "export": "read again"}[words[0]]
+        assert said in capsys.readouterr().out
         return
     assert words[0] == "finetune"
     if "--data" in words:
