@@ -236,12 +236,12 @@ template <class Op, class real>
 struct Derivation {
   OptimizerOnDevice from;
   const float* found_inf;
-  StepScalars<Op, real, true>
-      given[2];  // of tensors before and at their first step: what does not depend on the step
+  StepScalars<Op, real, true> given[kGroups];  // what does not depend on the step, per group
   StepScalars<Op, real, true>* made;
   int count;
   void* counts[kDerived];
   bool first[kDerived];
+  unsigned char group[kDerived];
 };
 
 template <class Op, class real>
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
   const bool first = d.first[tensor];
   const auto derived = Op::scalars_for_step(options, step, first);
-  StepScalars<Op, real, true> made = d.given[first];
+  StepScalars<Op, real, true> made = d.given[d.group[tensor]];
 #pragma unroll
   for (int k = 0; k < Op::scalars; ++k)
     reinterpret_cast<real*>(&made.of_op)[k] =
@@ -357,9 +357,10 @@ int group_of(N (&groups)[kGroups], int& used, const N& scalars) {
   return group;
 }
 
-// Starts the derivation of the scalars of tensors [begin, end).
-template <class Op, class real>
-Error derive_all(const OptimizerArgs& a, int64_t begin, int64_t end,
+// Starts the derivation of the scalars of the batch, whose first tensor is `begin`. What they hold
+// that no step count makes, the weight of an average and the key of the noise, is the group's.
+template <class Op, class real, class B>
+Error derive_all(const OptimizerArgs& a, const B& batch, int64_t begin,
                  StepScalars<Op, real, true>* made) {
   static_assert(sizeof(*made) <= kScalarsBytes);
   static_assert(count_options(Op::options) <= kMaxOptions);
@@ -367,12 +368,13 @@ Error derive_all(const OptimizerArgs& a, int64_t begin, int64_t end,
   d.from = *a.on_device;
   d.found_inf = a.found_inf;
   d.made = made;
-  d.count = static_cast<int>(end - begin);
+  d.count = batch.count;
+  memcpy(d.given, batch.scalars, sizeof d.given);
+  memcpy(d.group, batch.group, static_cast<size_t>(batch.count));
   for (int k = 0; k < d.count; ++k) {
     const int64_t tensor = begin + k;
     d.counts[k] = a.on_device->counts[tensor];
     d.first[k] = a.on_device->first[tensor];
-    fill(d.given[d.first[k]], a.tensors[tensor], a.noise ? a.noise + tensor : nullptr);
   }
   return launch(derive_kernel<Op, real>, (d.count + kThreads - 1) / kThreads, kThreads, a.stream,
                 d);
@@ -420,7 +422,7 @@ Error step_all(const OptimizerArgs& a) {
       if (a.on_device) {
         auto* made = static_cast<typename B::N*>(a.on_device->scalars) + begin;
         batch.derived = made;
-        const Error error = derive_all<Op, real>(a, begin, next, made);
+        const Error error = derive_all<Op, real>(a, batch, begin, made);
         if (error) return error;
       }
     }

@@ -46,7 +46,8 @@ class Adam(_AdamRows, torch.optim.Adam):
             dtypes), moved in the same sweep: after the first step it is the parameter, after each other one
             ema_decay of itself and 1 - ema_decay of the parameter, as
             :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` has it. A parameter that is not stepped keeps its average.
-            :meth:`swap_ema` puts the averages in the parameters' place. They are part of the state_dict.
+            :meth:`swap_ema` puts the averages in the parameters' place. They are part of the state_dict. Buffers, batch
+            norm's running statistics among them, are not averaged; see :meth:`swap_ema`.
 
         state_dtype: ``torch.bfloat16`` keeps the moments of float32 parameters in half the memory; ``torch.float32`` keeps
             those of bfloat16 and float16 parameters in full. What is computed is computed in float32 either way.

@@ -4,6 +4,7 @@ leaves everything as it was. No optimizer by name."""
 import functools
 import inspect
 import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -45,17 +46,55 @@ def _real(dtype):
 
 
 class _Exchanged:
-    """What swap_ema() returns: a block at whose end the parameters are put back."""
+    """What swap_ema() returns: a block in which the averages stand in for the parameters, and after which all is as it
+    was before the call."""
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer, stood_in, renew):
         self._optimizer = optimizer
+        self._stood_in = stood_in  # (tensor, value) where averages stood in before the call
+        self._renew = renew  # computes batch norm's statistics anew, or None
+        self._statistics = []
 
+    @torch.no_grad()
     def __enter__(self):
+        if self._stood_in is not None:  # a block within a block
+            self._optimizer._stand_in(self._stood_in)
+            if self._renew is not None:
+                self._statistics = [(t, t.clone()) for t in self._renew.buffers]
+                self._renew()
         return self._optimizer
 
+    @torch.no_grad()
     def __exit__(self, *_):
-        if self._optimizer._put_aside is not None:
-            self._optimizer.swap_ema()
+        if self._stood_in is not None:
+            if self._optimizer._put_aside is None:
+                self._optimizer._stand_in(self._stood_in)
+            for t, value in self._statistics:
+                t.copy_(value)
+        elif self._optimizer._put_aside is not None:
+            self._optimizer._put_back()
+
+
+class _BatchNormStatistics:
+    """The running statistics of a model's batch norms, and how to compute them anew."""
+
+    def __init__(self, model, batches, device):
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
+        self.buffers = [t for each in buffers for t in each if t is not None]
+        self._of = model, batches, device
+        self._momenta = [(m, m.momentum) for m in norms]
+
+    def __call__(self):
+        model, batches, device = self._of
+        training = {m: m.training for m in model.modules()}
+        try:
+            torch.optim.swa_utils.update_bn(batches, model, device)
+        finally:
+            for m, momentum in self._momenta:
+                m.momentum = momentum
+            for m, mode in training.items():
+                m.training = mode
 
 
 def _number(group, value):
@@ -162,6 +201,12 @@ class FusedStep(Optimizer):
         """Adds a group, with ``l1``, ``l1_mode`` and ``rounding`` of its own where it has them; see
         :class:`torch.optim.Optimizer`."""
         if isinstance(param_group, dict):
+            for name in self._of_all_groups:
+                if name in param_group:
+                    raise ValueError(
+                        f"{name} is one value for all groups of {type(self).__name__}, but a parameter group has it: "
+                        "give it to the constructor"
+                    )
             _check_options({**self._own_defaults, **param_group})
             for key, value in self._own_defaults.items():
                 param_group.setdefault(key, value)
@@ -231,48 +276,121 @@ class FusedStep(Optimizer):
         return excess if scale is None else excess * scale.to(norm.device)
 
     @torch.no_grad()
-    def swap_ema(self):
+    def swap_ema(self, model=None, batches=None, device=None):
         """Exchanges the parameters for their averages (``ema_decay``), or back: at once, and back again at the end of a
         ``with`` block.
 
             with optimizer.swap_ema():
                 evaluate(model)
 
-        Parameters without an average (they have had no gradient yet) stay as they are. In between, step() raises.
+        Within a ``with`` block the averages always stand in, whether or not they did before, and after it everything is
+        as it was before it, so that blocks can be nested. Parameters without an average (they have had no gradient yet)
+        stay as they are. In between, step(), state_dict() and load_state_dict() raise.
+
+        Only parameters are averaged. The running statistics of batch norm are those of the parameters' own activations;
+        with `model` and `batches` they are computed anew for the averages, and put back with the parameters.
+
+        Args:
+            model, batches, device: what :func:`torch.optim.swa_utils.update_bn` takes: the model, an iterable of its
+                inputs (or of tuples that begin with them), and where to bring them.
 
         Raises:
             RuntimeError: the optimizer keeps no averages.
+            TypeError: one of `model` and `batches` without the other.
         """
         if self.ema_decay is None:
             raise RuntimeError(
                 f"{type(self).__name__} keeps no averages: construct it with ema_decay=0.999 or the like"
             )
+        if (model is None) != (batches is None):
+            raise TypeError("swap_ema: give both model and batches, or neither")
+        renew = None if model is None else _BatchNormStatistics(model, batches, device)
         if self._put_aside is not None:
+            stood_in = [(t, t.detach().clone()) for t, _ in self._put_aside]
             self._put_back()
-            return _Exchanged(self)
+            return _Exchanged(self, stood_in, renew)
         params = [p for g in self.param_groups for p in g["params"]]
-        averaged = [p for p in params if p in self.state and self.state[p].get("ema") is not None]
-        self._put_aside = [(p, p.detach().clone()) for p in averaged]
+        averages = [(p, self.state[p].get("ema")) for p in params if p in self.state]
+        self._stand_in([(p, t) for p, t in averages if t is not None], renew)
+        return _Exchanged(self, None, None)
+
+    def _stand_in(self, averages, renew=None):
+        """Puts the values of [(tensor, value), ...] in the tensors' place."""
+        tensors = [t for t, _ in averages] + (renew.buffers if renew else [])
+        self._put_aside = [(t, t.detach().clone()) for t in tensors]
         try:
-            for p in averaged:
-                p.copy_(self.state[p]["ema"])
+            for t, value in averages:
+                t.copy_(value)
+            if renew:
+                renew()
         except BaseException:
             self._put_back()
             raise
-        return _Exchanged(self)
+
+    def _only_without_averages(self, what):
+        if self._put_aside is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the averages stand in for the parameters; call swap_ema() before {what}, or "
+                "leave its block"
+            )
 
     def _put_back(self):
         for p, own in self._put_aside:
             p.copy_(own)
         self._put_aside = None
 
+    def state_dict(self):
+        """As :meth:`torch.optim.Optimizer.state_dict`.
+
+        Raises RuntimeError while the averages stand in (:meth:`swap_ema`): the parameters' own values would be in no
+        checkpoint.
+        """
+        self._only_without_averages("state_dict()")
+        try:
+            if self.ema_decay is not None:
+                for group in self.param_groups:
+                    if (steps := self._steps_of(group["params"])) is not None:
+                        group["ema_step"] = steps
+            return super().state_dict()
+        finally:
+            for group in self.param_groups:
+                group.pop("ema_step", None)
+
+    def _steps_of(self, params):
+        """How many steps the parameters of a group have taken, where that is counted."""
+        counts = (self.state[p].get("step") for p in params if p in self.state)
+        return next((float(count) for count in counts if count is not None), None)
+
+    def _check_averages(self):
+        """Drops the averages of a checkpoint that has been stepped without them, with a warning."""
+        stale = []
+        for group in self.param_groups:
+            then = group.pop("ema_step", None)
+            params = [p for p in group["params"] if "ema" in self.state.get(p, {})]
+            if self.ema_decay is None or then not in (None, self._steps_of(group["params"])):
+                stale += params
+        if not stale:
+            return
+        for p in stale:
+            del self.state[p]["ema"]
+        why = (
+            "this optimizer keeps none" if self.ema_decay is None else "it was stepped without them"
+        )
+        warnings.warn(
+            f"{type(self).__name__}.load_state_dict: the averages (ema_decay) in this checkpoint are left out, since "
+            f"{why}; averages that are kept from here on begin with the parameters as they are",
+            stacklevel=4,
+        )
+
     def load_state_dict(self, state_dict):
         """As :meth:`torch.optim.Optimizer.load_state_dict`; states of a dtype of their own and
-        averages keep it.
+        averages keep it. Averages are left out, with a warning, where this optimizer keeps none, and where steps were
+        taken without them since.
 
         Raises where torch does, and ValueError for states that no parameter of this optimizer could have had (torch
         takes them and fails at the next step). The optimizer is then as it was.
         """
+        self._only_without_averages("load_state_dict()")
         before = {key: self.__dict__[key] for key in ("state", "param_groups")}
         try:
             self._load(state_dict)
@@ -299,6 +417,7 @@ class FusedStep(Optimizer):
         seeds = [g.get("rounding_seed") for g in self.param_groups]
         super().load_state_dict(state_dict)
         self._check_loaded()
+        self._check_averages()
         for group, seed in zip(self.param_groups, seeds, strict=True):
             if seed is not None:
                 group.setdefault("rounding_seed", seed)
@@ -312,8 +431,9 @@ class FusedStep(Optimizer):
                     continue
                 else:
                     dtype = self._dtype_of_states(p)
-                if isinstance(value, Tensor) and self.state[p][name].dtype != dtype:
-                    kept = torch.empty_like(self.state[p][name], dtype=dtype)
+                now = self.state[p].get(name)
+                if isinstance(value, Tensor) and now is not None and now.dtype != dtype:
+                    kept = torch.empty_like(now, dtype=dtype)
                     self.state[p][name] = kept.copy_(value)
 
     def _row(self, group):
@@ -351,10 +471,7 @@ class FusedStep(Optimizer):
         Raises before anything is changed; no parameter, state or step count is left half done, by an interrupt
         (KeyboardInterrupt) either. Where torch steps all of the parameters, this is torch's step, and no more can be said.
         """
-        if self._put_aside is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}: the averages stand in for the parameters; call swap_ema() before step()"
-            )
+        self._only_without_averages("step()")
         if DISABLED or torch.compiler.is_compiling():
             self._only_torchs(self.param_groups)
             return _torch_step(self)(self, closure)

@@ -348,19 +348,21 @@ const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t 
 
 // The same, rounded stochastically where `seed` is given (tensor k has number k), and where
 // `counts` is given with scalars made on the device: from options[k] or *option_at[k], and the step
-// counts, floats.
+// counts, floats; and with a running average of every p where `averages` is given.
 const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t count,
                               const int64_t* n, void* const* pointers, const double* scalars,
                               const int64_t* seed, uint32_t step, void* const* counts,
                               const bool* first, const double* options,
                               const double* const* option_at, void* workspace,
-                              const float* found_inf) {
+                              const float* found_inf, void* const* averages,
+                              const double* weights) {
   const OptimizerKernel& row = tables().optimizer.data[index];
   std::vector<OptimizerTensor> tensors(count);
   std::vector<OptimizerNoise> noise(count);
   for (int64_t k = 0; k < count; ++k) {
     void* const* each = pointers + k * (2 + row.states);
     tensors[k] = {n[k], each[0], each[1], {}, scalars, nullptr, 0};
+    if (averages) tensors[k].average = averages[k], tensors[k].weight = weights[k];
     for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
     if (seed) noise[k] = {*seed, step, static_cast<uint32_t>(k)};
   }

@@ -235,6 +235,42 @@ def test_bad_arguments(name):
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "RMSprop"])
+@pytest.mark.parametrize("name, value", [("max_grad_norm", 1.0), ("ema_decay", 0.9), ("state_dtype", torch.float32), ("ema_decay", None)])  # fmt: skip
+def test_what_is_one_value_for_all_groups_is_refused_in_one(name, value, configured):
+    _, ours, options = configured
+    with pytest.raises(ValueError, match=f"{name} is one value for all groups"):
+        ours([{"params": parameters(), name: value}], **options)
+    optimizer = ours(parameters(), **options)
+    with pytest.raises(ValueError, match=f"{name} is one value for all groups"):
+        optimizer.add_param_group({"params": parameters(), name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_step_that_fails_in_the_kernels_counts_nothing(configured):
+    """And what GradScaler gave it is not given to the next."""
+    _, ours, options = configured
+    params, other = parameters(), parameters()
+    x, y = ours(params, **options), ours(other, **options)
+    for step in range(2):
+        for ps, o in ((params, x), (other, y)):
+            gradients(ps, step)
+            o.step()
+    before = copy.deepcopy([[p.detach() for p in params], x.state_dict()["state"]])
+    versions = [p._version for p in params]
+    gradients(params, 2)
+    x.grad_scale = torch.empty((), device="meta")  # no number to be had
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        x.step()
+    assert versions == [p._version for p in params]
+    after = [[p.detach() for p in params], x.state_dict()["state"]]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    del x.grad_scale
+    gradients(other, 2)
+    for o in (x, y):
+        o.step()
+    assert all(map(torch.equal, params, other))
+
+
 @pytest.mark.parametrize("extra", [{"l1": 0.1}, {"max_grad_norm": 1.0}], ids=str)
 def test_what_torch_steps_has_no_extras(name, extra):
     params = few_parameters()

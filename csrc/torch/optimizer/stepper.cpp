@@ -99,6 +99,8 @@ struct Options {
   uint32_t step = 0;
 };
 
+constexpr size_t kNoBucket = SIZE_MAX;
+
 struct Entry {
   TensorImpl *p, *g, *counter;
   TensorImpl* s[kMaxStates];
@@ -114,6 +116,9 @@ struct Entry {
   bool counts_in_double;
   bool on_device;  // the step count or an option is: the scalars of the step are made there
   void* count;
+  double count_before;  // this step, where it is counted
+  bool counted;
+  size_t bucket;  // that steps it, or kNoBucket
   void* p_data;
   const void* g_data;
   void* s_data[kMaxStates];
@@ -246,39 +251,63 @@ class MultiTensorStep {
     all_flat_ = all_flat_ && e.flat;
   }
 
-  // grad_scale and found_inf as torch.amp.GradScaler hands them over. Leaves version counters alone
-  // on request, where the dispatcher's ADInplaceOrView key sees to them.
-  void run(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-           bool moves_versions, bool holds_interpreter) {
-    if (entries_.empty()) return;
-    if (found_inf && !skips_on_device() && found_inf->item<double>() != 0) return;
-    at::AutoDispatchBelowADInplaceOrView below;
-    grad_scale_ = grad_scale;
-    if (found_inf && skips_on_device()) found_inf_ = found_inf;
-
-    if (!overlapping()) {
-      if (!all_flat_) gather(0, entries_.size());
-      fill(0, entries_.size());
-      launch(holds_interpreter);
-      if (!all_flat_) scatter();
-    } else {
-      // Whoever writes the memory of another takes its turn, as in a loop over the parameters.
-      for (size_t i = 0; i < entries_.size(); ++i) {
-        gather(i, i + 1);
-        fill(i, i + 1);
-        launch(holds_interpreter);
-        scatter();
+  // Lets other threads use the interpreter while kernels run on much memory; ask before clip() and
+  // run(), while the interpreter's lock is held. Other threads may then drop or replace any of the
+  // tensors: they and their memory are owned from here until the result is destroyed. Where working
+  // copies are needed the lock is held, since the tensors themselves are read after the kernels.
+  class Ownership {
+   public:
+    explicit Ownership(MultiTensorStep& step) : step_(step) {
+      if (!step_.releases_interpreter_) return;
+      const auto own = [&](TensorImpl* t) {
+        step_.owned_.push_back(tensor_of(t));
+        step_.owned_memory_.push_back(t->storage());  // a tensor can get another: p.data = ...
+      };
+      for (const Entry& e : step_.entries_) {
+        own(e.p);
+        own(e.g);
+        if (e.counter) own(e.counter);
+        e.each_state([&](TensorImpl* t, void*) { own(t); });
       }
     }
-    if (moves_versions) bump_versions();
-    grad_scale_.reset();
-    found_inf_.reset();
+    Ownership(const Ownership&) = delete;
+    ~Ownership() {
+      step_.releases_interpreter_ = false;
+      step_.owned_.clear();
+      step_.owned_memory_.clear();
+    }
+
+   private:
+    MultiTensorStep& step_;
+  };
+  [[nodiscard]] Ownership share_interpreter() {
+    releases_interpreter_ = elements_ > kReleaseInterpreter && all_flat_ && !overlapping();
+    return Ownership(*this);
+  }
+
+  // grad_scale and found_inf as torch.amp.GradScaler hands them over. Leaves version counters alone
+  // on request, where the dispatcher's ADInplaceOrView key sees to them. Where this throws,
+  // parameters that were not stepped have their step counts from before.
+  void run(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+           bool moves_versions) {
+    if (entries_.empty()) return;
+    const bool skip_on_device = found_inf && skips_on_device();
+    if (found_inf && !skip_on_device && found_inf->item<double>() != 0) return;
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Scaling scaling{grad_scale, skip_on_device ? found_inf : std::nullopt};
+
+    if (releases_interpreter_ || !overlapping()) {
+      run(0, entries_.size(), scaling, moves_versions);
+    } else {
+      // Whoever writes the memory of another takes its turn, as in a loop over the parameters.
+      for (size_t i = 0; i < entries_.size(); ++i) run(i, i + 1, scaling, moves_versions);
+    }
   }
 
   // The norm of all gradients together, divided by grad_scale, and what the gradients are to be
   // divided by for it to be at most max_norm, grad_scale included: two float32 on the gradients'
   // device, which is not waited for. Undefined where not all gradients are dense and on one device.
-  Tensor clip(const std::optional<Tensor>& grad_scale, double max_norm, bool holds_interpreter) {
+  Tensor clip(const std::optional<Tensor>& grad_scale, double max_norm) {
     for (Bucket& b : grads_) b.tensors.clear();
     const c10::Device device = entries_[0].device;
     if (grad_scale && grad_scale->device() != device) return {};
@@ -308,10 +337,7 @@ class MultiTensorStep {
       sums = on_device.mutable_data_ptr<double>();
     }
     std::optional<py::gil_scoped_release> released;
-    if (holds_interpreter && elements_ > kReleaseInterpreter) {
-      for (const Entry& e : entries_) kept_.push_back(e.g->storage());
-      released.emplace();
-    }
+    if (releases_interpreter_) released.emplace();
     const GradientNormKernel& row = tables(device.type()).gradient_norm;
     void* const stream = stream_of(made);
     double* next = sums;
@@ -328,8 +354,6 @@ class MultiTensorStep {
     check("grad_norm",
           row.clip({count, sums, scale.defined() ? scale.const_data_ptr<float>() : nullptr,
                     max_norm, out, out + 1, stream}));
-    released.reset();
-    kept_.clear();
     return made;
   }
 
@@ -356,6 +380,7 @@ class MultiTensorStep {
     std::vector<OptimizerNoise> noise;  // where stochastic; those below where on_device
     std::vector<void*> counts;
     std::vector<unsigned char> first;
+    bool launched = false;
 
     bool takes(const Entry& e) const {
       return row == e.options->row && device == e.device && dtype == e.dtype &&
@@ -368,11 +393,16 @@ class MultiTensorStep {
       noise.clear();
       counts.clear();
       first.clear();
+      launched = false;
     }
+  };
+  struct Scaling {
+    std::optional<Tensor> grad_scale, found_inf;  // for the kernels to read
   };
   struct Copy {
     Tensor original, work;
     TensorImpl** slot;  // in an entry: points to `work` until scatter()
+    const Entry* entry;
     bool written;
   };
 
@@ -452,10 +482,28 @@ class MultiTensorStep {
     return (last + 1) * static_cast<int64_t>(t->itemsize());
   }
 
+  // Steps entries [begin, end).
+  void run(size_t begin, size_t end, const Scaling& scaling, bool moves_versions) {
+    try {
+      gather(begin, end);
+      fill(begin, end);
+      launch(scaling);
+    } catch (...) {
+      for (size_t i = end; i-- > begin;) restore_count(entries_[i]);
+      scatter();
+      if (moves_versions) bump_versions(begin, end);
+      throw;
+    }
+    scatter();
+    if (moves_versions) bump_versions(begin, end);
+  }
+
   // Working copies for the entries whose tensors differ in memory order. The copies are made before
   // anything changes.
   void gather(size_t begin, size_t end) {
     copies_.clear();
+    for (size_t i = begin; i < end; ++i) entries_[i].bucket = kNoBucket;
+    if (all_flat_) return;
     for (size_t i = begin; i < end; ++i) {
       Entry& e = entries_[i];
       if (e.flat) continue;
@@ -463,8 +511,8 @@ class MultiTensorStep {
         Tensor original = tensor_of(t);
         Tensor work = at::empty_strided(original.sizes(), order_, original.options());
         work.copy_(original);
-        t = work.unsafeGetTensorImpl();
-        copies_.push_back({std::move(original), std::move(work), &t, written});
+        copies_.push_back({std::move(original), std::move(work), &t, &e, written});
+        t = copies_.back().work.unsafeGetTensorImpl();
       };
       order_.assign(e.p->strides().begin(), e.p->strides().end());
       if (!e.p->is_non_overlapping_and_dense()) {
@@ -484,11 +532,15 @@ class MultiTensorStep {
       e.find_memory();
     }
   }
+  // Whether an entry of this run is past its step.
+  bool stepped(const Entry& e) const {
+    return e.bucket != kNoBucket && buckets_[e.bucket].launched;
+  }
   // The entries get their own tensors back, and those the new values.
   void scatter() {
     for (Copy& c : copies_) {
       *c.slot = c.original.unsafeGetTensorImpl();
-      if (c.written) c.original.copy_(c.work);
+      if (c.written && stepped(*c.entry)) c.original.copy_(c.work);
     }
     copies_.clear();
   }
@@ -512,11 +564,14 @@ class MultiTensorStep {
     const double* current = nullptr;
     Bucket* bucket = nullptr;
     for (size_t i = begin; i < end; ++i) {
-      const Entry& e = entries_[i];
+      Entry& e = entries_[i];
       double count = 0;
-      if (e.counter && !e.on_device)
+      if (e.counter && !e.on_device) {
+        e.count_before = read_count(e);
         count = e.counts_in_double ? *static_cast<double*>(e.count) += 1
                                    : *static_cast<float*>(e.count) += 1;
+        e.counted = true;
+      }
       if (e.n == 0 && !e.on_device) continue;
       if (!e.on_device &&
           (!last || last->options != e.options || last->first != e.first || last_count != count)) {
@@ -559,30 +614,37 @@ class MultiTensorStep {
         bucket->first.push_back(e.first);
       }
       bucket->any = e.p;
+      e.bucket = static_cast<size_t>(bucket - buckets_.data());
     }
   }
 
-  void bump_versions() const {
-    for (size_t i = 0; i < entries_.size(); ++i) {
+  static double read_count(const Entry& e) {
+    return e.counts_in_double ? *static_cast<double*>(e.count) : *static_cast<float*>(e.count);
+  }
+  void restore_count(Entry& e) const {
+    if (!e.counted || stepped(e)) return;
+    if (e.counts_in_double) {
+      *static_cast<double*>(e.count) = e.count_before;
+    } else {
+      *static_cast<float*>(e.count) = static_cast<float>(e.count_before);
+    }
+    e.counted = false;
+  }
+
+  void bump_versions(size_t begin, size_t end) const {
+    for (size_t i = begin; i < end; ++i) {
       const Entry& e = entries_[i];
+      if (e.n > 0 && !stepped(e)) continue;
       e.p->bump_version();
       if (e.counter) e.counter->bump_version();
       e.each_state([](TensorImpl* t, void*) { t->bump_version(); });
     }
   }
 
-  void launch(bool holds_interpreter) {
+  void launch(const Scaling& scaling) {
     std::optional<py::gil_scoped_release> released;
-    if (holds_interpreter && elements_ > kReleaseInterpreter) {
-      // Others may drop tensors of theirs meanwhile: keep the memory.
-      for (const Entry& e : entries_) {
-        kept_.push_back(e.p->storage());
-        kept_.push_back(e.g->storage());
-        e.each_state([&](TensorImpl* t, void*) { kept_.push_back(t->storage()); });
-      }
-      released.emplace();
-    }
-    for (const Bucket& b : buckets_) {
+    if (releases_interpreter_) released.emplace();
+    for (Bucket& b : buckets_) {
       if (b.tensors.empty()) continue;
       const c10::OptionalDeviceGuard guard(b.device);
       const OptimizerKernel& r = tables(b.device.type()).optimizer.data[b.row];
@@ -592,12 +654,12 @@ class MultiTensorStep {
       a.count = static_cast<int64_t>(b.tensors.size());
       a.tensors = b.tensors.data();
       Tensor scale, found, scalars;
-      if (grad_scale_) {
-        scale = grad_scale_->to(b.device, at::kFloat);
+      if (scaling.grad_scale) {
+        scale = scaling.grad_scale->to(b.device, at::kFloat);
         a.grad_scale = scale.const_data_ptr<float>();
       }
-      if (found_inf_) {
-        found = found_inf_->to(b.device, at::kFloat);
+      if (scaling.found_inf) {
+        found = scaling.found_inf->to(b.device, at::kFloat);
         a.found_inf = found.const_data_ptr<float>();
       }
       if (b.stochastic) a.noise = b.noise.data();
@@ -619,26 +681,44 @@ class MultiTensorStep {
         a.on_device = &on_device;
       }
       check(r.name, r.step(a));
+      b.launched = true;
     }
-    released.reset();
-    kept_.clear();
   }
+
   const KernelTable<OptimizerKernel> rows_ = tables(c10::DeviceType::CPU).optimizer;
   std::vector<Entry> entries_, before_;  // of this step and of the last
   int64_t elements_ = 0;
   bool all_flat_ = true;
-  std::optional<Tensor> grad_scale_, found_inf_;
   std::vector<Bucket> buckets_, grads_;
   std::vector<double> scalars_, sums_;
   std::vector<Copy> copies_;
   std::vector<int64_t> order_;
-  std::vector<c10::Storage> kept_;
+  std::vector<Tensor> owned_;
+  std::vector<c10::Storage> owned_memory_;
+  bool releases_interpreter_ = false;
   struct Range {
     const char* begin;
     int64_t bytes;
   };
   std::vector<Range> written_, sorted_;
   bool overlapping_ = false;
+};
+for (const Entry& e : step_.entries_) {
+  own(e.p);
+  own(e.g);
+  if (e.counter) own(e.counter);
+  e.each_state([&](TensorImpl* t, void*) { own(t); });
+}
+}
+Ownership(const Ownership&) = delete;
+~Ownership() {
+  step_.releases_interpreter_ = false;
+  step_.owned_.clear();
+  step_.owned_memory_.clear();
+}
+
+private:
+MultiTensorStep & step_;
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -708,8 +788,7 @@ void step_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     multi_tensor_step.add(a.options, static_cast<uint32_t>(i), false, impl(0), impl(1),
                           r.counts ? impl(2 + r.states) : nullptr, s);
   }
-  multi_tensor_step.run(a.grad_scale, a.found_inf, /*moves_versions=*/false,
-                        /*holds_interpreter=*/false);
+  multi_tensor_step.run(a.grad_scale, a.found_inf, /*moves_versions=*/false);
   torch::jit::drop(*stack, op.schema().arguments().size());
 }
 
@@ -899,15 +978,15 @@ class OptimizerStepper {
                              started_.count(param.ptr()) ? 1.0 : ema_weight_.value_or(0));
     }
     if (check_only) return py::none();
+    const auto ownership = multi_tensor_step_.share_interpreter();
     std::optional<Tensor> scale = grad_scale;
     if (max_grad_norm && multi_tensor_step_.size() > 0) {
-      const Tensor clip =
-          multi_tensor_step_.clip(grad_scale, *max_grad_norm, /*holds_interpreter=*/true);
+      const Tensor clip = multi_tensor_step_.clip(grad_scale, *max_grad_norm);
       if (!clip.defined()) return py::bool_(false);
       grad_norm = clip.select(0, 0);
       scale = clip.select(0, 1);
     }
-    multi_tensor_step_.run(scale, found_inf, /*moves_versions=*/true, /*holds_interpreter=*/true);
+    multi_tensor_step_.run(scale, found_inf, /*moves_versions=*/true);
     ++steps;
     return py::none();
   }
