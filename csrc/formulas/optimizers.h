@@ -1,6 +1,10 @@
 // Optimizers: one struct each. scalars_for_step() makes the scalars of one step of one tensor from
-// the options and the step count; step() updates a parameter p and its states s from a gradient g
-// with them. The order of operations is that of torch.optim's for-loop.
+// the options and the scalar states; step() updates a parameter p and its states s from a gradient
+// g with them. The order of operations is that of torch.optim's for-loop.
+//
+// What a formula declares is all that the other layers know of it: `options` become the arguments
+// of an op and are read from a parameter group by name, `state_names` and `scalar_state_names` are
+// the keys of its states.
 #pragma once
 #include "../math.h"
 
@@ -31,14 +35,48 @@ FASTOPS_FN T soft_threshold(T p, T threshold) {
   return select(p > threshold, p - threshold, select(p < -threshold, p + threshold, p * c<T>(0)));
 }
 
-// Clipping by the norm of all gradients (Pascanu, Mikolov and Bengio, 2013), as
-// torch.nn.utils.clip_grad_norm_ does it; `scale` is what the gradients are multiples by.
-struct Clip {
-  float norm, divisor;
-  FASTOPS_FN Clip(double sum_of_squares, float scale, float max_norm) {
-    norm = static_cast<float>(::sqrt(sum_of_squares)) / scale;
-    const float excess = (norm + 1e-6f) / max_norm;
-    divisor = (excess < 1.0f ? 1.0f : excess) * scale;
+// What every formula does to a gradient before it uses it, and to a parameter in the end.
+template <class real>
+struct Regularization {
+  real sign;          // -1 to maximize
+  real weight_decay;  // coupled: added to the gradient
+  real l1;            // subgradient: added to the gradient
+  real threshold;     // proximal: lr l1
+};
+FASTOPS_FN Regularization<double> regularization(double lr, double weight_decay, double maximize,
+                                                 double l1, double proximal) {
+  return {.sign = maximize != 0 ? -1.0 : 1.0,
+          .weight_decay = weight_decay,
+          .l1 = proximal != 0 ? 0.0 : l1,
+          .threshold = proximal != 0 ? lr * l1 : 0.0};
+}
+template <class real, class T>
+FASTOPS_FN T regularized(const Regularization<real>& r, T p, T g) {
+  g = g * T(r.sign);
+  if (r.weight_decay != real(0)) g = g + T(r.weight_decay) * p;
+  if (r.l1 != real(0)) g = g + subgradient(p, T(r.l1));
+  return g;
+}
+// A step that is divided by `scale` has its threshold divided by it too.
+template <class real, class T>
+FASTOPS_FN T thresholded(const Regularization<real>& r, T p, T scale) {
+  return r.threshold != real(0) ? soft_threshold(p, T(r.threshold) / scale) : p;
+}
+template <class real, class T>
+FASTOPS_FN T thresholded(const Regularization<real>& r, T p) {
+  return r.threshold != real(0) ? soft_threshold(p, T(r.threshold)) : p;
+}
+
+// The numbers in a state beside its tensors: the step count, which has been counted up, and what
+// else scalar_state_names lists. A number is rounded to the dtype that it is kept in as it is
+// written.
+struct ScalarStates {
+  double* value;
+  unsigned in_double;  // bit k: number k is kept as a double, not as a float
+  FASTOPS_FN double step() const { return value[0]; }
+  FASTOPS_FN double operator[](int k) const { return value[k]; }
+  FASTOPS_FN void set(int k, double v) const {
+    value[k] = in_double >> k & 1 ? v : static_cast<double>(static_cast<float>(v));
   }
 };
 
@@ -52,47 +90,39 @@ struct Adam {
       "bool decoupled_weight_decay=False, float l1=0.0, bool proximal=False";
   static constexpr const char* state_names =
       amsgrad ? "exp_avg exp_avg_sq max_exp_avg_sq" : "exp_avg exp_avg_sq";
-  static constexpr bool counts = true;
+  static constexpr const char* scalar_state_names = "step";
   static constexpr int states = amsgrad ? 3 : 2;
-  static constexpr int scalars = 11;
 
   template <class real>
   struct StepScalars {
-    real sign;          // -1 to maximize
-    real weight_decay;  // coupled: added to the gradient
-    real keep;          // decoupled: 1 - lr weight_decay
+    Regularization<real> regularization;
+    real keep;  // decoupled: 1 - lr weight_decay
     real one_minus_beta1;
     real beta2;
     real one_minus_beta2;
     real step_size;         // lr / (1 - beta1^step)
     real correction2_sqrt;  // sqrt(1 - beta2^step)
     real eps;
-    real l1;         // subgradient: added to the gradient
-    real threshold;  // proximal: lr l1
   };
 
-  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, double step,
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates state,
                                                          bool /*first*/) {
-    const double lr = o[0], beta1 = o[1], beta2 = o[2], weight_decay = o[4];
-    const bool maximize = o[5] != 0, decoupled = o[6] != 0, proximal = o[8] != 0;
-    return {.sign = maximize ? -1.0 : 1.0,
-            .weight_decay = decoupled ? 0.0 : weight_decay,
+    const double lr = o[0], beta1 = o[1], beta2 = o[2], weight_decay = o[4], step = state.step();
+    const bool decoupled = o[6] != 0;
+    return {.regularization =
+                fastops::regularization(lr, decoupled ? 0.0 : weight_decay, o[5], o[7], o[8]),
             .keep = decoupled ? 1.0 - lr * weight_decay : 1.0,
             .one_minus_beta1 = 1.0 - beta1,
             .beta2 = beta2,
             .one_minus_beta2 = 1.0 - beta2,
             .step_size = lr / (1.0 - ::pow(beta1, step)),
             .correction2_sqrt = ::sqrt(1.0 - ::pow(beta2, step)),
-            .eps = o[3],
-            .l1 = proximal ? 0.0 : o[7],
-            .threshold = proximal ? lr * o[7] : 0.0};
+            .eps = o[3]};
   }
 
   template <class real, class T>
   static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
-    g = g * T(n.sign);
-    if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
-    if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
+    g = regularized(n.regularization, p, g);
     if (n.keep != real(1)) p = p * T(n.keep);
     s[0] = lerp(s[0], g, n.one_minus_beta1);
     s[1] = s[1] * T(n.beta2) + T(n.one_minus_beta2) * g * g;
@@ -100,7 +130,7 @@ struct Adam {
     if constexpr (amsgrad) second = s[2] = max(s[2], s[1]);
     const T scale = sqrt(second) / T(n.correction2_sqrt) + T(n.eps);
     p = p - T(n.step_size) * s[0] / scale;
-    if (n.threshold != real(0)) p = soft_threshold(p, T(n.threshold) / scale);
+    p = thresholded(n.regularization, p, scale);
   }
 };
 
@@ -114,46 +144,38 @@ struct SGD {
       "maximize=False, "
       "float l1=0.0, bool proximal=False";
   static constexpr const char* state_names = with_momentum ? "momentum_buffer" : "";
-  static constexpr bool counts = false;
+  static constexpr const char* scalar_state_names = "";
   static constexpr int states = with_momentum ? 1 : 0;
-  static constexpr int scalars = 8;
 
   template <class real>
   struct StepScalars {
-    real sign;  // -1 to maximize
-    real weight_decay;
+    Regularization<real> regularization;
     real lr;
     real momentum;
     real fresh;     // what of the gradient goes into the buffer: 1 - dampening, at first all of it
     real nesterov;  // momentum, or 0
-    real l1, threshold;  // as Adam's
   };
 
-  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, double, bool first) {
-    const bool proximal = o[7] != 0;
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates,
+                                                         bool first) {
     return {
-        .sign = o[5] != 0 ? -1.0 : 1.0,
-        .weight_decay = o[3],
+        .regularization = fastops::regularization(o[0], o[3], o[5], o[6], o[7]),
         .lr = o[0],
         .momentum =
             first ? 0.0 : o[1],  // also where a parameter that is listed twice has its first two
         .fresh = first ? 1.0 : 1.0 - o[2],
-        .nesterov = o[4] != 0 ? o[1] : 0.0,
-        .l1 = proximal ? 0.0 : o[6],
-        .threshold = proximal ? o[0] * o[6] : 0.0};
+        .nesterov = o[4] != 0 ? o[1] : 0.0};
   }
 
   template <class real, class T>
   static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[state_slots<SGD>]) {
-    g = g * T(n.sign);
-    if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
-    if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
+    g = regularized(n.regularization, p, g);
     if constexpr (with_momentum) {
       s[0] = s[0] * T(n.momentum) + T(n.fresh) * g;
       g = n.nesterov != real(0) ? g + T(n.nesterov) * s[0] : s[0];
     }
     p = p - T(n.lr) * g;
-    if (n.threshold != real(0)) p = soft_threshold(p, T(n.threshold));
+    p = thresholded(n.regularization, p);
   }
 };
 
@@ -171,40 +193,31 @@ struct RMSprop {
   static constexpr const char* state_names =
       centered ? (with_momentum ? "square_avg momentum_buffer grad_avg" : "square_avg grad_avg")
                : (with_momentum ? "square_avg momentum_buffer" : "square_avg");
-  static constexpr bool counts = true;
+  static constexpr const char* scalar_state_names = "step";
   static constexpr int states = 1 + with_momentum + centered;
-  static constexpr int scalars = 9;
 
   template <class real>
   struct StepScalars {
-    real sign;  // -1 to maximize
-    real weight_decay;
+    Regularization<real> regularization;
     real lr;
     real alpha;
     real one_minus_alpha;
     real eps;
     real momentum;
-    real l1, threshold;  // as Adam's
   };
 
-  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, double, bool) {
-    const bool proximal = o[7] != 0;
-    return {.sign = o[5] != 0 ? -1.0 : 1.0,
-            .weight_decay = o[3],
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates, bool) {
+    return {.regularization = fastops::regularization(o[0], o[3], o[5], o[6], o[7]),
             .lr = o[0],
             .alpha = o[1],
             .one_minus_alpha = 1.0 - o[1],
             .eps = o[2],
-            .momentum = o[4],
-            .l1 = proximal ? 0.0 : o[6],
-            .threshold = proximal ? o[0] * o[6] : 0.0};
+            .momentum = o[4]};
   }
 
   template <class real, class T>
   static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
-    g = g * T(n.sign);
-    if (n.weight_decay != real(0)) g = g + T(n.weight_decay) * p;
-    if (n.l1 != real(0)) g = g + subgradient(p, T(n.l1));
+    g = regularized(n.regularization, p, g);
     s[0] = s[0] * T(n.alpha) + T(n.one_minus_alpha) * g * g;
     T second = s[0];
     if constexpr (centered) {
@@ -216,9 +229,17 @@ struct RMSprop {
     T move = g / scale;
     if constexpr (with_momentum) move = s[1] = s[1] * T(n.momentum) + move;
     p = p - T(n.lr) * move;
-    if (n.threshold != real(0)) p = soft_threshold(p, T(n.threshold) / scale);
+    p = thresholded(n.regularization, p, scale);
   }
 };
+
+// What a back end's table has for Op::scalars_for_step(); see ScalarsForStep.
+template <class Op>
+FASTOPS_FN void write_scalars(const double* options, bool first, double* scalar_states,
+                              unsigned in_double, double* scalars) {
+  const auto made = Op::scalars_for_step(options, {scalar_states, in_double}, first);
+  __builtin_memcpy(scalars, &made, sizeof made);
+}
 
 using Optimizers = List<Adam<false>, Adam<true>, SGD<false>, SGD<true>, RMSprop<false, false>,
                         RMSprop<true, false>, RMSprop<false, true>, RMSprop<true, true>>;

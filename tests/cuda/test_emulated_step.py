@@ -141,7 +141,7 @@ def test_bfloat16_states_of_float32_parameters(row):
 
 def derived(row, options, step, first):
     values = doubles([0] * row.numbers)
-    library().derive(row.index, doubles(options), F64(step), BOOL(first), values)
+    library().scalars_for_step(row.index, doubles(options), F64(step), BOOL(first), values)
     return list(values)
 
 

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <deque>
+#include <vector>
 
 #include "../../csrc/formulas/activations.h"
 #include "../../csrc/formulas/optimizers.h"
@@ -24,7 +26,7 @@ const Tables& tables() {
 template <class Op, class real>
 void step_elements(const double* values, int64_t n, real* p, const real* g, real* const* s) {
   typename Op::template StepScalars<real> scalars;
-  for (int k = 0; k < Op::scalars; ++k)
+  for (int k = 0; k < scalars_of<Op>; ++k)
     reinterpret_cast<real*>(&scalars)[k] = static_cast<real>(values[k]);
   for (int64_t i = 0; i < n; ++i) {
     real state[state_slots<Op>];
@@ -374,11 +376,17 @@ const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t 
   a.found_inf = found_inf;
   if (seed) a.noise = noise.data();
   OptimizerOnDevice on_device{};
+  std::deque<float> others[kMaxScalarStates];  // beside the step count: 0.5 each
+  std::vector<void*> pointers_to[kMaxScalarStates];
   if (counts) {
-    const int taken = count_options(row.options);
+    const int taken = count_words(row.options, ',');
     for (int k = 0; k < taken; ++k)
       on_device.options[k] = options[k], on_device.option_at[k] = option_at[k];
-    on_device.counts = counts;
+    on_device.scalar_states[0] = counts;
+    for (int j = 1; j < row.scalar_states; ++j) {
+      for (int64_t k = 0; k < count; ++k) pointers_to[j].push_back(&others[j].emplace_back(0.5f));
+      on_device.scalar_states[j] = pointers_to[j].data();
+    }
     on_device.first = first;
     on_device.scalars = workspace;
     a.on_device = &on_device;
@@ -386,22 +394,20 @@ const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t 
   return row.step(a);
 }
 const char* step_options(size_t index) { return tables().optimizer.data[index].options; }
-bool step_counts(size_t index) { return tables().optimizer.data[index].counts; }
+bool step_counts(size_t index) { return tables().optimizer.data[index].scalar_states > 0; }
 void scalars_for_step(size_t index, const double* options, double step, bool first,
                       double* scalars) {
-  tables().optimizer.data[index].scalars_for_step(options, step, first, scalars);
+  double states[kMaxScalarStates] = {step, 0.5, 0.5};
+  tables().optimizer.data[index].scalars_for_step(options, first, states, 0, scalars);
 }
 int64_t numbers_bytes() { return kScalarsBytes; }
 
 const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gradients,
                      double* sums, int64_t chunks, const float* grad_scale, double max_norm,
                      float* norm, float* divisor) {
-  std::vector<OptimizerTensor> tensors(count);
-  for (int64_t k = 0; k < count; ++k) tensors[k].n = n[k], tensors[k].g = gradients[k];
-  OptimizerArgs a{};
-  a.dtype = static_cast<c10::ScalarType>(dtype);
-  a.count = count;
-  a.tensors = tensors.data();
+  std::vector<GradientTensor> tensors(count);
+  for (int64_t k = 0; k < count; ++k) tensors[k] = {n[k], gradients[k]};
+  const GradientNormArgs a{static_cast<c10::ScalarType>(dtype), count, tensors.data(), nullptr};
   const char* error = tables().gradient_norm.sums(a, sums);
   return error ? error
                : tables().gradient_norm.clip(

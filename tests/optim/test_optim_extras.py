@@ -657,7 +657,7 @@ class Interrupted:
     call of them returns."""
 
     def __init__(self, optimizer, late):
-        self.optimizer, self.plan, self.late = optimizer, optimizer._plan, late
+        self.optimizer, self.plan, self.late = optimizer, optimizer._stepper, late
 
     def __getattr__(self, name):
         return getattr(self.plan, name)
@@ -671,10 +671,10 @@ class Interrupted:
         raise KeyboardInterrupt
 
     def __enter__(self):
-        self.optimizer._plan = self
+        self.optimizer._stepper = self
 
     def __exit__(self, *_):
-        self.optimizer._plan = self.plan
+        self.optimizer._stepper = self.plan
 
 
 def whole(t):
