@@ -78,6 +78,11 @@ struct ScalarStates {
   FASTOPS_FN void set(int k, double v) const {
     value[k] = in_double >> k & 1 ? v : static_cast<double>(static_cast<float>(v));
   }
+  FASTOPS_FN void multiply(int k, double factor) const {
+    value[k] = in_double >> k & 1
+                   ? value[k] * factor
+                   : static_cast<double>(static_cast<float>(value[k]) * static_cast<float>(factor));
+  }
 };
 
 // Adam (Kingma and Ba, 2014), AdamW with decoupled weight decay (Loshchilov and Hutter, 2017), and
@@ -233,6 +238,315 @@ struct RMSprop {
   }
 };
 
+// Adagrad (Duchi, Hazan and Singer, 2011).
+struct Adagrad {
+  static constexpr const char* name = "adagrad";
+  static constexpr const char* options =
+      "float lr, float lr_decay, float eps, float weight_decay, bool maximize=False, float l1=0.0, "
+      "bool proximal=False";
+  static constexpr const char* state_names = "sum";
+  static constexpr const char* scalar_state_names = "step";
+  static constexpr int states = 1;
+
+  template <class real>
+  struct StepScalars {
+    Regularization<real> regularization;
+    real lr;  // decayed
+    real eps;
+  };
+
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates state,
+                                                         bool) {
+    const double lr = o[0] / (1.0 + (state.step() - 1.0) * o[1]);
+    return {.regularization = fastops::regularization(lr, o[3], o[4], o[5], o[6]),
+            .lr = lr,
+            .eps = o[2]};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
+    g = regularized(n.regularization, p, g);
+    s[0] = s[0] + g * g;
+    const T scale = sqrt(s[0]) + T(n.eps);
+    p = p - T(n.lr) * g / scale;
+    p = thresholded(n.regularization, p, scale);
+  }
+};
+
+// Adadelta (Zeiler, 2012).
+struct Adadelta {
+  static constexpr const char* name = "adadelta";
+  static constexpr const char* options =
+      "float lr, float rho, float eps, float weight_decay, bool maximize=False, float l1=0.0, bool "
+      "proximal=False";
+  static constexpr const char* state_names = "square_avg acc_delta";
+  static constexpr const char* scalar_state_names = "step";
+  static constexpr int states = 2;
+
+  template <class real>
+  struct StepScalars {
+    Regularization<real> regularization;
+    real lr;
+    real rho;
+    real one_minus_rho;
+    real eps;
+  };
+
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates, bool) {
+    return {.regularization = fastops::regularization(o[0], o[3], o[4], o[5], o[6]),
+            .lr = o[0],
+            .rho = o[1],
+            .one_minus_rho = 1.0 - o[1],
+            .eps = o[2]};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
+    g = regularized(n.regularization, p, g);
+    s[0] = s[0] * T(n.rho) + T(n.one_minus_rho) * g * g;
+    const T root = sqrt(s[0] + T(n.eps)), last = sqrt(s[1] + T(n.eps));
+    const T delta = last / root * g;
+    s[1] = s[1] * T(n.rho) + T(n.one_minus_rho) * delta * delta;
+    p = p - T(n.lr) * delta;
+    p = thresholded(n.regularization, p, root / last);
+  }
+};
+
+// Adamax: Adam with the infinity norm (Kingma and Ba, 2014, section 7.1).
+struct Adamax {
+  static constexpr const char* name = "adamax";
+  static constexpr const char* options =
+      "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize=False, "
+      "float l1=0.0, bool proximal=False";
+  static constexpr const char* state_names = "exp_avg exp_inf";
+  static constexpr const char* scalar_state_names = "step";
+  static constexpr int states = 2;
+
+  template <class real>
+  struct StepScalars {
+    Regularization<real> regularization;
+    real one_minus_beta1;
+    real beta2;
+    real step_size;  // lr / (1 - beta1^step)
+    real eps;
+  };
+
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates state,
+                                                         bool) {
+    return {.regularization = fastops::regularization(o[0], o[4], o[5], o[6], o[7]),
+            .one_minus_beta1 = 1.0 - o[1],
+            .beta2 = o[2],
+            .step_size = o[0] / (1.0 - ::pow(o[1], state.step())),
+            .eps = o[3]};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
+    g = regularized(n.regularization, p, g);
+    s[0] = lerp(s[0], g, n.one_minus_beta1);
+    s[1] = max(s[1] * T(n.beta2), abs(g) + T(n.eps));
+    p = p - T(n.step_size) * s[0] / s[1];
+    p = thresholded(n.regularization, p, s[1]);
+  }
+};
+
+// NAdam: Adam with Nesterov's momentum (Dozat, 2016), the weight decay coupled or decoupled.
+struct NAdam {
+  static constexpr const char* name = "nadam";
+  static constexpr const char* options =
+      "float lr, float beta1, float beta2, float eps, float weight_decay, float momentum_decay, "
+      "bool maximize=False, bool decoupled_weight_decay=False, float l1=0.0, bool proximal=False";
+  static constexpr const char* state_names = "exp_avg exp_avg_sq";
+  static constexpr const char* scalar_state_names = "step mu_product";
+  static constexpr int states = 2;
+
+  template <class real>
+  struct StepScalars {
+    Regularization<real> regularization;
+    real keep;  // decoupled: 1 - lr weight_decay
+    real one_minus_beta1;
+    real beta2;
+    real one_minus_beta2;
+    real correction2;  // 1 - beta2^step
+    real eps;
+    real of_gradient;  // lr (1 - mu) / (1 - the product of all mu so far)
+    real of_momentum;  // lr times the next mu / (1 - the product up to it)
+  };
+
+  // A momentum that grows towards beta1.
+  static FASTOPS_FN double momentum(const double* o, double step) {
+    return o[1] * (1.0 - 0.5 * ::pow(0.96, step * o[5]));
+  }
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates state,
+                                                         bool) {
+    const double lr = o[0], weight_decay = o[4], step = state.step();
+    const bool decoupled = o[7] != 0;
+    const double mu = momentum(o, step), next = momentum(o, step + 1.0);
+    state.multiply(1, mu);
+    const double product = state[1];
+    return {.regularization =
+                fastops::regularization(lr, decoupled ? 0.0 : weight_decay, o[6], o[8], o[9]),
+            .keep = decoupled ? 1.0 - lr * weight_decay : 1.0,
+            .one_minus_beta1 = 1.0 - o[1],
+            .beta2 = o[2],
+            .one_minus_beta2 = 1.0 - o[2],
+            .correction2 = 1.0 - ::pow(o[2], step),
+            .eps = o[3],
+            .of_gradient = lr * (1.0 - mu) / (1.0 - product),
+            .of_momentum = lr * next / (1.0 - product * next)};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
+    g = regularized(n.regularization, p, g);
+    if (n.keep != real(1)) p = p * T(n.keep);
+    s[0] = lerp(s[0], g, n.one_minus_beta1);
+    s[1] = s[1] * T(n.beta2) + T(n.one_minus_beta2) * g * g;
+    const T scale = sqrt(s[1] / T(n.correction2)) + T(n.eps);
+    p = p - T(n.of_gradient) * g / scale;
+    p = p - T(n.of_momentum) * s[0] / scale;
+    p = thresholded(n.regularization, p, scale);
+  }
+};
+
+// RAdam: Adam whose adaptive step is rectified, and left out while its variance is not known (Liu
+// et al., 2019), the weight decay coupled or decoupled.
+struct RAdam {
+  static constexpr const char* name = "radam";
+  static constexpr const char* options =
+      "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize=False, "
+      "bool decoupled_weight_decay=False, float l1=0.0, bool proximal=False";
+  static constexpr const char* state_names = "exp_avg exp_avg_sq";
+  static constexpr const char* scalar_state_names = "step";
+  static constexpr int states = 2;
+
+  template <class real>
+  struct StepScalars {
+    Regularization<real> regularization;
+    real keep;  // decoupled: 1 - lr weight_decay
+    real one_minus_beta1;
+    real beta2;
+    real one_minus_beta2;
+    real step_size;      // lr / (1 - beta1^step)
+    real rectification;  // times sqrt(1 - beta2^step), or 0 while the step is not adaptive
+    real eps;
+  };
+
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates state,
+                                                         bool) {
+    const double lr = o[0], beta2 = o[2], weight_decay = o[4], step = state.step();
+    const bool decoupled = o[6] != 0;
+    const double power = ::pow(beta2, step), correction2 = 1.0 - power;
+    // The length of the moving average as a simple one, at most and so far.
+    const double longest = 2.0 / (1.0 - beta2) - 1.0;
+    const double length = longest - 2.0 * step * power / correction2;
+    const double rectification = length > 5.0 ? ::sqrt((length - 4.0) * (length - 2.0) * longest /
+                                                       ((longest - 4.0) * (longest - 2.0) * length))
+                                              : 0.0;
+    return {.regularization =
+                fastops::regularization(lr, decoupled ? 0.0 : weight_decay, o[5], o[7], o[8]),
+            .keep = decoupled ? 1.0 - lr * weight_decay : 1.0,
+            .one_minus_beta1 = 1.0 - o[1],
+            .beta2 = beta2,
+            .one_minus_beta2 = 1.0 - beta2,
+            .step_size = lr / (1.0 - ::pow(o[1], step)),
+            .rectification = rectification * ::sqrt(correction2),
+            .eps = o[3]};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
+    g = regularized(n.regularization, p, g);
+    if (n.keep != real(1)) p = p * T(n.keep);
+    s[0] = lerp(s[0], g, n.one_minus_beta1);
+    s[1] = s[1] * T(n.beta2) + T(n.one_minus_beta2) * g * g;
+    T scale = T(real(1));
+    if (n.rectification != real(0)) scale = (sqrt(s[1]) + T(n.eps)) / T(n.rectification);
+    p = p - T(n.step_size) * s[0] / scale;
+    p = thresholded(n.regularization, p, scale);
+  }
+};
+
+// Rprop (Riedmiller and Braun, 1993): a step size of its own for every element, which grows where
+// the gradient keeps its sign and shrinks where that changes.
+struct Rprop {
+  static constexpr const char* name = "rprop";
+  static constexpr const char* options =
+      "float etaminus, float etaplus, float step_size_min, float step_size_max, bool "
+      "maximize=False, float l1=0.0, bool proximal=False";
+  static constexpr const char* state_names = "prev step_size";
+  static constexpr const char* scalar_state_names = "step";
+  static constexpr int states = 2;
+
+  template <class real>
+  struct StepScalars {
+    Regularization<real> regularization;
+    real etaminus, etaplus;
+    real smallest, largest;
+  };
+
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates, bool) {
+    return {.regularization = fastops::regularization(1.0, 0.0, o[4], o[5], o[6]),
+            .etaminus = o[0],
+            .etaplus = o[1],
+            .smallest = o[2],
+            .largest = o[3]};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
+    g = regularized(n.regularization, p, g);
+    const T zero = c<T>(0), one = c<T>(1), agreement = g * s[0];
+    const T factor =
+        select(agreement > zero, T(n.etaplus), select(agreement < zero, T(n.etaminus), one));
+    s[1] = min(max(s[1] * factor, T(n.smallest)), T(n.largest));
+    g = select(agreement < zero, zero, g);
+    p = p - select(g > zero, s[1], select(g < zero, zero - s[1], zero));
+    p = thresholded(n.regularization, p, one / s[1]);
+    s[0] = g;
+  }
+};
+
+// Averaged stochastic gradient descent (Polyak and Juditsky, 1992).
+struct ASGD {
+  static constexpr const char* name = "asgd";
+  static constexpr const char* options =
+      "float lr, float lambd, float alpha, float t0, float weight_decay, bool maximize=False, "
+      "float l1=0.0, bool proximal=False";
+  static constexpr const char* state_names = "ax";
+  static constexpr const char* scalar_state_names = "step eta mu";
+  static constexpr int states = 1;
+
+  template <class real>
+  struct StepScalars {
+    Regularization<real> regularization;
+    real keep;  // 1 - lambd eta
+    real eta;
+    real mu;  // of the parameter in the average
+  };
+
+  // eta and mu are those that the step before left.
+  static FASTOPS_FN StepScalars<double> scalars_for_step(const double* o, ScalarStates state,
+                                                         bool) {
+    const double lr = o[0], lambd = o[1], step = state.step(), eta = state[1], mu = state[2];
+    state.set(1, lr / ::pow(1.0 + lambd * lr * step, o[2]));
+    state.set(2, 1.0 / (step - o[3] > 1.0 ? step - o[3] : 1.0));
+    return {.regularization = fastops::regularization(eta, o[4], o[5], o[6], o[7]),
+            .keep = 1.0 - lambd * eta,
+            .eta = eta,
+            .mu = mu};
+  }
+
+  template <class real, class T>
+  static FASTOPS_FN void step(const StepScalars<real>& n, T& p, T g, T (&s)[states]) {
+    g = regularized(n.regularization, p, g);
+    p = p * T(n.keep);
+    p = p - T(n.eta) * g;
+    p = thresholded(n.regularization, p);
+    s[0] = n.mu != real(1) ? s[0] + (p - s[0]) * T(n.mu) : p;
+  }
+};
+
 // What a back end's table has for Op::scalars_for_step(); see ScalarsForStep.
 template <class Op>
 FASTOPS_FN void write_scalars(const double* options, bool first, double* scalar_states,
@@ -242,6 +556,7 @@ FASTOPS_FN void write_scalars(const double* options, bool first, double* scalar_
 }
 
 using Optimizers = List<Adam<false>, Adam<true>, SGD<false>, SGD<true>, RMSprop<false, false>,
-                        RMSprop<true, false>, RMSprop<false, true>, RMSprop<true, true>>;
+                        RMSprop<true, false>, RMSprop<false, true>, RMSprop<true, true>, Adagrad,
+                        Adadelta, Adamax, NAdam, RAdam, Rprop, ASGD>;
 
 }  // namespace fastops

@@ -159,6 +159,8 @@ class KeepsAverages(ExtraOptions):
             return
         for p in stale:
             del self.state[p]["ema"]
+            if not self.state[p]:
+                del self.state[p]
         why = (
             "this optimizer keeps none" if self.ema_decay is None else "it was stepped without them"
         )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .averages import KeepsAverages, dtype_of_average
-from .kernels import STATE_NAMES
+from .kernels import SCALAR_STATE_NAMES, STATE_NAMES
 
 
 class Checkpoints(KeepsAverages):
@@ -97,13 +97,18 @@ class Checkpoints(KeepsAverages):
         params = [p for g in self.param_groups for p in g["params"]]
         for i, p in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
+                if name in SCALAR_STATE_NAMES and name != "step" and isinstance(value, Tensor):
+                    # torch would keep them in the parameter's dtype
+                    there = self.state[p]["step"].device
+                    self.state[p][name] = value.detach().to(there, copy=True)
+                    continue
                 if name == "ema":
                     dtype = dtype_of_average(p.dtype)
                 elif self.state_dtype is None or name not in STATE_NAMES:
                     continue
                 else:
                     dtype = self._dtype_of_states(p)
-                now = self.state[p].get(name)
+                now = self.state.get(p, {}).get(name)
                 if isinstance(value, Tensor) and now is not None and now.dtype != dtype:
                     kept = torch.empty_like(now, dtype=dtype)
                     self.state[p][name] = kept.copy_(value)

@@ -49,6 +49,10 @@ _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "lr": lambda group: number(group, group["lr"]),
     "beta1": _item("betas", 0),
     "beta2": _item("betas", 1),
+    "etaminus": _item("etas", 0),
+    "etaplus": _item("etas", 1),
+    "step_size_min": _item("step_sizes", 0),
+    "step_size_max": _item("step_sizes", 1),
     "l1": _l1,
     "proximal": lambda group: float(group.get("l1_mode") == "proximal"),
 }

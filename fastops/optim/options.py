@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .kernels import check_group
+from .kernels import STATE_NAMES, check_group
 
 
 class ExtraOptions(Optimizer):
@@ -62,6 +62,9 @@ class ExtraOptions(Optimizer):
         self.max_grad_norm = max_grad_norm
         super().__init__(*args, **kwargs)
         self.defaults.update(own)
+        for p, state in self.state.items():  # which some classes of torch's make here
+            for name in STATE_NAMES & state.keys():
+                state[name] = state[name].to(self._dtype_of_states(p))
 
     def __repr__(self):
         values = {name: getattr(self, name) for name in self._of_all_groups}

@@ -45,6 +45,8 @@ class FusedStep(Checkpoints):
 
     # What torch says to a sparse gradient, or None where it takes one.
     _no_sparse: str | None = None
+    # Whether torch keeps the scalar states where the parameter is, capturable or not.
+    _scalars_beside_parameters = False
     grad_norm: Tensor | None = None  # of the last step, where max_grad_norm is given
 
     @torch.no_grad()
@@ -220,19 +222,20 @@ class FusedStep(Checkpoints):
         averages lacks."""
         state = self.state[p]
         names = [*kernel.scalar_states, *kernel.states]
-        if (
-            self.ema_decay is not None
-            and state
-            and all(state.get(name) is not None for name in names)
-        ):
+        complete = bool(state) and all(state.get(name) is not None for name in names)
+        if complete and self._steps_of([p]) != 0:
             return self._make_average(p, averaged)
         made[p] = dict(state)
         if self.ema_decay is not None and state.get("ema") is None:
             state["ema"] = torch.zeros_like(
                 p, memory_format=torch.preserve_format, dtype=dtype_of_average(p.dtype)
             )
+        if complete:  # by torch's constructor
+            return
         double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-        there = p.is_cuda and (group.get("capturable") or group.get("fused"))
+        there = p.is_cuda and (
+            self._scalars_beside_parameters or group.get("capturable") or group.get("fused")
+        )
         for name in kernel.scalar_states:
             state[name] = torch.full(
                 (),

@@ -142,7 +142,7 @@ def test_nested_swaps_are_of_the_averages_too():
             assert all(map(torch.equal, params, own))
         assert all(map(torch.equal, params, kept))
     assert all(map(torch.equal, params, own))
-    gradients(params, 4)
+    set_gradients(params, 4)
     optimizer.step()
 
 
@@ -220,7 +220,7 @@ def test_averages_do_not_outlive_steps_without_them(configured):
         else:
             plain.load_state_dict(round_trip(optimizer))
         for step in range(3, 6):
-            gradients(params, step)
+            set_gradients(params, step)
             plain.step()
         again = ours(params, ema_decay=DECAY, **options)
         if between is ours:
@@ -229,7 +229,7 @@ def test_averages_do_not_outlive_steps_without_them(configured):
             with pytest.warns(UserWarning, match="averages .* are left out, since it was stepped"):
                 again.load_state_dict(round_trip(plain))
         before = [p.detach().clone() for p in params]
-        gradients(params, 6)
+        set_gradients(params, 6)
         again.step()
         stateful = bool(plain.state_dict()["state"])
         for p, old, average in zip(params, before, averages(again, params), strict=True):
