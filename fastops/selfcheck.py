@@ -26,6 +26,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 1e-2, "weight_decay": 1e-2},
     "AdamW": {"lr": 1e-2, "weight_decay": 1e-2},
     "RMSprop": {"lr": 1e-2, "momentum": 0.9},
+    "Adagrad": {"lr": 1e-1, "lr_decay": 1e-2},
+    "Adadelta": {"lr": 1.0},
+    "Adamax": {"lr": 1e-2},
+    "NAdam": {"lr": 1e-2, "weight_decay": 1e-2},
+    "RAdam": {"lr": 1e-2},
+    "Rprop": {"lr": 1e-2},
+    "ASGD": {"lr": 1e-1},
 }
 STEPS = 3
 

@@ -49,6 +49,14 @@ CONFIGURATIONS = {
     "SGD momentum": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     "RMSprop": {},
     "RMSprop centered": {"centered": True, "momentum": 0.5, "eps": 1e-3},
+    "Adagrad": {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1},
+    "Adadelta": {"lr": 0.5},
+    "Adamax": {"weight_decay": 0.1},
+    "NAdam": {},
+    "NAdam decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "RAdam": {"betas": (0.9, 0.9)},
+    "Rprop": {"lr": 0.02},
+    "ASGD": {"lr": 0.05, "t0": 2, "weight_decay": 0.1},
 }
 
 

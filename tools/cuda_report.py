@@ -367,6 +367,13 @@ STATES = {
     "RMSprop<true, false>": 2,
     "RMSprop<false, true>": 2,
     "RMSprop<true, true>": 3,
+    "Adagrad": 1,
+    "Adadelta": 2,
+    "Adamax": 2,
+    "NAdam": 2,
+    "RAdam": 2,
+    "Rprop": 2,
+    "ASGD": 1,
 }
 
 

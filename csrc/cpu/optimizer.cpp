@@ -3,7 +3,6 @@
 #include <cstring>
 
 #include "../formulas/optimizers.h"
-#include "../kernels/gradient_norm.h"
 #include "../kernels/optimizer.h"
 #include "parallel.h"
 #include "vec_io.h"
@@ -19,40 +18,26 @@ constexpr int64_t kNext = 2;  // tensors ahead whose beginning is asked for
 constexpr int64_t kGrain =
     65536;  // elements a thread takes at least: less is over before another has woken up
 
-// What elements of T are computed in; those of a group, of whatever dtype, are `count` vectors of
-// it.
+// What elements of T are computed in.
 template <class T>
 using Real = typename VecIO<T>::real;
 
-// Calls body(j, offset, n) for the runs, each a vector of T, that the n elements of a group are
-// made of; the j-th vector of real is where a run begins.
-template <class T, int count, class N, class Body>
-FASTOPS_FN void runs(N n, Body body) {
-  using L = VecIO<T>;
-  if constexpr (L::count == count) {
-    body(0, int64_t{0}, n);
+// A group of IO::size elements of T, which is IO's dtype or what that is computed in.
+template <class IO, class T, class N>
+FASTOPS_FN void load_group(const T* p, N n, typename IO::V (&v)[IO::count]) {
+  if constexpr (VecIO<T>::count == IO::count) {
+    VecIO<T>::load(p, n, v);
   } else {
-    for (int j = 0; j < count; ++j) {
-      const int64_t offset = j * L::size, left = n - offset;
-      if (left > 0) body(j, offset, left < L::size ? left : L::size);
-    }
+    load_real<IO>(p, n, v);
   }
 }
-template <class T, int count, class N>
-FASTOPS_FN void load_group(const T* p, N n, Vec<Real<T>> (&v)[count]) {
-  using L = VecIO<T>;
-  if constexpr (L::count != count)
-    for (auto& each : v) each = typename L::V(0);  // what lies beyond n is computed too
-  runs<T, count>(n, [&](int j, int64_t offset, auto m) {
-    L::load(p + offset, m, reinterpret_cast<typename L::V(&)[L::count]>(v[j]));
-  });
-}
-template <class T, int count, class N>
-FASTOPS_FN void store_group(T* p, N n, const Vec<Real<T>> (&v)[count]) {
-  using L = VecIO<T>;
-  runs<T, count>(n, [&](int j, int64_t offset, auto m) {
-    L::store(p + offset, m, reinterpret_cast<const typename L::V(&)[L::count]>(v[j]));
-  });
+template <class IO, class T, class N>
+FASTOPS_FN void store_group(T* p, N n, const typename IO::V (&v)[IO::count]) {
+  if constexpr (VecIO<T>::count == IO::count) {
+    VecIO<T>::store(p, n, v);
+  } else {
+    store_real<IO>(p, n, v);
+  }
 }
 
 // The words of one tensor's elements, a span at a time: one per element and pair of slots.
@@ -102,12 +87,13 @@ FASTOPS_FN void step_range(const OptimizerTensor& t, int64_t begin, int64_t end,
   using real = Real<scalar_t>;
   using V = Vec<real>;
   // A group is a vector of the narrower dtype.
-  constexpr int64_t size =
-      Vec<scalar_t>::size() > Vec<state_t>::size() ? Vec<scalar_t>::size() : Vec<state_t>::size();
-  constexpr int count = size / V::size();
+  using IO =
+      std::conditional_t<sizeof(state_t) < sizeof(scalar_t), VecIO<state_t>, VecIO<scalar_t>>;
+  constexpr int64_t size = IO::size;
+  constexpr int count = IO::count;
   typename Op::template StepScalars<real> scalars;
-  static_assert(sizeof scalars == Op::scalars * sizeof(real));
-  for (int k = 0; k < Op::scalars; ++k)
+  static_assert(sizeof scalars == scalars_of<Op> * sizeof(real));
+  for (int k = 0; k < scalars_of<Op>; ++k)
     reinterpret_cast<real*>(&scalars)[k] = static_cast<real>(t.scalars[k]);
   auto* p = static_cast<scalar_t*>(t.p);
   auto* g = static_cast<const scalar_t*>(t.g);
@@ -124,7 +110,7 @@ FASTOPS_FN void step_range(const OptimizerTensor& t, int64_t begin, int64_t end,
     if constexpr (stochastic && std::is_same_v<decltype(to), c10::BFloat16*>) {
       store_stochastically(to, i, n, v, words, slot);
     } else {
-      store_group(to + i, n, v);
+      store_group<IO>(to + i, n, v);
     }
   };
   auto group = [&](int64_t i, auto n, auto& words) {
@@ -134,9 +120,9 @@ FASTOPS_FN void step_range(const OptimizerTensor& t, int64_t begin, int64_t end,
       for (int k = 0; k < Op::states; ++k) __builtin_prefetch(s[k] + i + kAhead, 1);
     }
     V vp[count], vg[count], vs[state_slots<Op>][count];
-    load_group(p + i, n, vp);
-    load_group(g + i, n, vg);
-    for (int k = 0; k < Op::states; ++k) load_group(s[k] + i, n, vs[k]);
+    load_group<IO>(p + i, n, vp);
+    load_group<IO>(g + i, n, vg);
+    for (int k = 0; k < Op::states; ++k) load_group<IO>(s[k] + i, n, vs[k]);
     for (int j = 0; j < count; ++j) {
       if (scaled) vg[j] = vg[j] * scale;
       V state[state_slots<Op>];
@@ -146,9 +132,9 @@ FASTOPS_FN void step_range(const OptimizerTensor& t, int64_t begin, int64_t end,
     }
     put(p, i, n, vp, words, 0);
     if (average) {
-      load_group(average + i, n, vg);
+      load_group<IO>(average + i, n, vg);
       for (int j = 0; j < count; ++j) vg[j] = lerp(vg[j], vp[j], weight);
-      store_group(average + i, n, vg);
+      store_group<IO>(average + i, n, vg);
     }
     for (int k = 0; k < Op::states; ++k) put(s[k], i, n, vs[k], words, 1 + k);
   };
@@ -207,64 +193,6 @@ void step_all(const OptimizerArgs& a) {
   });
 }
 
-template <class scalar_t>
-double squares(const scalar_t* g, int64_t n) {
-  using L = VecIO<scalar_t>;
-  using V = typename L::V;
-  constexpr int64_t kRun =
-      2 * kFew * L::size;  // elements that are added up in the lanes of two sums
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kRun) {
-    V sum[2] = {V(0), V(0)};
-    int next = 0;
-    for_each_vector<L::size>(begin, begin + kRun < n ? begin + kRun : n,
-                             [&](int64_t i, auto count) {
-                               V v[L::count];
-                               L::load(g + i, count, v);
-                               if (count < L::size) L::mask_tail(count, 0, v);
-                               for (int k = 0; k < L::count; ++k, next ^= 1)
-                                 sum[next] = sum[next] + v[k] * v[k];
-                             });
-    total += sum_of_lanes(sum[0] + sum[1]);
-  }
-  return total;
-}
-
-Error sums_of_squares(const OptimizerArgs& a, double* sums) {
-  return dispatch(a.dtype, [&](auto zero) -> Error {
-    using scalar_t = decltype(zero);
-    int64_t pieces = 0, total = 0;
-    for (int64_t k = 0; k < a.count; ++k)
-      pieces += gradient_norm_chunks(a.tensors[k].n), total += a.tensors[k].n;
-    if (pieces == 0) return nullptr;
-    const OptimizerTensor* tensors = a.tensors;
-    const int64_t mean = total / pieces < 1 ? 1 : total / pieces;
-    cpu::parallel(pieces, kGrain / mean < 1 ? 1 : kGrain / mean, [=](int64_t begin, int64_t end) {
-      int64_t piece = 0;  // the first of tensor k
-      for (int64_t k = 0; piece < end; piece += gradient_norm_chunks(tensors[k++].n)) {
-        const int64_t n = tensors[k].n;
-        const auto* g = static_cast<const scalar_t*>(tensors[k].g);
-        for (int64_t j = begin > piece ? begin - piece : 0;
-             j < gradient_norm_chunks(n) && piece + j < end; ++j) {
-          const int64_t at = j * kGradientNormChunk;
-          sums[piece + j] =
-              squares(g + at, n - at < kGradientNormChunk ? n - at : kGradientNormChunk);
-        }
-      }
-    });
-    return nullptr;
-  });
-}
-
-Error clip(const ClipArgs& a) {
-  double sum = 0;
-  for (int64_t k = 0; k < a.count; ++k) sum += a.sums[k];
-  const Clip made(sum, a.grad_scale ? *a.grad_scale : 1.0f, static_cast<float>(a.max_norm));
-  *a.norm = made.norm;
-  *a.divisor = made.divisor;
-  return nullptr;
-}
-
 template <class Op>
 struct MakeOptimizer {
   static Error step(const OptimizerArgs& a) {
@@ -292,20 +220,16 @@ struct MakeOptimizer {
       return "unsupported dtype of the optimizer state";
     });
   }
-  static void scalars_for_step(const double* options, double step, bool first, double* scalars) {
-    const auto derived = Op::scalars_for_step(options, step, first);
-    static_assert(sizeof derived == Op::scalars * sizeof(double));
-    memcpy(scalars, &derived, sizeof derived);
+  static void scalars_for_step(const double* options, bool first, double* scalar_states,
+                               unsigned in_double, double* scalars) {
+    write_scalars<Op>(options, first, scalar_states, in_double, scalars);
   }
-  static constexpr OptimizerKernel row{Op::name,   Op::states,       Op::scalars,
-                                       &step,      Op::options,      Op::state_names,
-                                       Op::counts, &scalars_for_step};
+  static constexpr OptimizerKernel row = optimizer_kernel<Op>(&step, &scalars_for_step);
 };
 using OptimizerTable = Table<OptimizerKernel, MakeOptimizer, Optimizers>;
 
 }  // namespace
 
-extern constinit const GradientNormKernel gradient_norm_kernel{&sums_of_squares, &clip};
 extern constinit const KernelTable<OptimizerKernel> optimizer_kernels{
     OptimizerTable::rows, std::size(OptimizerTable::rows)};
 

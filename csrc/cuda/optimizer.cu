@@ -1,16 +1,15 @@
 // The optimizer step over a list of tensors: all of them are cut into chunks, and one launch runs
 // over the chunks, its table of pointers among the kernel's parameters, so that nothing is copied
 // or allocated and a graph can capture it. Where step counts or options are in device memory, a
-// launch of one thread per tensor makes the scalars before. And the norm of all gradients.
+// launch of one thread per tensor makes the scalars before.
 #include <cstring>
 
 #include "../formulas/optimizers.h"
 #include "../formulas/philox.h"
-#include "../kernels/gradient_norm.h"
 #include "../kernels/optimizer.h"
 #include "launch.cuh"
 #include "pack.cuh"
-#include "team.cuh"
+#include "tensor_list.cuh"
 
 namespace fastops::cuda {
 namespace {
@@ -18,12 +17,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kChunk = 4096;  // elements of one tensor that a block works on
 constexpr int kGroups = 8;        // different sets of scalars in one launch
-
-#if defined(FASTOPS_EMULATION) || CUDART_VERSION >= 12010
-constexpr size_t kParameterBytes = 32764;  // sm_70 and newer, since CUDA 12.1
-#else
-constexpr size_t kParameterBytes = 4096;
-#endif
 
 // ------------------------------------------------------------------------------------------------
 // kernels
@@ -158,11 +151,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (batch.grad_scale) scale = real(1) / static_cast<real>(load(batch.grad_scale));
 
   const int block = static_cast<int>(blockIdx.x);
-  int tensor = 0;
-  for (int above = batch.count; above - tensor > 1;) {
-    const int middle = (tensor + above) / 2;
-    (batch.first[middle] <= block ? tensor : above) = middle;
-  }
+  const int tensor = tensor_of_block(batch.first, batch.count, block);
   const auto& scalars = batch.numbers_of(tensor);
   const int64_t begin = (block - batch.first[tensor]) * kChunk;
   const int64_t left = batch.n[tensor] - begin;
@@ -232,104 +221,57 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // The scalars of a batch's tensors, from step counts and options in device memory.
 constexpr int kDerived = 1024;
+template <class Op>
+constexpr int kScalarStates = count_words(Op::scalar_state_names, ' ');
 template <class Op, class real>
 struct Derivation {
   OptimizerOnDevice from;
   const float* found_inf;
-  StepScalars<Op, real, true>
-      given[2];  // of tensors before and at their first step: what does not depend on the step
+  StepScalars<Op, real, true> given[kGroups];  // what does not depend on the step, per group
   StepScalars<Op, real, true>* made;
   int count;
-  void* counts[kDerived];
+  void* scalar_states[kScalarStates<Op> > 0 ? kScalarStates<Op> : 1][kDerived];
   bool first[kDerived];
+  unsigned char group[kDerived];
 };
+
+__device__ __forceinline__ double read(const void* at, bool in_double) {
+  if (in_double) return load(static_cast<const double*>(at));
+  return static_cast<double>(load(static_cast<const float*>(at)));
+}
+__device__ __forceinline__ void write(void* at, double value, bool in_double) {
+  if (in_double) return store(static_cast<double*>(at), value);
+  store(static_cast<float*>(at), static_cast<float>(value));
+}
 
 template <class Op, class real>
 __global__ void __launch_bounds__(kThreads, kResident)
     derive_kernel(const Derivation<Op, real> __grid_constant__ d) {
   const int tensor = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (tensor >= d.count || (d.found_inf && load(d.found_inf) != 0.0f)) return;
-  double options[kMaxOptions], step = 0;
+  double options[kMaxOptions], scalar_states[kMaxScalarStates] = {};
 #pragma unroll
   for (int k = 0; k < kMaxOptions; ++k)
     options[k] = d.from.option_at[k] ? load(d.from.option_at[k]) : d.from.options[k];
-  if (d.counts[tensor] && d.from.counts_in_double) {
-    auto* at = static_cast<double*>(d.counts[tensor]);
-    store(at, step = load(at) + 1);
-  } else if (d.counts[tensor]) {
-    auto* at = static_cast<float*>(d.counts[tensor]);
-    const float next = load(at) + 1.0f;
-    store(at, next);
-    step = static_cast<double>(next);
-  }
-  const bool first = d.first[tensor];
-  const auto derived = Op::scalars_for_step(options, step, first);
-  StepScalars<Op, real, true> made = d.given[first];
 #pragma unroll
-  for (int k = 0; k < Op::scalars; ++k)
+  for (int k = 0; k < kScalarStates<Op>; ++k)
+    scalar_states[k] = read(d.scalar_states[k][tensor], d.from.in_double >> k & 1);
+  if constexpr (kScalarStates<Op> > 0)
+    scalar_states[0] = d.from.in_double & 1
+                           ? scalar_states[0] + 1
+                           : static_cast<double>(static_cast<float>(scalar_states[0]) + 1.0f);
+  const auto derived =
+      Op::scalars_for_step(options, {scalar_states, d.from.in_double}, d.first[tensor]);
+#pragma unroll
+  for (int k = 0; k < kScalarStates<Op>; ++k)
+    write(d.scalar_states[k][tensor], scalar_states[k], d.from.in_double >> k & 1);
+  StepScalars<Op, real, true> made = d.given[d.group[tensor]];
+#pragma unroll
+  for (int k = 0; k < scalars_of<Op>; ++k)
     reinterpret_cast<real*>(&made.of_op)[k] =
         static_cast<real>(reinterpret_cast<const double*>(&derived)[k]);
-  if (d.counts[tensor]) made.noise.step = static_cast<uint32_t>(step);
+  if constexpr (kScalarStates<Op> > 0) made.noise.step = static_cast<uint32_t>(scalar_states[0]);
   store(d.made + tensor, made);
-}
-
-// The gradients whose norm is taken. Block b adds up the chunk b - first[t] of the tensor t, found
-// as above.
-template <class scalar_t>
-struct Gradients {
-  static constexpr int capacity =
-      static_cast<int>((kParameterBytes - 64) / (sizeof(void*) + sizeof(int64_t) + sizeof(int)));
-  const scalar_t* g[capacity];
-  int64_t n[capacity];
-  double* sums;
-  int first[capacity + 1];
-  int count;
-};
-
-template <class scalar_t>
-__global__ void __launch_bounds__(kThreads, kResident)
-    sums_kernel(const Gradients<scalar_t> __grid_constant__ batch) {
-  using real = real_of<scalar_t>;
-  constexpr int size = pack_size<scalar_t>;
-  const int block = static_cast<int>(blockIdx.x);
-  int tensor = 0;
-  for (int above = batch.count; above - tensor > 1;) {
-    const int middle = (tensor + above) / 2;
-    (batch.first[middle] <= block ? tensor : above) = middle;
-  }
-  const int64_t begin = (block - batch.first[tensor]) * kGradientNormChunk;
-  const int64_t left = batch.n[tensor] - begin;
-  const scalar_t* g = batch.g[tensor] + begin;
-  real sum = 0;
-  for_each_pack<size>(
-      aligned_span(left < kGradientNormChunk ? left : kGradientNormChunk, size, g), threadIdx.x,
-      kThreads,
-      [&](int64_t i) {
-        real v[size];
-        load_wide(g + i, v);
-        real few = 0;
-#pragma unroll
-        for (int k = 0; k < size; ++k) few += v[k] * v[k];
-        sum += few;
-      },
-      [&](int64_t i) {
-        const real v = static_cast<real>(load(g + i));
-        sum += v * v;
-      });
-  const double total = Team<kThreads>().sum(static_cast<double>(sum));
-  if (threadIdx.x == 0) store(batch.sums + block, total);
-}
-
-template <class real>
-__global__ void __launch_bounds__(kThreads, kResident)
-    clip_kernel(const ClipArgs __grid_constant__ a) {
-  double sum = 0;
-  for (int64_t k = threadIdx.x; k < a.count; k += kThreads) sum += load(a.sums + k);
-  sum = Team<kThreads>().sum(sum);
-  if (threadIdx.x != 0) return;
-  const Clip made(sum, a.grad_scale ? load(a.grad_scale) : 1.0f, static_cast<float>(a.max_norm));
-  store(a.norm, static_cast<real>(made.norm));
-  store(a.divisor, static_cast<real>(made.divisor));
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -339,7 +281,7 @@ template <class Op, class real, bool extended>
 void fill(StepScalars<Op, real, extended>& made, const OptimizerTensor& t,
           const OptimizerNoise* noise) {
   memset(&made, 0, sizeof made);  // the padding too: they are compared as bytes
-  for (int k = 0; k < Op::scalars; ++k)
+  for (int k = 0; k < scalars_of<Op>; ++k)
     if (t.scalars) reinterpret_cast<real*>(&made.of_op)[k] = static_cast<real>(t.scalars[k]);
   made.weight = static_cast<real>(t.weight);
   if constexpr (extended)
@@ -357,22 +299,24 @@ int group_of(N (&groups)[kGroups], int& used, const N& scalars) {
   return group;
 }
 
-// Starts the derivation of the scalars of tensors [begin, end).
-template <class Op, class real>
-Error derive_all(const OptimizerArgs& a, int64_t begin, int64_t end,
+// Starts the derivation of the scalars of the batch, whose first tensor is `begin`. What they hold
+// that no step count makes, the weight of an average and the key of the noise, is the group's.
+template <class Op, class real, class B>
+Error derive_all(const OptimizerArgs& a, const B& batch, int64_t begin,
                  StepScalars<Op, real, true>* made) {
   static_assert(sizeof(*made) <= kScalarsBytes);
-  static_assert(count_options(Op::options) <= kMaxOptions);
   Derivation<Op, real> d;
   d.from = *a.on_device;
   d.found_inf = a.found_inf;
   d.made = made;
-  d.count = static_cast<int>(end - begin);
+  d.count = batch.count;
+  memcpy(d.given, batch.scalars, sizeof d.given);
+  memcpy(d.group, batch.group, static_cast<size_t>(batch.count));
   for (int k = 0; k < d.count; ++k) {
     const int64_t tensor = begin + k;
-    d.counts[k] = a.on_device->counts[tensor];
+    for (int j = 0; j < kScalarStates<Op>; ++j)
+      d.scalar_states[j][k] = a.on_device->scalar_states[j][tensor];
     d.first[k] = a.on_device->first[tensor];
-    fill(d.given[d.first[k]], a.tensors[tensor], a.noise ? a.noise + tensor : nullptr);
   }
   return launch(derive_kernel<Op, real>, (d.count + kThreads - 1) / kThreads, kThreads, a.stream,
                 d);
@@ -420,7 +364,7 @@ Error step_all(const OptimizerArgs& a) {
       if (a.on_device) {
         auto* made = static_cast<typename B::N*>(a.on_device->scalars) + begin;
         batch.derived = made;
-        const Error error = derive_all<Op, real>(a, begin, next, made);
+        const Error error = derive_all<Op, real>(a, batch, begin, made);
         if (error) return error;
       }
     }
@@ -450,58 +394,22 @@ Error step(const OptimizerArgs& a) {
   });
 }
 
-Error sums_of_squares(const OptimizerArgs& a, double* sums) {
-  return dispatch(a.dtype, [&](auto zero) -> Error {
-    using B = Gradients<decltype(zero)>;
-    static_assert(sizeof(B) <= kParameterBytes);
-    B batch;
-    for (int64_t next = 0; next < a.count;) {
-      int64_t blocks = 0;
-      batch.count = 0;
-      batch.sums = sums;
-      for (; next < a.count && batch.count < B::capacity; ++next) {
-        const OptimizerTensor& t = a.tensors[next];
-        if (t.n == 0) continue;
-        if (batch.count > 0 && blocks + gradient_norm_chunks(t.n) > INT32_MAX) break;
-        const int k = batch.count++;
-        batch.g[k] = static_cast<const decltype(zero)*>(t.g);
-        batch.n[k] = t.n;
-        batch.first[k] = static_cast<int>(blocks);
-        blocks += gradient_norm_chunks(t.n);
-      }
-      batch.first[batch.count] = static_cast<int>(blocks);
-      if (batch.count == 0) continue;
-      const Error error = launch(sums_kernel<decltype(zero)>, blocks, kThreads, a.stream, batch);
-      if (error) return error;
-      sums += blocks;
-    }
-    return nullptr;
-  });
-}
-
-Error clip(const ClipArgs& a) { return launch(clip_kernel<float>, 1, kThreads, a.stream, a); }
-
 // ------------------------------------------------------------------------------------------------
 // table
 
 template <class Op>
-void scalars_for_step(const double* options, double step, bool first, double* scalars) {
-  const auto derived = Op::scalars_for_step(options, step, first);
-  static_assert(sizeof derived == Op::scalars * sizeof(double));
-  memcpy(scalars, &derived, sizeof derived);
+void scalars_for_step(const double* options, bool first, double* scalar_states, unsigned in_double,
+                      double* scalars) {
+  write_scalars<Op>(options, first, scalar_states, in_double, scalars);
 }
-
 template <class Op>
 struct MakeOptimizer {
-  static constexpr OptimizerKernel row{Op::name,   Op::states,           Op::scalars,
-                                       &step<Op>,  Op::options,          Op::state_names,
-                                       Op::counts, &scalars_for_step<Op>};
+  static constexpr OptimizerKernel row = optimizer_kernel<Op>(&step<Op>, &scalars_for_step<Op>);
 };
 using OptimizerTable = Table<OptimizerKernel, MakeOptimizer, Optimizers>;
 
 }  // namespace
 
-extern constinit const GradientNormKernel gradient_norm_kernel{&sums_of_squares, &clip};
 extern constinit const KernelTable<OptimizerKernel> optimizer_kernels{
     OptimizerTable::rows, std::size(OptimizerTable::rows)};
 

@@ -1,32 +1,18 @@
-"""Adam and AdamW. Which row of the kernels' table a group takes, and nothing about how a step is made."""
+"""Adam and AdamW. Which kernel steps a group, and nothing about how a step is made."""
 
 import torch
 
-from .step import ROWS, FusedStep, _number
+from .step import FusedStep
 
 
-class _AdamRows(FusedStep):
+class _AdamKernels(FusedStep):
     _no_sparse = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
-    def _row(self, group):
-        beta1, beta2 = group["betas"]
-        return (
-            ROWS["adam_amsgrad" if group["amsgrad"] else "adam"],
-            group["params"],
-            (
-                _number(group, group["lr"]),
-                _number(group, beta1),
-                _number(group, beta2),
-                float(group["eps"]),
-                float(group["weight_decay"]),
-                float(group["maximize"]),
-                float(group["decoupled_weight_decay"]),
-                *self._penalty(group),
-            ),
-        )
+    def _kernel(self, group):
+        return "adam_amsgrad" if group["amsgrad"] else "adam"
 
 
-class Adam(_AdamRows, torch.optim.Adam):
+class Adam(_AdamKernels, torch.optim.Adam):
     """Adam (`Kingma and Ba, 2014 <https://arxiv.org/abs/1412.6980>`_), all parameters in one sweep over memory.
 
     The arguments, defaults, errors and state_dict are those of :class:`torch.optim.Adam`, and what is computed is its
@@ -46,7 +32,8 @@ class Adam(_AdamRows, torch.optim.Adam):
             dtypes), moved in the same sweep: after the first step it is the parameter, after each other one
             ema_decay of itself and 1 - ema_decay of the parameter, as
             :func:`torch.optim.swa_utils.get_ema_multi_avg_fn` has it. A parameter that is not stepped keeps its average.
-            :meth:`swap_ema` puts the averages in the parameters' place. They are part of the state_dict.
+            :meth:`swap_ema` puts the averages in the parameters' place. They are part of the state_dict. Buffers, batch
+            norm's running statistics among them, are not averaged; see :meth:`swap_ema`.
 
         state_dtype: ``torch.bfloat16`` keeps the moments of float32 parameters in half the memory; ``torch.float32`` keeps
             those of bfloat16 and float16 parameters in full. What is computed is computed in float32 either way.
@@ -70,7 +57,7 @@ class Adam(_AdamRows, torch.optim.Adam):
     """
 
 
-class AdamW(_AdamRows, torch.optim.AdamW):
+class AdamW(_AdamKernels, torch.optim.AdamW):
     """AdamW (`Loshchilov and Hutter, 2017 <https://arxiv.org/abs/1711.05101>`_): Adam with the weight decay apart from
     the gradient. As :class:`torch.optim.AdamW`; see :class:`Adam` for the rest.
 

@@ -1,8 +1,8 @@
-"""RMSprop. Which row of the kernels' table a group takes, and nothing about how a step is made."""
+"""RMSprop. Which kernel steps a group, and nothing about how a step is made."""
 
 import torch
 
-from .step import ROWS, FusedStep, _number
+from .step import FusedStep
 
 
 class RMSprop(FusedStep, torch.optim.RMSprop):
@@ -16,19 +16,9 @@ class RMSprop(FusedStep, torch.optim.RMSprop):
 
     _no_sparse = "RMSprop does not support sparse gradients"
 
-    def _row(self, group):
-        momentum = float(group["momentum"])
-        name = "rmsprop" + "_centered" * bool(group["centered"]) + "_momentum" * bool(momentum)
+    def _kernel(self, group):
         return (
-            ROWS[name],
-            group["params"],
-            (
-                _number(group, group["lr"]),
-                float(group["alpha"]),
-                float(group["eps"]),
-                float(group["weight_decay"]),
-                momentum,
-                float(group["maximize"]),
-                *self._penalty(group),
-            ),
+            "rmsprop"
+            + "_centered" * bool(group["centered"])
+            + "_momentum" * bool(group["momentum"])
         )

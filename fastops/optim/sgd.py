@@ -1,8 +1,8 @@
-"""SGD. Which row of the kernels' table a group takes, and nothing about how a step is made."""
+"""SGD. Which kernel steps a group, and nothing about how a step is made."""
 
 import torch
 
-from .step import ROWS, FusedStep, _number
+from .step import FusedStep
 
 
 class SGD(FusedStep, torch.optim.SGD):
@@ -14,18 +14,5 @@ class SGD(FusedStep, torch.optim.SGD):
         >>> optimizer = fastops.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     """
 
-    def _row(self, group):
-        momentum = float(group["momentum"])
-        return (
-            ROWS["sgd_momentum" if momentum else "sgd"],
-            group["params"],
-            (
-                _number(group, group["lr"]),
-                momentum,
-                float(group["dampening"]),
-                float(group["weight_decay"]),
-                float(group["nesterov"]),
-                float(group["maximize"]),
-                *self._penalty(group),
-            ),
-        )
+    def _kernel(self, group):
+        return "sgd_momentum" if group["momentum"] else "sgd"

@@ -43,7 +43,7 @@ def pointers(tensors):
 
 
 def run_extended(row, tensors, dtype, state, numbers=(), seed=None, step=0, counts=None, first=(),
-                 options=(), option_at=(), workspace=None, found_inf=None):  # fmt: skip
+                 options=(), option_at=(), workspace=None, found_inf=None, averages=None, weights=()):  # fmt: skip
     """tensors: lists of p, g and the states. With counts, numbers are made of the options on the device."""
     n = (I64 * len(tensors))(*(t[0].numel() for t in tensors))
     call(
@@ -52,6 +52,7 @@ def run_extended(row, tensors, dtype, state, numbers=(), seed=None, step=0, coun
         None if counts is None else (POINTER * len(counts))(*map(address, counts)),
         (BOOL * max(len(first), 1))(*first), doubles(options), (POINTER * 12)(*map(address, option_at)),
         address(workspace), address(found_inf),
+        None if averages is None else (POINTER * len(averages))(*map(address, averages)), doubles(weights),
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def test_bfloat16_states_of_float32_parameters(row):
 
 def derived(row, options, step, first):
     values = doubles([0] * row.numbers)
-    library().derive(row.index, doubles(options), F64(step), BOOL(first), values)
+    library().scalars_for_step(row.index, doubles(options), F64(step), BOOL(first), values)
     return list(values)
 
 
@@ -204,6 +205,24 @@ def test_rounding_follows_the_steps_counted_on_the_device(row):
         run_extended(row, given, BF16, BF16, seed=SEED, counts=[device.copy(torch.tensor([7.0]))], first=[False], options=options, option_at=[None] * 12, workspace=workspace)  # fmt: skip
         p, _, *states = given[0]
         assert all(map(torch.equal, (p, *states), expected[0]))
+
+
+@each_row("step")
+def test_weights_of_averages_beside_scalars_made_on_the_device(row):
+    """Tensors that are alike in all but the weight of their average, as where some averages are begun later than others;
+    more weights than one launch holds."""
+    weights = [1.0, 0.25, 1.0, 0.5, *(k / 16 for k in range(1, 12))]
+    tensors, options = step_tensors(row, [1000] * len(weights), F32, F32), some_options(row)
+    before = [random(1000, F32, 90 + k) for k in range(len(weights))]
+    with Device() as device:
+        given = [[device.copy(v) for v in t] for t in tensors]
+        averages = [device.copy(v) for v in before]
+        counts = [device.copy(torch.tensor([3.0])) if row.counts else None for _ in weights]
+        workspace = device.empty(len(weights) * library().numbers_bytes(), torch.uint8)
+        run_extended(row, given, F32, F32, counts=counts, first=[False] * len(weights), options=options, option_at=[None] * 12, workspace=workspace, averages=averages, weights=weights)  # fmt: skip
+        for (p, *_), old, average, weight in zip(given, before, averages, weights, strict=True):
+            exact = old.double().lerp(p.double(), weight)
+            check(average, old.lerp(p, weight), exact, F32)
 
 
 @each_row("step")

@@ -222,19 +222,21 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
     a.found_inf = found;
     expect(row.name, "rounded stochastically", row.step(a));
     // With scalars made on the device.
-    std::vector<void*> counts;
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      auto* step = static_cast<float*>(b.raw(sizeof(float)));
-      *step = 1;
-      counts.push_back(row.counts ? step : nullptr);
-    }
+    std::vector<void*> scalar_states[kMaxScalarStates];
+    for (int j = 0; j < row.scalar_states; ++j)
+      for (size_t k = 0; k < tensors.size(); ++k) {
+        auto* number = static_cast<float*>(b.raw(sizeof(float)));
+        *number = j == 0 ? 1.0f : 0.5f;
+        scalar_states[j].push_back(number);
+      }
     const bool first[] = {false, true, false, true};
     OptimizerOnDevice on_device{};
     for (double& option : on_device.options) option = 0.5;
     auto* lr = static_cast<double*>(b.raw(sizeof(double)));
     *lr = 0.25;
     on_device.option_at[0] = lr;
-    on_device.counts = counts.data();
+    for (int j = 0; j < row.scalar_states; ++j)
+      on_device.scalar_states[j] = scalar_states[j].data();
     on_device.first = first;
     on_device.scalars = b.raw(tensors.size() * static_cast<size_t>(kScalarsBytes));
     a.on_device = &on_device;
@@ -243,16 +245,13 @@ void step(const Dtype& d, c10::ScalarType state, Buffers b) {
 }
 
 void norm(const Dtype& d, Buffers b) {
-  std::vector<OptimizerTensor> tensors;
+  std::vector<GradientTensor> tensors;
   int64_t chunks = 0;
   for (const int64_t n : {1, 0, 70, 17'000}) {
-    tensors.push_back({n, nullptr, b.values(n, d.type), {}, nullptr, nullptr, 0});
+    tensors.push_back({n, b.values(n, d.type)});
     chunks += gradient_norm_chunks(n);
   }
-  OptimizerArgs a{};
-  a.dtype = d.type;
-  a.count = static_cast<int64_t>(tensors.size());
-  a.tensors = tensors.data();
+  const GradientNormArgs a{d.type, static_cast<int64_t>(tensors.size()), tensors.data(), nullptr};
   auto* sums = static_cast<double*>(b.raw(static_cast<size_t>(chunks) * sizeof(double)));
   expect("norm", "sums", cuda::gradient_norm_kernel.sums(a, sums));
   auto* out = static_cast<float*>(b.raw(2 * sizeof(float)));

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <deque>
+#include <vector>
 
 #include "../../csrc/formulas/activations.h"
 #include "../../csrc/formulas/optimizers.h"
@@ -24,7 +26,7 @@ const Tables& tables() {
 template <class Op, class real>
 void step_elements(const double* values, int64_t n, real* p, const real* g, real* const* s) {
   typename Op::template StepScalars<real> scalars;
-  for (int k = 0; k < Op::scalars; ++k)
+  for (int k = 0; k < scalars_of<Op>; ++k)
     reinterpret_cast<real*>(&scalars)[k] = static_cast<real>(values[k]);
   for (int64_t i = 0; i < n; ++i) {
     real state[state_slots<Op>];
@@ -348,19 +350,21 @@ const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t 
 
 // The same, rounded stochastically where `seed` is given (tensor k has number k), and where
 // `counts` is given with scalars made on the device: from options[k] or *option_at[k], and the step
-// counts, floats.
+// counts, floats; and with a running average of every p where `averages` is given.
 const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t count,
                               const int64_t* n, void* const* pointers, const double* scalars,
                               const int64_t* seed, uint32_t step, void* const* counts,
                               const bool* first, const double* options,
                               const double* const* option_at, void* workspace,
-                              const float* found_inf) {
+                              const float* found_inf, void* const* averages,
+                              const double* weights) {
   const OptimizerKernel& row = tables().optimizer.data[index];
   std::vector<OptimizerTensor> tensors(count);
   std::vector<OptimizerNoise> noise(count);
   for (int64_t k = 0; k < count; ++k) {
     void* const* each = pointers + k * (2 + row.states);
     tensors[k] = {n[k], each[0], each[1], {}, scalars, nullptr, 0};
+    if (averages) tensors[k].average = averages[k], tensors[k].weight = weights[k];
     for (int j = 0; j < row.states; ++j) tensors[k].s[j] = each[2 + j];
     if (seed) noise[k] = {*seed, step, static_cast<uint32_t>(k)};
   }
@@ -372,11 +376,17 @@ const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t 
   a.found_inf = found_inf;
   if (seed) a.noise = noise.data();
   OptimizerOnDevice on_device{};
+  std::deque<float> others[kMaxScalarStates];  // beside the step count: 0.5 each
+  std::vector<void*> pointers_to[kMaxScalarStates];
   if (counts) {
-    const int taken = count_options(row.options);
+    const int taken = count_words(row.options, ',');
     for (int k = 0; k < taken; ++k)
       on_device.options[k] = options[k], on_device.option_at[k] = option_at[k];
-    on_device.counts = counts;
+    on_device.scalar_states[0] = counts;
+    for (int j = 1; j < row.scalar_states; ++j) {
+      for (int64_t k = 0; k < count; ++k) pointers_to[j].push_back(&others[j].emplace_back(0.5f));
+      on_device.scalar_states[j] = pointers_to[j].data();
+    }
     on_device.first = first;
     on_device.scalars = workspace;
     a.on_device = &on_device;
@@ -384,22 +394,20 @@ const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t 
   return row.step(a);
 }
 const char* step_options(size_t index) { return tables().optimizer.data[index].options; }
-bool step_counts(size_t index) { return tables().optimizer.data[index].counts; }
+bool step_counts(size_t index) { return tables().optimizer.data[index].scalar_states > 0; }
 void scalars_for_step(size_t index, const double* options, double step, bool first,
                       double* scalars) {
-  tables().optimizer.data[index].scalars_for_step(options, step, first, scalars);
+  double states[kMaxScalarStates] = {step, 0.5, 0.5};
+  tables().optimizer.data[index].scalars_for_step(options, first, states, 0, scalars);
 }
 int64_t numbers_bytes() { return kScalarsBytes; }
 
 const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gradients,
                      double* sums, int64_t chunks, const float* grad_scale, double max_norm,
                      float* norm, float* divisor) {
-  std::vector<OptimizerTensor> tensors(count);
-  for (int64_t k = 0; k < count; ++k) tensors[k].n = n[k], tensors[k].g = gradients[k];
-  OptimizerArgs a{};
-  a.dtype = static_cast<c10::ScalarType>(dtype);
-  a.count = count;
-  a.tensors = tensors.data();
+  std::vector<GradientTensor> tensors(count);
+  for (int64_t k = 0; k < count; ++k) tensors[k] = {n[k], gradients[k]};
+  const GradientNormArgs a{static_cast<c10::ScalarType>(dtype), count, tensors.data(), nullptr};
   const char* error = tables().gradient_norm.sums(a, sums);
   return error ? error
                : tables().gradient_norm.clip(

@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL:
     lib.step_options.restype = TEXT
     lib.step_counts.restype = BOOL
     lib.numbers_bytes.restype = I64
-    lib.derive.restype = None
+    lib.scalars_for_step.restype = None
     lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
     lib.run_divisor.restype = TEXT
     for kind in KINDS:

@@ -123,6 +123,120 @@ def test_swap(configured):
     assert torch.equal(params[2], current)
 
 
+def test_nested_swaps_are_of_the_averages_too():
+    params, optimizer = stepped()
+    own, kept = ([t.detach().clone() for t in ts] for ts in (params, averages(optimizer, params)))
+
+    def evaluate():
+        with optimizer.swap_ema():
+            assert all(map(torch.equal, params, kept))
+
+    with optimizer.swap_ema():
+        evaluate()
+        assert all(map(torch.equal, params, kept))
+        with pytest.raises(ZeroDivisionError), optimizer.swap_ema():
+            1 / 0  # noqa: B018
+        assert all(map(torch.equal, params, kept))
+        with optimizer.swap_ema():
+            optimizer.swap_ema()
+            assert all(map(torch.equal, params, own))
+        assert all(map(torch.equal, params, kept))
+    assert all(map(torch.equal, params, own))
+    set_gradients(params, 4)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("call", ["state_dict", "load_state_dict"])
+def test_no_checkpoint_while_the_averages_stand_in(call):
+    params, optimizer = stepped()
+    saved = optimizer.state_dict()
+    own = [p.detach().clone() for p in params]
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match=rf"before {call}\(\)"):
+        getattr(optimizer, call)(*[saved] * (call == "load_state_dict"))
+    assert all(map(torch.equal, params, own))
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def network_with_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 2))
+    optimizer = fastops.optim.SGD(model.parameters(), lr=0.5, ema_decay=DECAY)
+    batches = [rand(16, 5, seed=k).float() for k in range(4)]
+    for x in batches:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model.eval(), optimizer, batches
+
+
+def test_batch_norm_statistics_of_the_averages():
+    model, optimizer, batches = network_with_batch_norm()
+    before = copy.deepcopy(model.state_dict())
+    averaged = copy.deepcopy(model)
+    for p, q in zip(averaged.parameters(), model.parameters(), strict=True):
+        p.data.copy_(optimizer.state[q]["ema"])
+    torch.optim.swa_utils.update_bn(batches, averaged)
+
+    def same(a, b):
+        return all(torch.equal(t, b[k]) for k, t in a.items())
+
+    def assert_averaged():
+        assert same(model.state_dict(), averaged.state_dict()) and not model.training
+        assert all(m.momentum == 0.1 for m in model if isinstance(m, nn.BatchNorm1d))
+
+    with optimizer.swap_ema(model, batches):
+        assert_averaged()
+        with optimizer.swap_ema(model, batches):
+            assert_averaged()
+        with optimizer.swap_ema():
+            assert_averaged()
+        assert_averaged()
+    assert same(model.state_dict(), before)
+    with optimizer.swap_ema():
+        with optimizer.swap_ema(model, batches):
+            assert_averaged()
+        assert torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert same(model.state_dict(), before)
+    with pytest.raises(RuntimeError):
+        optimizer.swap_ema(model, [rand(16, 4).float()])
+    assert same(model.state_dict(), before) and not model.training
+    for given in ({"model": model}, {"batches": batches}):
+        with pytest.raises(TypeError, match="both model and batches"):
+            optimizer.swap_ema(**given)
+
+
+def test_averages_do_not_outlive_steps_without_them(configured):
+    """Through an optimizer without averages, ours or torch's, and back."""
+    theirs, ours, options = configured
+    for between in (ours, theirs):
+        params, optimizer = stepped(ours, **options)
+        plain = between(params, **options)
+        counts = any("step" in s for s in optimizer.state_dict()["state"].values())
+        if between is theirs and not counts:
+            continue  # nothing in torch's state tells of the steps
+        if between is ours:
+            with pytest.warns(UserWarning, match="averages .* are left out, since this optimizer"):
+                plain.load_state_dict(round_trip(optimizer))
+        else:
+            plain.load_state_dict(round_trip(optimizer))
+        for step in range(3, 6):
+            set_gradients(params, step)
+            plain.step()
+        again = ours(params, ema_decay=DECAY, **options)
+        if between is ours:
+            again.load_state_dict(round_trip(plain))
+        else:
+            with pytest.warns(UserWarning, match="averages .* are left out, since it was stepped"):
+                again.load_state_dict(round_trip(plain))
+        before = [p.detach().clone() for p in params]
+        set_gradients(params, 6)
+        again.step()
+        stateful = bool(plain.state_dict()["state"])
+        for p, old, average in zip(params, before, averages(again, params), strict=True):
+            expected = old.lerp(p.detach(), 1 - DECAY) if stateful else p.detach()
+            torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_group_added_while_the_averages_stand_in():
     params, optimizer = stepped()
     own, added = [p.detach().clone() for p in params], nn.Parameter(rand(3))

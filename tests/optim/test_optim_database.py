@@ -36,8 +36,8 @@ on_a_gpu_too = pytest.mark.parametrize(
 )
 
 
-def test_all_four_are_in_the_database():
-    assert sorted(info.name for info in INFOS) == ["Adam", "AdamW", "RMSprop", "SGD"]
+def test_all_are_in_the_database():
+    assert {info.name for info in INFOS} == set(fastops.optim.__all__) - {"param_groups"}
     assert all(info.optim_inputs_func("cpu") for info in INFOS)
 
 
@@ -217,6 +217,16 @@ def construct(info, kind, params, index):
 def test_checkpoints_at_random_steps(info, data):
     """A run handed to and fro between our optimizer and torch's for-loop, foreach and fused, by checkpoints at random
     steps, with gradients missing now and then, ends where the for-loop alone does."""
+    if info.name in ("NAdam", "ASGD"):
+        # torch loads their numbers beside the step count in the parameter's dtype.
+        torch.set_default_dtype(torch.float64)
+    try:
+        hand_to_and_fro(info, data)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def hand_to_and_fro(info, data):
     forms = [f for f in FORMS if f != "fused" or "cpu" in info.supports_fused_on]
     index = data.draw(st.integers(0, len(info.optim_inputs_func("cpu")) - 1), label="configuration")
     legs = data.draw(

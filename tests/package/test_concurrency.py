@@ -290,3 +290,56 @@ def test_the_leak_loop_sees_a_leak():
     for _ in range(CALLS):
         kept.append(fastops.functional.relu(torch.randn(100, 100)))
     assert resident() - before > 1 << 20
+
+
+REPLACED_WHILE_STEPPING = """
+import threading
+import torch
+import fastops.optim
+
+params = [torch.nn.Parameter(torch.randn(1_000_000)) for _ in range(8)]
+optimizer = fastops.optim.AdamW(params, max_grad_norm=1.0, ema_decay=0.9)
+done = threading.Event()
+
+
+def replace():
+    for p in params:
+        p.grad = torch.randn_like(p)
+
+
+replace()
+optimizer.step()
+
+
+def other():
+    while not done.is_set():
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+            for name, value in optimizer.state[p].items():
+                optimizer.state[p][name] = value.clone()
+            p.data = p.data.clone()
+
+
+thread = threading.Thread(target=other)
+thread.start()
+try:
+    for _ in range(30):
+        optimizer.step()
+finally:
+    done.set()
+    thread.join()
+assert all(p.isfinite().all() for p in params)
+assert optimizer.grad_norm.isfinite()
+"""
+
+
+def test_gradients_and_states_replaced_by_another_thread_during_a_step():
+    """The kernels run without the interpreter's lock, on tensors of the step's own; freed memory is overwritten."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPLACED_WHILE_STEPPING],
+        env={**os.environ, "MALLOC_PERTURB_": "165"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr

@@ -314,7 +314,7 @@ def test_disabled_everything_is_torchs():
                     p.grad = torch.arange(5.0)
                     o.step()
             assert torch.equal(ours, theirs), name
-            assert "_plan" not in vars(one)
+            assert "_stepper" not in vars(one)
             p = torch.nn.Parameter(torch.ones(2))
             p.grad = torch.ones(2)
             extra = getattr(fastops.optim, name)([p], lr=0.1, max_grad_norm=1.0)

@@ -282,16 +282,13 @@ void steps(c10::ScalarType type, c10::ScalarType state, Buffers& b) {
 }
 
 void norm(c10::ScalarType type, Buffers& b) {
-  std::vector<OptimizerTensor> tensors;
+  std::vector<GradientTensor> tensors;
   int64_t chunks = 0;
   for (const int64_t n : {1, 0, 70, 40'003, 33}) {
-    tensors.push_back({n, nullptr, b.input(n, type), {}, nullptr, nullptr, 0});
+    tensors.push_back({n, b.input(n, type)});
     chunks += gradient_norm_chunks(n);
   }
-  OptimizerArgs a{};
-  a.dtype = type;
-  a.count = static_cast<int64_t>(tensors.size());
-  a.tensors = tensors.data();
+  const GradientNormArgs a{type, static_cast<int64_t>(tensors.size()), tensors.data(), nullptr};
   auto* sums = static_cast<double*>(b.values(chunks, c10::ScalarType::Double));
   expect("norm", "sums", kTables.gradient_norm.sums(a, sums));
   const auto* scale = static_cast<const float*>(b.input(1, c10::ScalarType::Float));
