@@ -72,6 +72,13 @@ FASTOPS_FN T larger(T a, T b) {
   return a > b ? a : b;
 }
 
+// x within [low, high]. A NaN stays one.
+template <class T>
+  requires std::is_floating_point_v<T>
+FASTOPS_FN T within(T x, T low, T high) {
+  return x < low ? low : x > high ? high : x;
+}
+
 // Both halves of a 32 x 32 bit product.
 FASTOPS_FN void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const uint64_t product = static_cast<uint64_t>(a) * b;
@@ -108,8 +115,8 @@ template <class T>
 using Vec = at::vec::Vectorized<T>;
 
 // Names in here would hide the scalar words from code of this namespace.
-using ::fastops::abs, ::fastops::erf, ::fastops::exp, ::fastops::expm1, ::fastops::log,
-    ::fastops::log1p;
+using ::fastops::abs, ::fastops::within, ::fastops::erf, ::fastops::exp, ::fastops::expm1,
+    ::fastops::log, ::fastops::log1p;
 using ::fastops::larger, ::fastops::max, ::fastops::min, ::fastops::select, ::fastops::sqrt,
     ::fastops::tanh;
 using ::fastops::log1p_unit;
@@ -137,6 +144,18 @@ FASTOPS_FN Vec<T> larger(Vec<T> a, Vec<T> b) {
   if constexpr (std::is_same_v<T, double>) return _mm256_max_pd(a, b);
 #endif
   return select(a > b, a, b);
+}
+template <class T>
+FASTOPS_FN Vec<T> within(Vec<T> x, Vec<T> low, Vec<T> high) {
+  const Vec<T> above = larger(low, x);
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_min_ps(high, above);
+  if constexpr (std::is_same_v<T, double>) return _mm512_min_pd(high, above);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_min_ps(high, above);
+  if constexpr (std::is_same_v<T, double>) return _mm256_min_pd(high, above);
+#endif
+  return select(high < above, high, above);
 }
 template <class T>
 FASTOPS_FN Vec<T> sqrt(Vec<T> x) {
@@ -193,6 +212,11 @@ FASTOPS_FN Dual<T> max(Dual<T> a, Dual<T> b) {
 template <class T>
 FASTOPS_FN Dual<T> min(Dual<T> a, Dual<T> b) {
   return {min(a.v, b.v), select(a.v < b.v, a.d, b.d)};
+}
+template <class T>
+FASTOPS_FN Dual<T> within(Dual<T> x, Dual<T> low, Dual<T> high) {
+  const T none = T(Real<T>(0));
+  return {within(x.v, low.v, high.v), select(x.v < low.v, none, select(x.v > high.v, none, x.d))};
 }
 template <class T>
 FASTOPS_FN Dual<T> exp(Dual<T> x) {

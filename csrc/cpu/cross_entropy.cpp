@@ -3,6 +3,7 @@
 // running maximum per block, so that memory is read once; elsewhere a vector holds neighbouring
 // rows and walks them all together.
 #include <cstdlib>
+#include <cstring>
 
 #include "../formulas/cross_entropy.h"
 #include "../kernels/cross_entropy.h"
@@ -1073,6 +1074,45 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, const s
   }
 }
 
+// What the classes of some rows weigh, and the first row whose class is out of range. Doubles are
+// added up with what rounding takes from them; floats lose nothing that shows.
+struct TargetSum {
+  double sum = 0, lost = 0;
+  int64_t bad_row = -1;
+  template <class real>
+  FASTOPS_FN void add(double v) {
+    if constexpr (std::is_same_v<real, double>) {
+      add_compensated(sum, lost, v);
+    } else {
+      sum += v;
+    }
+  }
+};
+template <class real>
+FASTOPS_FN TargetSum sum_targets(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  TargetSum all;
+  int64_t live = 0, bad = 0;  // counted without a branch, so that the loop is one of vectors
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t t = a.target[r], counts = t != a.ignore_index;
+    live += counts;
+    bad |= counts & static_cast<int64_t>(static_cast<uint64_t>(t) >= static_cast<uint64_t>(a.n));
+  }
+  if (bad) {
+    for (all.bad_row = begin;; ++all.bad_row) {
+      const int64_t t = a.target[all.bad_row];
+      if (t != a.ignore_index && (t < 0 || t >= a.n)) return all;
+    }
+  }
+  all.sum = static_cast<double>(live);
+  if (!a.weight) return all;
+  all.sum = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t t = a.target[r];
+    if (t != a.ignore_index) all.add<real>(static_cast<const real*>(a.weight)[t]);
+  }
+  return all;
+}
+
 template <class Op>
 struct MakeCrossEntropy {
   static Error forward(const CrossEntropyArgs& a) { return over<false>(a); }
@@ -1127,31 +1167,36 @@ struct MakeCrossEntropy {
     });
   }
 
+  // In chunks that the number of rows alone decides, which leave their sums in the part of `loss`
+  // that is theirs; the last takes what is left as well.
   static Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
-    const int64_t rows = a.outer * a.inner;
-    const bool is_double = a.dtype == c10::ScalarType::Double;
-    *bad_row = -1;
-    double sum = 0, lost = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t t = a.target[r];
-      if (t == a.ignore_index) continue;
-      if (t < 0 || t >= a.n) {
-        *bad_row = r;
-        return nullptr;
+    const int64_t rows = a.outer * a.inner, chunks = rows < kGrain ? 1 : rows / kGrain;
+    if (a.dtype == c10::ScalarType::Double)
+      return divide<double>(a, rows, chunks, divisor_out, bad_row);
+    return divide<float>(a, rows, chunks, divisor_out, bad_row);
+  }
+  template <class real>
+  static Error divide(const CrossEntropyArgs& a, int64_t rows, int64_t chunks, void* divisor_out,
+                      int64_t* bad_row) {
+    TargetSum one, *const only = chunks == 1 ? &one : nullptr;
+    auto* const loss = static_cast<real*>(a.loss);
+    cpu::parallel(chunks, 1, [=, &a](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t first = k * kGrain;
+        const TargetSum sum = sum_targets<real>(a, first, k + 1 < chunks ? first + kGrain : rows);
+        memcpy(only ? static_cast<void*>(only) : loss + first, &sum, sizeof sum);
       }
-      if (!a.weight) {
-        sum += 1;
-      } else if (is_double) {
-        add_compensated(sum, lost, static_cast<const double*>(a.weight)[t]);
-      } else {
-        sum += static_cast<double>(static_cast<const float*>(a.weight)[t]);
-      }
+    });
+    TargetSum all;
+    for (int64_t k = 0; k < chunks; ++k) {
+      TargetSum part = one;
+      if (!only) memcpy(&part, loss + k * kGrain, sizeof part);
+      if (all.bad_row < 0) all.bad_row = part.bad_row;
+      all.add<real>(part.sum);
+      all.add<real>(-part.lost);
     }
-    if (is_double) {
-      *static_cast<double*>(divisor_out) = sum;
-    } else {
-      *static_cast<float*>(divisor_out) = static_cast<float>(sum);
-    }
+    *bad_row = all.bad_row;
+    *static_cast<real*>(divisor_out) = static_cast<real>(all.sum);
     return nullptr;
   }
   static constexpr CrossEntropyKernel row{Op::name, &forward, &forward_probability, &divisor};

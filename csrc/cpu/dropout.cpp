@@ -203,14 +203,16 @@ struct MakeDropout {
       auto* dx = static_cast<scalar_t*>(a.out);
       auto* y = static_cast<const scalar_t*>(a.in[0]);
       auto* dy = static_cast<const scalar_t*>(a.in[1]);
-      cpu::parallel(a.n, 4 * kGrain, [=](int64_t begin, int64_t end) {
+      const bool stream = streams<L>(dx, a.n, dy);
+      cpu::parallel_vectors<L::size>(a.n, 4 * kGrain, [=](int64_t begin, int64_t end) {
         for_each_vector<L::size>(begin, end, [&](int64_t i, auto n) {
           V s[L::count], g[L::count];
           L::load(y + i, n, s);
           L::load(dy + i, n, g);
           for (int k = 0; k < L::count; ++k) g[k] = Op::backward(s[k], g[k], scale);
-          L::store(dx + i, n, g);
+          L::store(dx + i, n, g, stream);
         });
+        if (stream) fence();
       });
       return nullptr;
     });

@@ -32,10 +32,38 @@ FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body
   }
 }
 
+// Looks for inputs that a loss does not take. One that takes all is not looked at.
+template <class Op, class L>
+struct DomainCheck {
+  using V = typename L::V;
+  static constexpr Domain domain = domain_of<Op>();
+  static constexpr bool bounded = domain.low > -std::numeric_limits<double>::infinity() ||
+                                  domain.high < std::numeric_limits<double>::infinity();
+  V outside{typename L::real(0)};
+
+  template <class N>
+  FASTOPS_FN void look(N n, const V (&x)[L::count]) {
+    if constexpr (bounded) {
+      const V one(typename L::real(1)), none(typename L::real(0));
+      V v[L::count];
+      for (int k = 0; k < L::count; ++k) {
+        v[k] = select(x[k] <= V(typename L::real(domain.high)), none, one);
+        v[k] = select(x[k] >= V(typename L::real(domain.low)), v[k], one);
+      }
+      if (n < L::size) L::mask_tail(n, 0, v);
+      for (int k = 0; k < L::count; ++k) outside = larger(outside, v[k]);
+    }
+  }
+  FASTOPS_FN void tell(bool* result) const {
+    if constexpr (bounded)
+      if (result && sum_of_lanes(outside) > 0) __atomic_store_n(result, true, __ATOMIC_RELAXED);
+  }
+};
+
 // sum of f over [begin, end); the third input is a row of `period`, repeated
-template <class scalar_t, int inputs, class F>
+template <class scalar_t, int inputs, class Check, class F>
 FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs],
-                            int64_t period, F f) {
+                            int64_t period, Check& check, F f) {
   using L = VecIO<scalar_t>;
   using V = typename L::V;
   double sum = 0;
@@ -50,6 +78,7 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
                                           V x[inputs][L::count], v[L::count];
                                           for (int k = 0; k < inputs; ++k)
                                             L::load(in[k] + (k == 2 ? j : i), n, x[k]);
+                                          check.look(n, x[0]);
                                           for (int k = 0; k < L::count; ++k) {
                                             if constexpr (inputs == 1) v[k] = f(x[0][k]);
                                             if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
@@ -66,10 +95,11 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
   return sum;
 }
 
-template <int params, int inputs, class F>
+template <class Op, int params, int inputs, class F>
 Error total(const LossArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
+    using Check = DomainCheck<Op, VecIO<scalar_t>>;
     using real = typename VecIO<scalar_t>::real;
     using V = typename VecIO<scalar_t>::V;
     const Params<params, real> p(a.params);
@@ -77,12 +107,15 @@ Error total(const LossArgs& a, F f) {
     for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
     auto* partial = static_cast<double*>(a.workspace);
     const int64_t n = a.n, chunks = (n + kLossChunk - 1) / kLossChunk, period = a.period;
+    bool* const outside = a.outside;
     cpu::parallel(chunks, 1, [=](int64_t begin, int64_t end) {
+      Check check;
       for (int64_t k = begin; k < end; ++k) {
         const int64_t from = k * kLossChunk, to = from + kLossChunk;
-        partial[k] = sum_chunk(from, to < n ? to : n, in, period,
+        partial[k] = sum_chunk(from, to < n ? to : n, in, period, check,
                                [&](auto... x) { return with_params<params, V>(f, p.value, x...); });
       }
+      check.tell(outside);
     });
     double sum = 0;
     for (int64_t k = 0; k < chunks; ++k) sum += partial[k];
@@ -94,7 +127,7 @@ Error total(const LossArgs& a, F f) {
 }
 
 // out[i] = f(x, t, ...) times slope, and times scale * grad[i] where there is a grad
-template <int params, int inputs, bool hot, class F>
+template <class Op, int params, int inputs, bool hot, class F>
 Error each(const LossArgs& a, double slope, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -113,10 +146,13 @@ Error each(const LossArgs& a, double slope, F f) {
     const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
     const bool stream =
         (inputs == 2 || period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
+    bool* const outside = a.outside;
     cpu::parallel_vectors<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
+      DomainCheck<Op, L> check;
       each_group<L::size, inputs, hot>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
         V x[inputs][L::count], y[L::count], g[L::count];
         for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
+        check.look(n, x[0]);
         if (each_grad) L::load(grad + i, n, g);
         for (int k = 0; k < L::count; ++k) {
           if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
@@ -126,6 +162,7 @@ Error each(const LossArgs& a, double slope, F f) {
         }
         L::store(out + i, n, y, stream);
       });
+      check.tell(outside);
       if (stream) fence();
     });
     return nullptr;
@@ -138,26 +175,26 @@ struct MakeLoss {
   static constexpr double slope = slope_of<Op>();
 
   static Error values(const LossArgs& a) {
-    return each<params, inputs, true>(
+    return each<Op, params, inputs, true>(
         a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error sum(const LossArgs& a) {
-    return total<params, inputs>(a,
-                                 [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return total<Op, params, inputs>(
+        a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error d0(const LossArgs& a) {
-    return each<params, inputs, true>(a, slope,
-                                      [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
+    return each<void, params, inputs, true>(
+        a, slope, [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
   }
   static Error d1(const LossArgs& a) {
-    return each<params, inputs, false>(
+    return each<void, params, inputs, false>(
         a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
   static Error second(const LossArgs& a) {
-    return each<params, inputs, false>(a, slope,
-                                       [to_target = a.to_target](auto x, auto t, auto... p) {
-                                         return second_derivative<Op>(to_target, x, t, p...);
-                                       });
+    return each<void, params, inputs, false>(a, slope,
+                                             [to_target = a.to_target](auto x, auto t, auto... p) {
+                                               return second_derivative<Op>(to_target, x, t, p...);
+                                             });
   }
   static constexpr LossKernel row{Op::name,
                                   Op::params,
@@ -172,7 +209,7 @@ struct MakeLoss {
 template <>
 struct MakeLoss<Sum> {
   static Error sum(const LossArgs& a) {
-    return total<0, 1>(a, [](auto x) { return Sum::value(x); });
+    return total<Sum, 0, 1>(a, [](auto x) { return Sum::value(x); });
   }
   static constexpr LossKernel row{Sum::name, Sum::params, nullptr, &sum, nullptr,
                                   nullptr,   nullptr,     0,       0};

@@ -20,6 +20,8 @@ struct LossArgs {
   const void* divisor;  // one real in device memory that divides the sum in `total`, or null
   const double* params;
   void* workspace;  // total: loss_workspace(n) bytes
+  bool* outside;    // values, total, on CPU: set to true where an element of x is not within [low,
+                    // high] of the kernel (a NaN is not); or null
   void* stream;
 };
 using LossLauncher = Error (*)(const LossArgs&);
