@@ -252,11 +252,11 @@ FASTOPS_FN void for_each_vector_beside(int64_t begin, int64_t end, int64_t perio
 
 // f(inputs..., parameters...) with the parameters spread as values of T.
 template <class T, class real, size_t... I, class F, class... In>
-FASTOPS_FN T apply(F f, const real* params, std::index_sequence<I...>, In... in) {
+FASTOPS_FN auto apply(F f, const real* params, std::index_sequence<I...>, In... in) {
   return f(in..., T(params[I])...);
 }
 template <int n, class T, class F, class real, class... In>
-FASTOPS_FN T with_params(F f, const real* params, In... in) {
+FASTOPS_FN auto with_params(F f, const real* params, In... in) {
   return apply<T>(f, params, std::make_index_sequence<n>{}, in...);
 }
 

@@ -115,5 +115,6 @@ using ElementwiseTable = Table<ElementwiseKernel, MakeElementwise, Activations>;
 
 extern constinit const KernelTable<ElementwiseKernel> elementwise_kernels{
     ElementwiseTable::rows, std::size(ElementwiseTable::rows)};
+extern constinit const KernelTable<GateKernel> gate_kernels{nullptr, 0};
 
 }  // namespace fastops::cuda

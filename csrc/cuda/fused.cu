@@ -1,5 +1,5 @@
 // The elementwise loop of two inputs, of which the second may be one row, repeated.
-#include "../formulas/fused.h"
+#include "../formulas/activations.h"
 #include "../kernels/elementwise.h"
 #include "column_sums.cuh"
 #include "launch.cuh"

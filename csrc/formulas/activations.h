@@ -1,6 +1,6 @@
-// Activations: y = forward(x), and dx = backward(s, dy) with s the input, or the output where
-// `from_output`. Parameters follow as values of T, in the order that `params` declares. No loop, no
-// dtype, no second derivative.
+// Activations, alone and of a sum. y = forward(x), and dx = backward(s, dy) with s the input, or
+// the output where `from_output`. Parameters follow as values of T, in the order that `params`
+// declares. No loop, no dtype, no second derivative.
 #pragma once
 #include "relu.h"
 
@@ -286,5 +286,40 @@ struct SquarePlus {
 using Activations =
     List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh, LogSigmoid, Softplus,
          Softsign, SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh, SquarePlus>;
+
+// ------------------------------------------------------------------------------------------------
+// An activation of a sum: y = forward(x, t), and dx = dt = backward(x, t, dy), which a formula that
+// is told by its output leaves to its activation's. `broadcast`: t is one row, repeated along x.
+
+struct AddReLU {
+  static constexpr const char *name = "add_relu", *activation = ReLU::name;
+  static constexpr bool broadcast = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T t) {
+    return ReLU::forward(x + t);
+  }
+};
+
+template <class Activation>
+struct BiasActivation {
+  static constexpr const char* activation = Activation::name;
+  static constexpr bool broadcast = true;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T b) {
+    return Activation::forward(x + b);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T b, T dy) {
+    return Activation::backward(x + b, dy);
+  }
+};
+struct BiasGELU : BiasActivation<GELU> {
+  static constexpr const char* name = "bias_gelu";
+};
+struct BiasGELUTanh : BiasActivation<GELUTanh> {
+  static constexpr const char* name = "bias_gelu_tanh";
+};
+
+using Fused = List<AddReLU, BiasGELU, BiasGELUTanh>;
 
 }  // namespace fastops
