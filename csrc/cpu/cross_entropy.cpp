@@ -117,10 +117,8 @@ struct Classes {
 };
 
 template <class real>
-FASTOPS_FN CrossEntropyRow<real> end_of_row(const OnlineSoftmax<real>& v, real depth, real mass,
-                                            real z) {
-  return CrossEntropy::row(v.peak, static_cast<real>(log(v.sum)), static_cast<real>(1 / v.sum),
-                           depth, mass, z);
+FASTOPS_FN CrossEntropyRow<real> end_of(const OnlineSoftmax<real>& v) {
+  return {v.peak, static_cast<real>(log(v.sum)), static_cast<real>(1 / v.sum)};
 }
 
 // `first` and `next` as of online_softmax().
@@ -174,17 +172,11 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
   real* const exponential = grad.row ? scratch.beside(grad.row) : nullptr;
   online_softmax<L>(x, n, first, next, exponential, v);
   const real soft_part = of.share[0] * q.soft;
-  real depth = 0, mass = 0;
-  for (int m = 0; m < q.targets; ++m) {
-    if (of.t[m][0] < 0) continue;
-    depth += of.hard[m][0] * (v.peak - of.x[m][0]);
-    mass += of.hard[m][0];
-  }
-  if (q.soft != real(0)) {
-    depth += soft_part * smooth_depth;
-    mass += soft_part * q.mass;
-  }
-  const auto row = end_of_row<real>(v, depth, mass, q.z);
+  auto row = end_of(v);
+  for (int m = 0; m < q.targets; ++m)
+    if (of.t[m][0] >= 0) row.add(of.hard[m][0], v.peak - of.x[m][0], real(1));
+  if (q.soft != real(0)) row.add(soft_part, smooth_depth, q.mass);
+  row.add_z_loss(q.z);
   *loss = row.loss + of.nothing[0];
   if (q.lse) q.lse[r] = row.lse;
   if (!grad.row) return;
@@ -269,18 +261,13 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, scalar_
     return v;
   };
   for (int k = 0; k < L::count; ++k) {
-    V mass = V::loadu(of.hard[0] + k * V::size());
-    V deep = mass * (peak[k] - V::loadu(of.x[0] + k * V::size()));
-    if (q.targets == 2) {
-      const V second = V::loadu(of.hard[1] + k * V::size());
-      deep = deep + second * (peak[k] - V::loadu(of.x[1] + k * V::size()));
-      mass = mass + second;
-    }
-    if (q.soft != real(0)) {
-      deep = deep + shared(V(q.soft), k) * depth[k];
-      mass = mass + shared(V(q.soft * q.mass), k);
-    }
-    const auto row = CrossEntropy::row(LogSumExp<V>{peak[k], sum[k]}, deep, mass, q.z);
+    CrossEntropyRow<V> row(LogSumExp<V>{peak[k], sum[k]});
+    for (int m = 0; m < q.targets; ++m)
+      row.add(V::loadu(of.hard[m] + k * V::size()), peak[k] - V::loadu(of.x[m] + k * V::size()),
+              V(real(1)));
+    if (q.soft != real(0))
+      row.add(shared(V(q.soft), k), depth[k], V(q.mass), shared(V(q.soft * q.mass), k));
+    row.add_z_loss(q.z);
     row.loss.store(out + k * V::size());
     row.lse.store(lse + k * V::size());
     inverse[k] = row.inverse;
@@ -414,8 +401,9 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q,
   OnlineSoftmax<real> v;
   Expect<L, scalar_t> expect{distribution, q};
   online_softmax<L>(x, n, first, next, exponential, v, expect);
-  const auto row = end_of_row<real>(v, static_cast<real>(expect.row.depth),
-                                    static_cast<real>(expect.row.mass), target.z);
+  auto row = end_of(v);
+  row.add(real(1), static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass));
+  row.add_z_loss(target.z);
   *loss = row.loss;
   if (target.lse) target.lse[r] = row.lse;
   if (!grad.row) return;
@@ -464,8 +452,9 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, const s
   V inverse[L::count], total[L::count];
   real out[L::size], lse[L::size];
   for (int k = 0; k < L::count; ++k) {
-    const auto row =
-        CrossEntropy::row(LogSumExp<V>{peak[k], sum[k]}, of[k].depth, of[k].mass, target.z);
+    CrossEntropyRow<V> row(LogSumExp<V>{peak[k], sum[k]});
+    row.add(V(real(1)), of[k].depth, of[k].mass);
+    row.add_z_loss(target.z);
     row.loss.store(out + k * V::size());
     row.lse.store(lse + k * V::size());
     inverse[k] = row.inverse;

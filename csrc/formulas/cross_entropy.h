@@ -5,38 +5,11 @@
 
 namespace fastops {
 
-// What the loops over a row end with.
-template <class T>
-struct CrossEntropyRow {
-  T loss, lse;  // lse: log(sum(exp(x)))
-  T inverse;    // softmax(x)[j] is exp(x[j] - peak) times this
-  T total;      // of CrossEntropy::gradient
-};
-
 // Cross-entropy of a row x against the distribution q with q[j] = hard [j == target] + soft w[j],
 // where hard = (1 - label_smoothing) w[target] and soft = label_smoothing / classes; w is 1 where
 // no weight is given.
 struct CrossEntropy {
   static constexpr const char* name = "cross_entropy";
-  // The end of every loop. What the row is compared with, whatever that is, has mass = sum(q) and
-  // depth = sum(q (peak - x)): distances from the peak, not logits, are what is added, so that
-  // large logits cost no digits. z is the factor of z_loss, or 0.
-  template <class T>
-  static FASTOPS_FN CrossEntropyRow<T> row(LogSumExp<T> of, T depth, T mass, Real<T> z) {
-    return row(of.peak, log(of.sum), c<T>(1) / of.sum, depth, mass, z);
-  }
-  // The same of log_sum = log(sum(exp(x - peak))), for loops that have it in double.
-  template <class T>
-  static FASTOPS_FN CrossEntropyRow<T> row(T peak, T log_sum, T inverse, T depth, T mass,
-                                           Real<T> z) {
-    const T lse = peak + log_sum;
-    CrossEntropyRow<T> row{depth + mass * log_sum, lse, inverse, mass};
-    if (z != 0) {  // 0 times the square may be NaN
-      row.loss = row.loss + z_loss(lse, T(z));
-      row.total = row.total + z_slope(lse, T(z));
-    }
-    return row;
-  }
   // log_sum is log(sum(exp(x - peak))). With label smoothing (soft != 0) only: `depth` is sum(w[j]
   // (peak - x[j])) and `mass` sum(w[j]). Distances from the peak, not logits, are what is added:
   // large logits cost no digits.
@@ -64,6 +37,35 @@ struct CrossEntropy {
   template <class T>
   static FASTOPS_FN T gradient(T p, T total, T soft_weight) {
     return p * total - soft_weight;
+  }
+};
+
+// The end of a row, for every loop: what the row is compared with is added part by part.
+template <class T>
+struct CrossEntropyRow {
+  T log_sum;  // log(sum(exp(x - peak)))
+  T lse;      // log(sum(exp(x)))
+  T inverse;  // softmax(x)[j] is exp(x[j] - peak) times this
+  T loss = c<T>(0);
+  T total = c<T>(0);  // of CrossEntropy::gradient
+
+  FASTOPS_FN CrossEntropyRow(T peak, T log_sum, T inverse)
+      : log_sum(log_sum), lse(peak + log_sum), inverse(inverse) {}
+  explicit FASTOPS_FN CrossEntropyRow(LogSumExp<T> of)
+      : CrossEntropyRow(of.peak, log(of.sum), c<T>(1) / of.sum) {}
+
+  // `by` times the cross-entropy against q, with mass = sum(q) and depth = sum(q (peak - x)):
+  // distances from the peak, not logits, are what is added, so that large logits cost no digits.
+  // `part` is by mass.
+  FASTOPS_FN void add(T by, T depth, T mass, T part) {
+    loss = loss + by * (depth + mass * log_sum);
+    total = total + part;
+  }
+  FASTOPS_FN void add(T by, T depth, T mass) { add(by, depth, mass, by * mass); }
+  FASTOPS_FN void add_z_loss(Real<T> z) {
+    if (z == Real<T>(0)) return;  // 0 times the square may be NaN
+    loss = loss + CrossEntropy::z_loss(lse, T(z));
+    total = total + CrossEntropy::z_slope(lse, T(z));
   }
 };
 
