@@ -9,7 +9,7 @@
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
-// Adds v to sum and keeps what was rounded away (Kahan, 1965), unless the sum is not finite.
+// Compensated summation (Kahan, 1965), until the sum is not finite.
 template <class T>
 FASTOPS_FN void add_compensated(T& sum, T& lost, T v) {
   const T y = v - lost, t = sum + y, error = (t - sum) - y, none = c<T>(0);
@@ -58,7 +58,7 @@ struct Target {
   }
 };
 
-// What the classes of `lanes` neighbouring rows ask of their kernel; a class that is ignored is -1.
+// The targets of `lanes` neighboring rows; an ignored one is -1.
 template <class real, int64_t lanes>
 struct Classes {
   int64_t t[kMaxTargets][lanes];
@@ -66,8 +66,7 @@ struct Classes {
   real share[lanes] = {}, nothing[lanes] = {},
        live[lanes] = {};  // share: what the classes not ignored are of the loss
 
-  // Of `count` rows from row r on, whose logits are at `logits`, those of class j behind each other
-  // at j stride.
+  // Of `count` rows from row r on; the logits of class j begin at logits + j stride.
   template <class scalar_t>
   FASTOPS_FN Classes(const Target<real>& q, int64_t r, int64_t count, const scalar_t* logits,
                      int64_t stride) {
@@ -83,7 +82,7 @@ struct Classes {
     for (int m = 0; m < q.targets; ++m) {
       const real part = q.targets == 1 ? real(1) : q.share[m],
                  keep = part * (real(1) - q.smoothing);
-      bool all = true;  // most often: then the loops over lanes have no branches
+      bool all = true;  // the common case, without branches
       for (int64_t i = 0; i < count; ++i) t[m][i] = q.index[m][r + i];
       for (int64_t i = 0; i < count; ++i) all &= t[m][i] != q.ignore_index;
       if (all) {
@@ -110,7 +109,7 @@ struct Classes {
           if (t[m][i] >= 0) hard[m][i] = part * q.hard(t[m][i]);
     }
   }
-  // What is subtracted from the gradient where lane i's target m is, which both may be.
+  // What is subtracted from the gradient at lane i's target m. Both targets may be the same class.
   FASTOPS_FN real own(const Target<real>& q, int m, int64_t i) const {
     return q.targets == 2 && t[0][i] == t[1][i] ? hard[0][i] + hard[1][i] : hard[m][i];
   }
@@ -183,8 +182,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
 
   const V inverse(row.inverse), total(row.total * q.scale), none(real(0));
   const V soft(soft_part * q.scale);
-  // The gradient where a target is, whose share is subtracted before the value is rounded to the
-  // dtype.
+  // The gradient at the targets: their share is subtracted before it is rounded to the dtype.
   V at_target[kMaxTargets][L::count];
   for (int m = 0; m < q.targets; ++m) {
     if (of.t[m][0] < 0) continue;
@@ -195,7 +193,7 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const Out<L, scalar_t>& gra
     for (auto& g : at_target[m])
       g = CrossEntropy::gradient(p, total, soft_weight) - V(of.own(q, m, 0) * q.scale);
   }
-  if (grad.streamed) {  // to change a value of it later it would have to be read again
+  if (grad.streamed) {  // a store afterwards would read the line back
     each_exponential<L>(x, exponential, grad, n, v, [&](int64_t i, auto count, auto& e, V rescale) {
       V w[L::count];
       if (q.weight) load_real<L>(q.weight + i, count, w);
@@ -292,8 +290,7 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, scalar_
     }
     c.store(j, u, grad);
   }
-  // As in cross_entropy_row(): where a target is, its share is subtracted before the value is
-  // rounded.
+  // As in cross_entropy_row(): at the targets, before rounding.
   for (int m = 0; m < q.targets; ++m) {
     real soft_weight[size] = {}, both[size] = {};
     if (q.targets == 2)
@@ -323,7 +320,7 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, scalar_
   }
 }
 
-// The distributions that rows are compared with: w (keep q + soft), for q of scalar_t.
+// The target distributions, smoothed and weighted: w (keep q + soft).
 template <class L, class scalar_t>
 struct Distribution {
   using real = typename L::real;
@@ -338,7 +335,7 @@ struct Distribution {
         keep(static_cast<real>(1 - a.label_smoothing)),
         soft(static_cast<real>(a.label_smoothing / static_cast<double>(a.n))) {}
 
-  // Elements i and on of a row whose probabilities are at `row`; 0 behind the row's end.
+  // Elements from i on of the row at `row`; 0 in a masked tail.
   template <class N>
   FASTOPS_FN void load(const scalar_t* row, int64_t i, N count, V (&v)[L::count]) const {
     L::load(row + i, count, v);
@@ -352,7 +349,7 @@ struct Distribution {
   }
 };
 
-// Takes a row's Expectation in its visit.
+// Computes a row's Expectation during online_softmax().
 template <class L, class scalar_t>
 struct Expect {
   using real = typename L::real;
@@ -360,8 +357,7 @@ struct Expect {
   const Distribution<L, scalar_t>& distribution;
   const scalar_t* q;
   Expectation<double> row{};
-  Expectation<V>
-      lanes{};  // of the last kFew vectors: equal terms, added up one by one, would drift
+  Expectation<V> lanes{};  // of the last kFew vectors
   V mass{real(0)}, depth{real(0)};
   int pending = 0;
 
@@ -476,8 +472,8 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, const s
 
 constexpr int64_t kTargetChunk = 16384;  // rows whose targets are looked at together
 
-// What the classes of some rows weigh, and the first row whose class is out of range. Doubles are
-// added up with what rounding takes from them; floats lose nothing that shows.
+// The sum of the weights of some rows' targets, and the first row whose target is out of range.
+// Weights in double are summed with compensation; floats summed in double need none.
 struct TargetSum {
   double sum = 0, lost = 0;
   int64_t bad_row = -1;
@@ -493,7 +489,7 @@ struct TargetSum {
 template <class real>
 FASTOPS_FN TargetSum sum_targets(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   TargetSum all;
-  int64_t live = 0, bad = 0;  // counted without a branch, so that the loop is one of vectors
+  int64_t live = 0, bad = 0;  // without branches, so that the compiler vectorizes it
   for (int64_t r = begin; r < end; ++r) {
     const int64_t t = a.target[r], counts = t != a.ignore_index;
     live += counts;
@@ -569,8 +565,8 @@ struct MakeCrossEntropy {
     });
   }
 
-  // In chunks that the number of rows alone decides, which leave their sums in the part of `loss`
-  // that is theirs; the last takes what is left as well.
+  // The chunks depend on the number of rows alone, so that the bits do not depend on threads. Each
+  // leaves its sum in its own part of `loss`; the last one takes the remainder too.
   static Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
     const int64_t rows = a.outer * a.inner, chunks = rows < kTargetChunk ? 1 : rows / kTargetChunk;
     if (a.dtype == c10::ScalarType::Double)

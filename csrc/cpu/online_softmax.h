@@ -1,6 +1,6 @@
-// A contiguous row that is read once: its maximum and the sum of its exponentials, block by block
-// while a block is in the first-level cache. And where the results of a row are written. No formula
-// by name.
+// The maximum of a contiguous row and the sum of its exponentials, in one pass over memory: block
+// by block, while a block is in the first-level cache. And how the results of a row are stored. No
+// formula by name.
 #pragma once
 #include <cstdlib>
 
@@ -44,7 +44,7 @@ FASTOPS_FN typename V::value_type max_lanes(const V& v) {
   return reduce_lanes(v, [](auto a, auto b) { return larger(a, b); });
 }
 
-// Calls body(i, n, x) with x loaded from `row` for every group of [begin, end).
+// for_each_vector() with the elements of `row` loaded: body(i, n, x).
 template <class L, class scalar_t, class Body>
 FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body body) {
   for_each_vector<L::size>(begin, end, [&](int64_t i, auto n) {
@@ -54,8 +54,8 @@ FASTOPS_FN void each_group(const scalar_t* row, int64_t begin, int64_t end, Body
   });
 }
 
-// Where the results of a row go, past the caches or not. A row that is streamed is walked so that
-// its vectors are aligned: the first of each block ends after `head` elements.
+// Where the results of a row go. If the row is streamed, its vectors must be aligned: the first one
+// of a block is cut off after `head` elements.
 template <class L, class scalar_t>
 struct Out {
   scalar_t* row;
@@ -78,15 +78,14 @@ struct Out {
       CPU_CAPABILITY::for_each_vector<L::size, hot>(begin, to, body);
   }
 };
-// Whether rows of n elements should be streamed: not where most of their vectors would not be
-// whole.
+// Whether rows of n elements should be streamed: not if they have few whole vectors.
 template <class L, class scalar_t>
 FASTOPS_FN bool streams_rows(const scalar_t* out, int64_t rows, int64_t n, const void* in) {
   return out && n >= 16 * L::size && streams<L>(out, rows * n, in);
 }
 
-// The exponentials of a row, where a thread keeps them: in memory of its own where they cannot be
-// left in the result, which is too narrow for them or is not to come near the caches.
+// A thread's exponentials of a row. They go into the result until it is computed from them; if that
+// is too narrow, or is streamed, the thread allocates memory for them.
 template <class L>
 struct ExpScratch {
   using real = typename L::real;
@@ -96,14 +95,14 @@ struct ExpScratch {
     if (L::reduced || streamed)
       own = static_cast<real*>(std::aligned_alloc(64, (n * sizeof(real) + 63) / 64 * 64));
   }
-  // Null where there is no memory for them.
+  // Null if there is no memory: the exponentials are then computed again.
   template <class scalar_t>
   FASTOPS_FN real* beside(scalar_t* row) const {
     if constexpr (!L::reduced)
       if (!own) return row;
     return own;
   }
-  // Not a destructor: to unwind one takes a symbol that instruction sets would share.
+  // Not a destructor: unwinding needs a weak symbol, which instruction sets would share.
   FASTOPS_FN void free() const { std::free(own); }
 };
 
@@ -114,7 +113,7 @@ FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t 
   constexpr real lowest = -std::numeric_limits<real>::infinity();
   constexpr int64_t four = 4 * L::size;
   V peak[4] = {V(lowest), V(lowest), V(lowest),
-               V(lowest)};  // four chains of maxima, which would else wait for each other
+               V(lowest)};  // four chains, since a maximum waits for the one before
   int64_t i = begin;
   for (; i + four <= end; i += four) {
     for (int j = 0; j < 4; ++j) {
@@ -130,8 +129,7 @@ FASTOPS_FN typename L::real peak_of(const scalar_t* row, int64_t begin, int64_t 
   return max_lanes(larger(larger(peak[0], peak[1]), larger(peak[2], peak[3])));
 }
 
-// What one visit of a contiguous row leaves: its maximum, the sum of exp(x - peak), and the maximum
-// each block knew.
+// The maximum of a row, the sum of exp(x - peak), and the running maximum at each block.
 template <class real>
 struct OnlineSoftmax {
   int64_t block;
@@ -140,8 +138,8 @@ struct OnlineSoftmax {
   real known[kMaxBlocks];
 };
 
-// Sees every group of a visit: block(base) before those of a block, group(i, count, x), done()
-// after them.
+// Is called during online_softmax(): block(base) when a block begins, group(i, count, x) with each
+// vector's elements, done() when the block ends.
 struct NoVisitor {
   template <class real>
   FASTOPS_FN void block(real) {}
@@ -150,16 +148,16 @@ struct NoVisitor {
   FASTOPS_FN void done() {}
 };
 
-// The maximum of the first block of a row. Rows that follow each other are best seen one ahead: a
-// processor has the next row's maximum to look for while the sums of the row before it are joined.
+// The maximum of the first block of a row. Taken one row ahead, so that the processor has work
+// while it reduces the sums of the row before.
 template <class L, class scalar_t>
 FASTOPS_FN typename L::real first_peak(const scalar_t* row, int64_t n) {
   const int64_t block = block_of(n);
   return peak_of<L>(row, 0, n < block ? n : block);
 }
 
-// Where `exponential` is given, exp(x - known[block]) is left there, in real. `first` is the row's
-// first_peak(), and becomes that of the `next` row, where there is one.
+// If `exponential` is given, exp(x - known[block]) is stored there, in real. `first` is the row's
+// first_peak() and becomes that of the `next` row, if there is one.
 template <class L, class scalar_t, class real, class Visitor = NoVisitor>
 FASTOPS_FN void online_softmax(const scalar_t* row, int64_t n, real& first, const scalar_t* next,
                                real* exponential, OnlineSoftmax<real>& v, Visitor&& visitor = {}) {
@@ -205,8 +203,9 @@ FASTOPS_FN void online_softmax(const scalar_t* row, int64_t n, real& first, cons
   if (next) first = first_peak<L>(next, n);
 }
 
-// Calls body(i, count, e, rescale) with e rescale = exp(x - v.peak) for every group of the row, as
-// `out` wants them: from the exponentials that online_softmax() left, or from x where it left none.
+// Calls body(i, count, e, rescale) for each vector of the row, cut as `out` wants them; e rescale
+// is exp(x - v.peak). e comes from what online_softmax() stored, or is computed if it stored
+// nothing.
 template <class L, class scalar_t, class real, class Body>
 FASTOPS_FN void each_exponential(const scalar_t* row, const real* exponential,
                                  const Out<L, scalar_t>& out, int64_t n,

@@ -1,5 +1,5 @@
-// Rows whose elements are apart in memory: neighbouring rows are side by side in a vector, and are
-// worked on together. No formula by name.
+// Rows whose elements are not contiguous: a vector holds one element of each of several neighboring
+// rows. No formula by name.
 #pragma once
 #include "online_softmax.h"
 #include "parallel.h"
@@ -7,9 +7,9 @@
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
-// Neighbouring rows, as many as a vector has lanes or fewer: element j of each is beside the
-// others' at j inner. Rows that are short enough are kept side by side while they are worked on;
-// their elements in memory may be apart by a power of two, and push each other out of the caches.
+// Up to a vector's lanes of neighboring rows: their elements j are contiguous, at j inner. Short
+// rows are copied to `scratch`: in place their elements may be a power of two apart, and evict each
+// other from the caches.
 template <class L, class scalar_t>
 struct StridedRows {
   using V = typename L::V;
@@ -37,7 +37,7 @@ struct StridedRows {
     if (tiled) return save(j, v);
     L::store(y + j * inner, count, v);
   }
-  // The maximum of each row, or what is left of it where there is a NaN, which shows in the sums.
+  // The maximum of each row. A NaN may be lost here; it shows in the sums.
   FASTOPS_FN void peaks(int64_t n, V (&peak)[L::count]) const {
     for (auto& p : peak) p = V(-std::numeric_limits<typename L::real>::infinity());
     for (int64_t j = 0; j < n; ++j) {
@@ -46,7 +46,7 @@ struct StridedRows {
       for (int k = 0; k < L::count; ++k) peak[k] = larger(u[k], peak[k]);
     }
   }
-  // The sums of exp(x - base), which takes the place of x where it is scratch and `left`.
+  // The sums of exp(x - base). If `left`, the exponentials replace x in the scratch memory.
   template <bool left>
   FASTOPS_FN void exponentials(int64_t n, const V (&base)[L::count], V (&sum)[L::count]) const {
     for (auto& s : sum) s = V(typename L::real(0));
@@ -82,7 +82,7 @@ struct StridedRows {
       for (int k = 0; k < L::count; ++k) sum[k] = sum[k] + few[k];
     });
   }
-  // exp(x - base), of which exponentials() has left what is scratch.
+  // exp(x - base), from the scratch memory if exponentials() has left it there.
   FASTOPS_FN void exponential(int64_t j, const V (&base)[L::count], V (&v)[L::count]) const {
     load(j, v);
     if (scratch) return;
@@ -90,8 +90,8 @@ struct StridedRows {
   }
 };
 
-// StridedRows beside each other: where their elements are far apart many, which are read and
-// written a run at a time, else those of one vector.
+// Neighboring StridedRows. If their elements are far apart there are many, which are read and
+// written a contiguous run at a time; else one vector of them.
 template <class L, class scalar_t>
 struct RowTile {
   using V = typename L::V;
@@ -101,7 +101,7 @@ struct RowTile {
   static constexpr int64_t kTiled =
       (128 << 10) / static_cast<int64_t>(sizeof(real));  // and in a tile
   static constexpr int64_t kAhead =
-      2;  // runs ahead that are asked for: a processor by itself stops at the end of a page
+      2;  // runs to prefetch: the hardware's prefetching stops at the end of a page
   const scalar_t* x;
   int64_t n, inner, count;
   real* tile;  // or null
@@ -148,9 +148,8 @@ struct RowTile {
   }
 };
 
-// Runs `rows(begin, end)` for ranges of contiguous rows, or over the threads `columns(o, i, count,
-// memory)` for neighbouring rows, those of a RowTile, with memory for `tiles` of them where it is
-// to be one.
+// In parallel: rows(begin, end) for ranges of contiguous rows, or columns(o, i, count, memory) for
+// the neighboring rows of a RowTile, with memory for `tiles` tiles (null if it holds one vector).
 template <class L, int tiles, class scalar_t, class RowsBody, class ColumnsBody>
 FASTOPS_FN void over_rows(int64_t outer, int64_t n, int64_t inner, const scalar_t*, RowsBody rows,
                           ColumnsBody columns) {
