@@ -35,8 +35,11 @@ struct LossKernel {
   LossLauncher second;  // out[i] = scale grad d2 value / dx dx, dx dt or dt dt, by `to_target`
   double low, high;     // an input outside of these gives a NaN
 };
-// Sums are taken in chunks of so many elements, chunk by chunk in order, whatever runs them.
-constexpr int64_t kLossChunk = 16384;
-constexpr int64_t loss_workspace(int64_t n) { return ((n + kLossChunk - 1) / kLossChunk) * 8; }
+// Sums are taken in chunks whose order n alone decides, so that they have the same bits on every
+// device of a kind. A GPU has smaller ones, and so work for each of its multiprocessors.
+constexpr int64_t kLossChunk = 16384, kDeviceLossChunk = 4096;
+constexpr int64_t loss_workspace(int64_t n) {
+  return ((n + kDeviceLossChunk - 1) / kDeviceLossChunk) * 8;
+}
 
 }  // namespace fastops

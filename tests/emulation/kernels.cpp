@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "../../csrc/cuda/elementwise.cuh"
 #include "../../csrc/formulas/activations.h"
 #include "../../csrc/formulas/optimizers.h"
 
@@ -58,6 +59,17 @@ bool second_formula(List<Ops...>, const char* name, const double* params, int64_
             true)) ||
           ...);
 }
+
+// Two outputs, and an input that is broadcast: what the elementwise loop can do beyond what the
+// tables ask of it.
+struct Probe {
+  static constexpr int inputs = 2, outputs = 2, params = 0;
+  static constexpr unsigned broadcast = 0b10;
+  template <class T>
+  static cuda::Pack<T, 2> apply(T x, T w) {
+    return {x * w, x + w};
+  }
+};
 
 }  // namespace
 }  // namespace fastops
@@ -111,6 +123,20 @@ const char* run_map(size_t index, const char* which, int dtype, int64_t n, void*
   return (!std::strcmp(which, "forward")    ? row.forward
           : !std::strcmp(which, "backward") ? row.backward
                                             : row.second)(a);
+}
+
+const char* run_probe(int dtype, int64_t n, void* product, void* sum, const void* x, const void* w,
+                      int64_t period, int64_t repeat) {
+  return cuda::dispatch(static_cast<c10::ScalarType>(dtype), [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    using real = cuda::real_of<scalar_t>;
+    const std::array<cuda::Operand<scalar_t>, 2> in{
+        {{static_cast<const scalar_t*>(x), 0, 1},
+         {static_cast<const scalar_t*>(w), period, repeat}}};
+    return cuda::launch_elementwise<Probe, scalar_t>(
+        n, {static_cast<scalar_t*>(product), static_cast<scalar_t*>(sum)}, in,
+        {cuda::Params<0, real>(nullptr)}, nullptr);
+  });
 }
 
 bool second_in_float(const char* name, const double* params, int64_t n, const float* s,
@@ -230,6 +256,13 @@ const char* run_divisor(size_t index, int dtype, int64_t outer, int64_t n, int64
   a.loss = loss;
   int64_t bad_row = 0;
   return tables().cross_entropy.data[index].divisor(a, out, &bad_row);
+}
+
+const char* run_rescale(size_t index, int dtype, int64_t n, void* grad, const void* factor,
+                        bool factor_is_real) {
+  const RescaleArgs a{
+      static_cast<c10::ScalarType>(dtype), n, grad, factor, factor_is_real, nullptr};
+  return tables().cross_entropy.data[index].rescale(a);
 }
 
 const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer, int64_t n,

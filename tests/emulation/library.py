@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
     lib.numbers_bytes.restype = I64
     lib.derive.restype = None
     lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
-    lib.run_divisor.restype = TEXT
+    lib.run_divisor.restype = lib.run_rescale.restype = lib.run_probe.restype = TEXT
     for kind in KINDS:
         getattr(lib, f"{kind}_name").restype = TEXT
         getattr(lib, f"run_{kind}").restype = TEXT
