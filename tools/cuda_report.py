@@ -337,6 +337,10 @@ PACKS = {
 # More loads than that, by what the elementwise loop, or the sum over it, is made for.
 INPUTS = {
     r"\bBackward<": 2,
+    r"\bGateForward<": 2,
+    r"\bGateBackward<": 3,
+    r"\bGateTangent<": 4,
+    r"\bGateSecond<": 5,
     r"\bFusedForward<": 2,
     r"\bFusedBackward<": 3,
     r"\bFusedSummed<": 2,  # the row is read in packs of its own, once

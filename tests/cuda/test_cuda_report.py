@@ -42,6 +42,7 @@ def test_every_op_is_in_the_table():
             3 * len(rows("map"))
             + 4 * losses
             + sum(1 + row.broadcast for row in rows("fused"))
+            + 4 * len(rows("gate"))  # forward, backward, tangent, second
             + len(rows("random"))
             + 1
             + 1

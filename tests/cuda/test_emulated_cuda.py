@@ -896,6 +896,59 @@ def test_fused_summed(row, dtype, lines, period):
         )
 
 
+# ------------------------------------------------------------------------------------------------ gates
+
+GATES = {"glu": lambda a, b: a * b.sigmoid(), "swiglu": lambda a, b: F.silu(a) * b}
+
+
+def run_gate(row, which, outer, inner, outputs, inputs):
+    """Rows of two-dimensional tensors, which may be halves of others."""
+    tensors = [*outputs, *[None] * (2 - len(outputs)), *inputs, *[None] * (5 - len(inputs))]
+    data = (POINTER * 7)(*map(address, tensors))
+    stride = (I64 * 7)(*(0 if t is None else t.stride(0) for t in tensors))
+    call("run_gate", row.index, which.encode(), DTYPES[inputs[0].dtype], I64(outer), I64(inner), data, stride)  # fmt: skip
+
+
+@every_dtype
+@each_row("gate")
+@pytest.mark.parametrize("outer, inner", [(0, 3), (1, 7), (5, 16), (3, 1032), (40, 1), (9, 37)])
+def test_gate(row, dtype, outer, inner):
+    """Of the halves of one tensor, into the halves of another: values, gradients, tangents and second derivatives."""
+    shape = outer, inner
+    x, (dy, u, v) = (
+        random((outer, 2 * inner), dtype, 1),
+        (random(shape, dtype, k) for k in range(2, 5)),
+    )
+
+    def by_torch(kind):
+        a, b = (h.to(kind, copy=True).requires_grad_() for h in x.chunk(2, 1))
+        y = GATES[row.name](a, b)
+        slopes = torch.autograd.grad(y, (a, b), torch.ones_like(y), create_graph=True)
+        tangent = slopes[0] * u.to(kind) + slopes[1] * v.to(kind)
+        second = torch.autograd.grad((tangent * dy.to(kind)).sum(), (a, b), allow_unused=True)
+        second = [torch.zeros_like(a) if g is None else g for g in second]
+        return [t.detach() for t in (y, *(s * dy.to(kind) for s in slopes), tangent, *second)]
+
+    true, torchs = by_torch(torch.float64), by_torch(judged(dtype))
+
+    def run(device):
+        packed = device.constant(x)
+        a, b = packed[:, :inner], packed[:, inner:]
+        g, p, q = (device.constant(t) for t in (dy, u, v))
+        y, tangent = device.empty(shape, dtype), device.empty(shape, dtype)
+        first, second = (device.empty((outer, 2 * inner), dtype) for _ in range(2))
+        halves = [(t[:, :inner], t[:, inner:]) for t in (first, second)]
+        run_gate(row, "forward", outer, inner, [y], [a, b])
+        run_gate(row, "backward", outer, inner, halves[0], [a, b, g])
+        run_gate(row, "tangent", outer, inner, [tangent], [a, b, p, q])
+        run_gate(row, "second", outer, inner, halves[1], [a, b, g, p, q])
+        return y, *halves[0], tangent, *halves[1]
+
+    for results in everywhere(run):
+        for value, torch_value, true_value in zip(results, torchs, true, strict=True):
+            check(value, torch_value, true_value, dtype)
+
+
 # ------------------------------------------------------------------------------------------------ step
 
 
@@ -1044,6 +1097,24 @@ def test_sums_are_taken_on_the_way(row, dtype):
         assert_floor(
             seen, 2 * nbytes + nbytes // 16, nbytes + sums.numel() * size_of(real(dtype)), packs
         )
+        assert_all_wide(seen)
+
+
+@every_dtype
+@each_row("gate")
+def test_gates_touch_memory_once_in_packs(row, dtype):
+    outer, inner = 8, 1024
+    nbytes = outer * inner * size_of(dtype)
+    with Device() as device:
+        x, dx = (device.copy(random((outer, 2 * inner), dtype, k)) for k in range(2))
+        dy, y = (device.copy(random((outer, inner), dtype, k)) for k in range(2))
+        a, b = x[:, :inner], x[:, inner:]
+        seen = traffic(partial(run_gate, row, "forward", outer, inner, [y], [a, b]))
+        assert_floor(seen, 2 * nbytes, nbytes)
+        assert_all_wide(seen)
+        halves = [dx[:, :inner], dx[:, inner:]]
+        seen = traffic(partial(run_gate, row, "backward", outer, inner, halves, [a, b, dy]))
+        assert_floor(seen, 3 * nbytes, 2 * nbytes)
         assert_all_wide(seen)
 
 

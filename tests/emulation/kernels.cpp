@@ -193,6 +193,25 @@ const char* run_fused_summed(size_t index, int dtype, int64_t n, int64_t period,
   return tables().fused.data[index].summed(a);
 }
 
+const char* gate_name(size_t index) {
+  return index < tables().gate.size ? tables().gate.data[index].name : nullptr;
+}
+// data, stride: of two outputs and five inputs.
+const char* run_gate(size_t index, const char* which, int dtype, int64_t outer, int64_t inner,
+                     void* const* data, const int64_t* stride) {
+  const GateKernel& row = tables().gate.data[index];
+  GateArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.outer = outer;
+  a.inner = inner;
+  for (int o = 0; o < 2; ++o) a.out[o] = {data[o], stride[o]};
+  for (int j = 0; j < 5; ++j) a.in[j] = {data[2 + j], stride[2 + j]};
+  return (!std::strcmp(which, "forward")    ? row.forward
+          : !std::strcmp(which, "backward") ? row.backward
+          : !std::strcmp(which, "tangent")  ? row.tangent
+                                            : row.second)(a);
+}
+
 const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n,
                         int64_t inner, void* out, const void* first, const void* second) {
   const SoftmaxKernel& row = tables().softmax.data[index];
