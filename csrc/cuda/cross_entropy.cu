@@ -156,7 +156,7 @@ __device__ __forceinline__ void join(Expectation<real>& of, const Everyone& ever
 
 // grad may be x.
 template <class Op, class scalar_t, int threads, bool held>
-__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, 1>)
+__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, held, 1>)
     cross_entropy_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide,
                          Targets<scalar_t> targets) {
   using real = real_of<scalar_t>;
@@ -270,7 +270,7 @@ __device__ __forceinline__ CrossEntropyRow<real> of_distribution(LogSumExp<real>
 
 // grad may be x.
 template <class Op, class scalar_t, int threads, bool held>
-__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, 2>)
+__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, held, 2>)
     probability_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* grad, bool wide_q,
                        bool wide_grad, Targets<scalar_t> targets) {
   using real = real_of<scalar_t>;

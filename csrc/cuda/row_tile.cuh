@@ -77,10 +77,11 @@ constexpr int kLongRowBlock = sizeof(scalar_t) == 8 ? 256 : 512;
 template <int threads>
 constexpr int kBlock = threads == kWarp ? kWarpBlock : threads;
 
-// The blocks of a multiprocessor: as many as leave 64 registers to a thread, or 128 where it has
-// two rows or computes in double.
-template <class scalar_t, int threads, int inputs>
-constexpr int kRowBlocks = (inputs == 2 || sizeof(scalar_t) == 8 ? 512 : 1024) / kBlock<threads>;
+// The blocks of a multiprocessor: as many as leave 64 registers to a thread, or 128 where it holds
+// two rows, computes in double, or goes through windows of a row.
+template <class scalar_t, int threads, bool held, int inputs>
+constexpr int kRowBlocks =
+    (held && inputs == 1 && sizeof(scalar_t) < 8 ? 1024 : 512) / kBlock<threads>;
 template <class scalar_t, int inputs>
 constexpr int kLongestTeam = inputs == 2 || sizeof(scalar_t) == 8 ? 512 : 1024;
 

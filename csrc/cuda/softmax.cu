@@ -10,7 +10,7 @@ namespace {
 // kernels: rows
 
 template <class Op, class scalar_t, int threads, bool held>
-__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, 1>)
+__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, held, 1>)
     softmax_kernel(int64_t rows, int64_t n, const scalar_t* x, scalar_t* y, bool wide) {
   using real = real_of<scalar_t>;
   using Tile = RowTile<scalar_t, threads, held, 1>;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads,
 }
 
 template <class Op, class scalar_t, int threads, bool held>
-__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, 2>)
+__global__ void __launch_bounds__(kBlock<threads>, kRowBlocks<scalar_t, threads, held, 2>)
     softmax_backward_kernel(int64_t rows, int64_t n, const scalar_t* y, const scalar_t* dy,
                             scalar_t* dx, bool wide_dy, bool wide_dx) {
   using real = real_of<scalar_t>;
