@@ -2,161 +2,20 @@
 // thread, for a vector register of them on the CPU, and for a Dual of either (a value with its
 // derivative). No loop, no torch, no formula.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <type_traits>
-
-#if defined(__CUDACC__)
-#define FASTOPS_FN __host__ __device__ __forceinline__
-#else
-#define FASTOPS_FN inline __attribute__((always_inline))
-#endif
+#include "scalar_math.h"
 
 // Vectors exist where a CPU loop is compiled for one instruction set; elsewhere (nvcc, emulation,
 // tests) only scalars.
 #if defined(CPU_CAPABILITY) && !defined(__CUDACC__) && !defined(FASTOPS_EMULATION)
-#define FASTOPS_VECTORS 1
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
+#include "cpu/vec_math.h"
 #endif
 
 namespace fastops {
 
 // ------------------------------------------------------------------------------------------------
-// scalars
+// derivatives
 
-FASTOPS_FN float exp(float x) { return ::expf(x); }
-FASTOPS_FN double exp(double x) { return ::exp(x); }
-FASTOPS_FN float log(float x) { return ::logf(x); }
-FASTOPS_FN double log(double x) { return ::log(x); }
-FASTOPS_FN float tanh(float x) { return ::tanhf(x); }
-FASTOPS_FN double tanh(double x) { return ::tanh(x); }
-FASTOPS_FN float erf(float x) { return ::erff(x); }
-FASTOPS_FN double erf(double x) { return ::erf(x); }
-FASTOPS_FN float expm1(float x) { return ::expm1f(x); }
-FASTOPS_FN double expm1(double x) { return ::expm1(x); }
-FASTOPS_FN float log1p(float x) { return ::log1pf(x); }
-FASTOPS_FN double log1p(double x) { return ::log1p(x); }
-// log1p where 0 <= x <= 1, as exp(-abs(x)) is: a vector of floats needs a third of the instructions
-// there.
-FASTOPS_FN float log1p_unit(float x) { return ::log1pf(x); }
-FASTOPS_FN double log1p_unit(double x) { return ::log1p(x); }
-FASTOPS_FN float sqrt(float x) { return ::sqrtf(x); }
-FASTOPS_FN double sqrt(double x) { return ::sqrt(x); }
-FASTOPS_FN float abs(float x) { return ::fabsf(x); }
-FASTOPS_FN double abs(double x) { return ::fabs(x); }
-
-// min and max hand on a NaN from either side, as torch.minimum and torch.maximum do.
-template <class T>
-  requires std::is_floating_point_v<T>
-FASTOPS_FN T max(T a, T b) {
-  return a > b || a != a ? a : b;
-}
-template <class T>
-  requires std::is_floating_point_v<T>
-FASTOPS_FN T min(T a, T b) {
-  return a < b || a != a ? a : b;
-}
-template <class T>
-  requires std::is_floating_point_v<T>
-FASTOPS_FN T select(bool c, T a, T b) {
-  return c ? a : b;
-}
-
-// The larger, or b where the two do not compare: for maxima over values that are summed as well,
-// where a NaN shows.
-template <class T>
-  requires std::is_floating_point_v<T>
-FASTOPS_FN T larger(T a, T b) {
-  return a > b ? a : b;
-}
-
-// Both halves of a 32 x 32 bit product.
-FASTOPS_FN void wide_product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
-  const uint64_t product = static_cast<uint64_t>(a) * b;
-  high = static_cast<uint32_t>(product >> 32);
-  low = static_cast<uint32_t>(product);
-}
-
-// `Real<T>`: the scalar that T is made of.
-template <class T>
-struct RealOf {
-  using type = T;
-};
-template <class T>
-using Real = typename RealOf<T>::type;
-
-// The normal distribution at x: its cumulative distribution function and its density.
-template <class T>
-struct Normal {
-  T cdf, pdf;
-};
-
-// log(x) and log(1 - x)
-template <class T>
-struct Logs {
-  T of, of_rest;
-};
-
-// ------------------------------------------------------------------------------------------------
-// vectors
-#if FASTOPS_VECTORS
-inline namespace CPU_CAPABILITY {
-
-template <class T>
-using Vec = at::vec::Vectorized<T>;
-
-// Names in here would hide the scalar words from code of this namespace.
-using ::fastops::abs, ::fastops::erf, ::fastops::exp, ::fastops::expm1, ::fastops::log,
-    ::fastops::log1p;
-using ::fastops::larger, ::fastops::max, ::fastops::min, ::fastops::select, ::fastops::sqrt,
-    ::fastops::tanh;
-using ::fastops::log1p_unit;
-using ::fastops::wide_product;
-
-template <class T>
-FASTOPS_FN Vec<T> select(Vec<T> c, Vec<T> a, Vec<T> b) {
-  return Vec<T>::blendv(b, a, c);
-}
-template <class T>
-FASTOPS_FN Vec<T> max(Vec<T> a, Vec<T> b) {
-  return at::vec::maximum(a, b);
-}
-template <class T>
-FASTOPS_FN Vec<T> min(Vec<T> a, Vec<T> b) {
-  return at::vec::minimum(a, b);
-}
-template <class T>
-FASTOPS_FN Vec<T> larger(Vec<T> a, Vec<T> b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) return _mm512_max_ps(a, b);
-  if constexpr (std::is_same_v<T, double>) return _mm512_max_pd(a, b);
-#elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<T, float>) return _mm256_max_ps(a, b);
-  if constexpr (std::is_same_v<T, double>) return _mm256_max_pd(a, b);
-#endif
-  return select(a > b, a, b);
-}
-template <class T>
-FASTOPS_FN Vec<T> sqrt(Vec<T> x) {
-  return x.sqrt();
-}
-template <class T>
-FASTOPS_FN Vec<T> abs(Vec<T> x) {
-  return x.abs();
-}
-#include "cpu/vec_math.h"  // exp, log, tanh, erf, expm1, log1p, log1p_unit, logs, normal
-}  // namespace CPU_CAPABILITY
-
-template <class T>
-struct RealOf<at::vec::Vectorized<T>> {
-  using type = T;
-};
-#endif  // FASTOPS_VECTORS
-
-// ------------------------------------------------------------------------------------------------
-// derivatives A value and its derivative along one direction. A formula evaluated on Duals
+// A value and its derivative along one direction. A formula evaluated on Duals
 // differentiates itself: this is where every second derivative comes from, so that no formula
 // states its own.
 template <class T>
@@ -193,6 +52,11 @@ FASTOPS_FN Dual<T> max(Dual<T> a, Dual<T> b) {
 template <class T>
 FASTOPS_FN Dual<T> min(Dual<T> a, Dual<T> b) {
   return {min(a.v, b.v), select(a.v < b.v, a.d, b.d)};
+}
+template <class T>
+FASTOPS_FN Dual<T> within(Dual<T> x, Dual<T> low, Dual<T> high) {
+  const T none = T(Real<T>(0));
+  return {within(x.v, low.v, high.v), select(x.v < low.v, none, select(x.v > high.v, none, x.d))};
 }
 template <class T>
 FASTOPS_FN Dual<T> exp(Dual<T> x) {

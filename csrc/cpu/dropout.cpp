@@ -3,8 +3,7 @@
 // the same mask.
 #include "../formulas/dropout.h"
 #include "../kernels/dropout.h"
-#include "parallel.h"
-#include "vec_io.h"
+#include "elementwise.h"
 #include "vec_philox.h"
 
 namespace fastops::CPU_CAPABILITY {
@@ -76,23 +75,12 @@ FASTOPS_FN Vec<real> at_least(const uint32_t* word, uint32_t threshold) {
   return Vec<real>::loadu(above) > Vec<real>(real(0));
 }
 
-// Elements i and on of a row of `period` elements that is repeated for ever.
-template <class L, class scalar_t, class N>
-FASTOPS_FN void load_row(const scalar_t* row, int64_t period, int64_t i, N n,
-                         typename L::V (&v)[L::count]) {
-  int64_t j = i % period;
-  if (j + n <= period) return L::load(row + j, n, v);
-  scalar_t around[L::size];
-  for (int64_t k = 0; k < n; ++k, j = j + 1 < period ? j + 1 : 0) around[k] = row[j];
-  L::load(around, n, v);
-}
-
-// The sums of rows of `period` elements, strip by strip, into which their groups are added one
-// after the other.
+// The sums of rows of `period` elements, a block of rows at a time, into which vectors are added
+// one after the other.
 template <class L>
-struct Strips {
+struct RunningSums {
   using real = typename L::real;
-  real* sum;  // of the strip that the next element belongs to
+  real* sum;  // of the block that the next element belongs to
   int64_t period, column = 0, row = 0;
 
   template <class N>
@@ -134,32 +122,29 @@ struct MakeDropout {
       const uint32_t threshold = a.threshold;
       const V scale(static_cast<real>(a.scale));
       auto* out = static_cast<scalar_t*>(a.out);
-      const scalar_t* in[Op::inputs];
-      for (int k = 0; k < Op::inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
+      Operands<scalar_t, Op::inputs, Op::inputs == 3 ? 0b010 : 0> operands;
+      for (int k = 0; k < Op::inputs; ++k) operands.in[k] = {static_cast<const scalar_t*>(a.in[k])};
+      if constexpr (Op::inputs == 3) operands.in[1].period = a.period;
       const int64_t period = a.period;
       const bool contiguous = a.order.dims == 1 && a.order.logical_stride[0] == 1;
       const int64_t total = a.n;
-      const bool stream = streams<L>(out, total, in[0]);
+      const bool stream =
+          operands.template whole_vectors<L>() && streams<L>(out, total, operands.in[0].data);
       const LogicalOrder& order = a.order;
       // The spans of [begin, end), which begin where `sums` do.
-      const auto spans = [=, &order](int64_t begin, int64_t end, [[maybe_unused]] Strips<L> sums) {
+      const auto spans = [=, &order](int64_t begin, int64_t end,
+                                     [[maybe_unused]] RunningSums<L> sums) {
         const U32 offsets = lane_offsets();
         LogicalWalk walk(order, begin * kSpan);
         for (int64_t span = begin; span < end; ++span) {
           const int64_t first = span * kSpan, last = first + kSpan < total ? first + kSpan : total;
-          uint32_t word[kSpan];
+          uint32_t word[kSpan + L::size];  // a vector may begin anywhere in the span
           if (contiguous) {
             contiguous_words(key, offsets, first, word);
           } else {
             walked_words(key, walk, last - first, word);
           }
-          for_each_vector<L::size>(first, last, [&](int64_t i, auto n) {
-            V x[Op::inputs][L::count];
-            L::load(in[0] + i, n, x[0]);
-            if constexpr (Op::inputs == 3) {
-              load_row<L>(in[1], period, i, n, x[1]);
-              L::load(in[2] + i, n, x[2]);
-            }
+          operands.template for_each_vector<L>(first, last, [&](int64_t i, auto n, auto& x) {
             for (int k = 0; k < L::count; ++k) {
               const auto keep = at_least<real>(word + (i - first) + k * V::size(), threshold);
               if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep, scale, x[0][k]);
@@ -173,19 +158,19 @@ struct MakeDropout {
         if (stream) fence();
       };
       if constexpr (summed) {
-        int64_t together = kRowBlock;  // rows after which a strip and a span begin together
-        while (together * period % kSpan != 0) together *= 2;
+        int64_t rows = kRowBlock;  // after which a block and a span begin together
+        while (rows * period % kSpan != 0) rows *= 2;
         auto* sums = static_cast<real*>(a.sums);
-        const int64_t elements = together * period;
+        const int64_t elements = rows * period;
         cpu::parallel((total + elements - 1) / elements, kGrain / elements + 1,
                       [=](int64_t begin, int64_t end) {
                         const int64_t first = begin * elements,
                                       last = end * elements < total ? end * elements : total;
-                        real* const strips = sums + first / kRowBlock;
+                        real* const blocks = sums + first / kRowBlock;
                         for (int64_t j = 0; j < row_blocks_of((last - first) / period) * period;
                              ++j)
-                          strips[j] = 0;
-                        spans(first / kSpan, (last + kSpan - 1) / kSpan, {strips, period});
+                          blocks[j] = 0;
+                        spans(first / kSpan, (last + kSpan - 1) / kSpan, {blocks, period});
                       });
       } else {
         cpu::parallel((total + kSpan - 1) / kSpan, kGrain / kSpan,
@@ -197,21 +182,12 @@ struct MakeDropout {
   static Error backward(const DropoutArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
-      using L = VecIO<scalar_t>;
-      using V = typename L::V;
-      const V scale(static_cast<typename L::real>(a.scale));
-      auto* dx = static_cast<scalar_t*>(a.out);
-      auto* y = static_cast<const scalar_t*>(a.in[0]);
-      auto* dy = static_cast<const scalar_t*>(a.in[1]);
-      cpu::parallel(a.n, 4 * kGrain, [=](int64_t begin, int64_t end) {
-        for_each_vector<L::size>(begin, end, [&](int64_t i, auto n) {
-          V s[L::count], g[L::count];
-          L::load(y + i, n, s);
-          L::load(dy + i, n, g);
-          for (int k = 0; k < L::count; ++k) g[k] = Op::backward(s[k], g[k], scale);
-          L::store(dx + i, n, g);
-        });
-      });
+      using V = typename VecIO<scalar_t>::V;
+      const V scale(static_cast<typename VecIO<scalar_t>::real>(a.scale));
+      const Result<scalar_t> out[] = {{static_cast<scalar_t*>(a.out)}};
+      const Operand<scalar_t> in[] = {{static_cast<const scalar_t*>(a.in[0])},
+                                      {static_cast<const scalar_t*>(a.in[1])}};
+      elementwise(a.n, out, in, [=](V y, V dy) { return Op::backward(y, dy, scale); });
       return nullptr;
     });
   }

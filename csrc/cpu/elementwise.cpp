@@ -1,67 +1,27 @@
-// The elementwise loop: out[i] = f(in0[i], in1[i], ...), for every activation, forward, backward
-// and second derivative.
-#include <cstring>
+// Activations, alone and of a sum, and gates: forward, backward and second derivative.
+#include "elementwise.h"
 
 #include "../formulas/activations.h"
+#include "../formulas/gates.h"
 #include "../kernels/elementwise.h"
-#include "parallel.h"
-#include "vec_io.h"
+#include "column_sums.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements a thread takes at least
+// ------------------------------------------------------------------------------------------------
+// activations
 
 template <int params, int inputs, class F>
-Error map(const ElementwiseArgs& a, F f) {
+Error activation(const ElementwiseArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    using L = VecIO<scalar_t>;
-    using V = typename L::V;
-    const Params<params, typename L::real> p(a.params);
-    auto* out = static_cast<scalar_t*>(a.out);
-    const scalar_t* in[inputs];
-    for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
-    const int64_t total = a.n;
-    const bool stream = streams<L>(out, total, in[0]);
-    cpu::parallel_vectors<L::size>(total, kGrain, [=](int64_t begin, int64_t end) {
-      constexpr std::integral_constant<int64_t, L::size> full;
-      const auto run = [&](const scalar_t* const(&from)[inputs], scalar_t* to, int64_t count) {
-        for (int64_t i = 0; i < count; i += L::size) {
-          V x[inputs][L::count], y[L::count];
-          for (int k = 0; k < inputs; ++k) L::load(from[k] + i, full, x[k]);
-          for (int k = 0; k < L::count; ++k) {
-            if constexpr (inputs == 1) y[k] = with_params<params, V>(f, p.value, x[0][k]);
-            if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
-            if constexpr (inputs == 3)
-              y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
-          }
-          L::store(to + i, full, y, stream);
-        }
-      };
-      const scalar_t* from[inputs];
-      for (int k = 0; k < inputs; ++k) from[k] = in[k] + begin;
-      scalar_t* to = out + begin;
-      int64_t whole = (end - begin) / L::size * L::size;
-      const int64_t rest = end - begin - whole;
-      alignas(64) scalar_t padded[inputs + 1][L::size];
-      // The full vectors, then what is left as one more, in a buffer: so the formula is compiled
-      // once, not once for each.
-      for (bool last = false;; last = true) {
-        run(from, to, whole);
-        if (last || rest == 0) break;
-        for (int k = 0; k < inputs; ++k) {
-          memset(padded[k], 0, sizeof padded[k]);
-          memcpy(padded[k], from[k] + whole, static_cast<size_t>(rest) * sizeof(scalar_t));
-          from[k] = padded[k];
-        }
-        to = padded[inputs];
-        whole = L::size;
-      }
-      if (rest)
-        memcpy(out + (end - rest), padded[inputs], static_cast<size_t>(rest) * sizeof(scalar_t));
-      if (stream) fence();
-    });
+    using V = typename VecIO<scalar_t>::V;
+    const Params<params, typename VecIO<scalar_t>::real> p(a.params);
+    const Result<scalar_t> out[] = {{static_cast<scalar_t*>(a.out)}};
+    Operand<scalar_t> in[inputs];
+    for (int k = 0; k < inputs; ++k) in[k] = {static_cast<const scalar_t*>(a.in[k])};
+    elementwise(a.n, out, in, [=](auto... x) { return with_params<params, V>(f, p.value, x...); });
     return nullptr;
   });
 }
@@ -71,13 +31,14 @@ struct MakeElementwise {
   static constexpr int params = count_params(Op::params);
 
   static Error forward(const ElementwiseArgs& a) {
-    return map<params, 1>(a, [](auto x, auto... p) { return Op::forward(x, p...); });
+    return activation<params, 1>(a, [](auto x, auto... p) { return Op::forward(x, p...); });
   }
   static Error backward(const ElementwiseArgs& a) {
-    return map<params, 2>(a, [](auto s, auto dy, auto... p) { return Op::backward(s, dy, p...); });
+    return activation<params, 2>(
+        a, [](auto s, auto dy, auto... p) { return Op::backward(s, dy, p...); });
   }
   static Error second(const ElementwiseArgs& a) {
-    return map<params, 3>(a, [](auto s, auto dy, auto ddx, auto... p) {
+    return activation<params, 3>(a, [](auto s, auto dy, auto ddx, auto... p) {
       using T = decltype(s);
       using D = Dual<T>;
       return Op::backward(D(s, c<T>(1)), D(dy, c<T>(0)), D(p, c<T>(0))...).d * ddx;
@@ -88,9 +49,113 @@ struct MakeElementwise {
 };
 using ElementwiseTable = Table<ElementwiseKernel, MakeElementwise, Activations>;
 
+// ------------------------------------------------------------------------------------------------
+// activations of a sum
+
+template <class Op, int inputs, class F>
+Error fused(const FusedArgs& a, F f) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    const Result<scalar_t> out[] = {{static_cast<scalar_t*>(a.out)}};
+    Operand<scalar_t> in[inputs];
+    for (int k = 0; k < inputs; ++k) in[k] = {static_cast<const scalar_t*>(a.in[k])};
+    if (Op::broadcast) in[1].period = a.period;
+    elementwise<Op::broadcast ? 0b10 : 0>(a.n, out, in, f);
+    return nullptr;
+  });
+}
+
+template <class Op>
+struct MakeFused {
+  static Error forward(const FusedArgs& a) {
+    return fused<Op, 2>(a, [](auto x, auto t) { return Op::forward(x, t); });
+  }
+  static Error backward(const FusedArgs& a) {
+    return fused<Op, 3>(a, [](auto x, auto t, auto dy) { return Op::backward(x, t, dy); });
+  }
+  static Error backward_summed(const FusedArgs& a) {
+    return dispatch(a.dtype, [&](auto zero) -> Error {
+      using scalar_t = decltype(zero);
+      using L = VecIO<scalar_t>;
+      using V = typename L::V;
+      auto* out = static_cast<scalar_t*>(a.out);
+      auto* x = static_cast<const scalar_t*>(a.in[0]);
+      auto* t = static_cast<const scalar_t*>(a.in[1]);
+      auto* dy = static_cast<const scalar_t*>(a.in[2]);
+      typename L::real* const sums[] = {static_cast<typename L::real*>(a.sums)};
+      const bool stream = a.period % L::size == 0 && streams<L>(out, a.n, x);
+      sum_columns<L>(
+          a.n / a.period, a.period, sums,
+          [=](int64_t i, int64_t j, auto n, V(&v)[1][L::count]) {
+            V b[L::count], g[L::count];
+            L::load(x + i, n, v[0]);
+            L::load(t + j, n, b);
+            L::load(dy + i, n, g);
+            for (int m = 0; m < L::count; ++m) v[0][m] = Op::backward(v[0][m], b[m], g[m]);
+            L::store(out + i, n, v[0], stream);
+          },
+          [=](int64_t i) {
+            __builtin_prefetch(x + i);
+            __builtin_prefetch(dy + i);
+          },
+          stream);
+      return nullptr;
+    });
+  }
+  static constexpr FusedKernel row_of() {
+    FusedKernel row{Op::name, Op::activation, Op::broadcast, &forward, nullptr, nullptr};
+    if constexpr (Op::broadcast) row.backward = &backward, row.summed = &backward_summed;
+    return row;
+  }
+  static constexpr FusedKernel row = row_of();
+};
+using FusedTable = Table<FusedKernel, MakeFused, Fused>;
+
+// ------------------------------------------------------------------------------------------------
+// gates
+
+template <int inputs, int outputs, class F>
+Error gate(const GateArgs& a, F f) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    Result<scalar_t> out[outputs];
+    Operand<scalar_t> in[inputs];
+    for (int m = 0; m < outputs; ++m)
+      out[m] = {static_cast<scalar_t*>(a.out[m].data), a.inner, a.out[m].stride};
+    for (int k = 0; k < inputs; ++k)
+      in[k] = {static_cast<const scalar_t*>(a.in[k].data), a.inner, 1, a.in[k].stride};
+    elementwise<(1u << inputs) - 1>(a.outer * a.inner, out, in, f);
+    return nullptr;
+  });
+}
+
+template <class Op>
+struct MakeGate {
+  static Error forward(const GateArgs& g) {
+    return gate<2, 1>(g, [](auto a, auto b) { return Op::forward(a, b); });
+  }
+  static Error backward(const GateArgs& g) {
+    return gate<3, 2>(g, [](auto a, auto b, auto dy) { return Op::backward(a, b, dy); });
+  }
+  static Error tangent(const GateArgs& g) {
+    return gate<4, 1>(g,
+                      [](auto a, auto b, auto u, auto v) { return gate_tangent<Op>(a, b, u, v); });
+  }
+  static Error second(const GateArgs& g) {
+    return gate<5, 2>(
+        g, [](auto a, auto b, auto dy, auto u, auto v) { return gate_second<Op>(a, b, dy, u, v); });
+  }
+  static constexpr GateKernel row{Op::name, &forward, &backward, &tangent, &second};
+};
+using GateTable = Table<GateKernel, MakeGate, Gates>;
+
 }  // namespace
 
 extern constinit const KernelTable<ElementwiseKernel> elementwise_kernels{
     ElementwiseTable::rows, std::size(ElementwiseTable::rows)};
+extern constinit const KernelTable<FusedKernel> fused_kernels{FusedTable::rows,
+                                                              std::size(FusedTable::rows)};
+extern constinit const KernelTable<GateKernel> gate_kernels{GateTable::rows,
+                                                            std::size(GateTable::rows)};
 
 }  // namespace fastops::CPU_CAPABILITY

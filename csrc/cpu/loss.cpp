@@ -3,13 +3,11 @@
 // they have the same bits for any number of threads.
 #include "../kernels/loss.h"
 #include "../formulas/losses.h"
-#include "parallel.h"
-#include "vec_io.h"
+#include "elementwise.h"
 
 namespace fastops::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 16384;
 constexpr int64_t kBlock = 1024;  // summed in float registers; blocks are joined in double
 
 struct Sum {
@@ -21,22 +19,43 @@ struct Sum {
   }
 };
 
-// Calls body(i, j, n) for every group of [begin, end): where there is a third input, a row of
-// `period` that is repeated, j = i % period.
-template <int64_t group, int inputs, bool hot, class Body>
-FASTOPS_FN void each_group(int64_t begin, int64_t end, int64_t period, Body body) {
-  if constexpr (inputs == 3) {
-    for_each_vector_beside<group, hot>(begin, end, period, body);
-  } else {
-    for_each_vector<group, hot>(begin, end, [&](int64_t i, auto n) { body(i, i, n); });
+// Looks for inputs that a loss does not take. One that takes all is not looked at.
+template <class Op, class V>
+struct DomainCheck {
+  static constexpr Domain domain = domain_of<Op>();
+  static constexpr bool bounded = domain.low > -std::numeric_limits<double>::infinity() ||
+                                  domain.high < std::numeric_limits<double>::infinity();
+  static_assert(domain.low <= 0 && domain.high >= 0);  // what is behind the end of a tensor is 0
+  V outside{typename V::value_type(0)};
+
+  FASTOPS_FN void look(const V& x) {
+    if constexpr (bounded) {
+      const V one(typename V::value_type(1)), none(typename V::value_type(0));
+      const V low = select(x >= V(typename V::value_type(domain.low)), none, one),
+              high = select(x <= V(typename V::value_type(domain.high)), none, one);
+      outside = larger(outside, larger(low, high));
+    }
   }
+  FASTOPS_FN void tell(bool* result) const {
+    if constexpr (bounded)
+      if (result && sum_of_lanes(outside) > 0) __atomic_store_n(result, true, __ATOMIC_RELAXED);
+  }
+};
+
+// The tensors of a call: x, t, and where there is a third a row that is repeated.
+template <int inputs>
+constexpr unsigned kRepeated = inputs == 3 ? 0b100 : 0;
+
+template <class scalar_t, int inputs>
+FASTOPS_FN void take_inputs(const LossArgs& a, Operand<scalar_t>* in) {
+  for (int k = 0; k < inputs; ++k) in[k] = {static_cast<const scalar_t*>(a.in[k])};
+  if constexpr (inputs == 3) in[2].period = a.period;
 }
 
-// sum of f over [begin, end); the third input is a row of `period`, repeated
-template <class scalar_t, int inputs, class F>
-FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&in)[inputs],
-                            int64_t period, F f) {
-  using L = VecIO<scalar_t>;
+// The sum of f over [begin, end).
+template <class Op, class L, class Inputs, class F>
+FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const Inputs& inputs,
+                            DomainCheck<Op, typename L::V>& check, F f) {
   using V = typename L::V;
   double sum = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
@@ -45,20 +64,17 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
     for (int64_t from = block; from < behind; from += kFew * L::size) {
       V few(typename L::real(0));
       const int64_t to = from + kFew * L::size < behind ? from + kFew * L::size : behind;
-      each_group<L::size, inputs, true>(from, to, period,
-                                        [&](int64_t i, [[maybe_unused]] int64_t j, auto n) {
-                                          V x[inputs][L::count], v[L::count];
-                                          for (int k = 0; k < inputs; ++k)
-                                            L::load(in[k] + (k == 2 ? j : i), n, x[k]);
-                                          for (int k = 0; k < L::count; ++k) {
-                                            if constexpr (inputs == 1) v[k] = f(x[0][k]);
-                                            if constexpr (inputs == 2) v[k] = f(x[0][k], x[1][k]);
-                                            if constexpr (inputs == 3)
-                                              v[k] = f(x[0][k], x[1][k], x[2][k]);
-                                          }
-                                          if (n < L::size) L::mask_tail(n, 0, v);
-                                          for (int k = 0; k < L::count; ++k) few = few + v[k];
-                                        });
+      inputs.template for_each_vector<L>(from, to, [&](int64_t, auto n, auto& x) {
+        V v[L::count];
+        for (int k = 0; k < L::count; ++k) {
+          check.look(x[0][k]);
+          v[k] = value_of(
+              f, x, k,
+              std::make_index_sequence<std::extent_v<std::remove_reference_t<decltype(x)>>>{});
+        }
+        if (n < L::size) L::mask_tail(n, 0, v);
+        for (int k = 0; k < L::count; ++k) few = few + v[k];
+      });
       total = total + few;
     }
     sum += sum_of_lanes(total);
@@ -66,23 +82,28 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const scalar_t* const (&
   return sum;
 }
 
-template <int params, int inputs, class F>
+template <class Op, int params, int inputs, class F>
 Error total(const LossArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    using real = typename VecIO<scalar_t>::real;
-    using V = typename VecIO<scalar_t>::V;
+    using L = VecIO<scalar_t>;
+    using V = typename L::V;
+    using real = typename L::real;
     const Params<params, real> p(a.params);
-    const scalar_t* in[inputs];
-    for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
+    Operands<scalar_t, inputs, kRepeated<inputs>> operands;
+    take_inputs<scalar_t, inputs>(a, operands.in);
     auto* partial = static_cast<double*>(a.workspace);
-    const int64_t n = a.n, chunks = (n + kLossChunk - 1) / kLossChunk, period = a.period;
+    const int64_t n = a.n, chunks = (n + kLossChunk - 1) / kLossChunk;
+    bool* const outside = a.outside;
     cpu::parallel(chunks, 1, [=](int64_t begin, int64_t end) {
+      DomainCheck<Op, V> check;
       for (int64_t k = begin; k < end; ++k) {
         const int64_t from = k * kLossChunk, to = from + kLossChunk;
-        partial[k] = sum_chunk(from, to < n ? to : n, in, period,
-                               [&](auto... x) { return with_params<params, V>(f, p.value, x...); });
+        partial[k] = sum_chunk<Op, L>(from, to < n ? to : n, operands, check, [&](auto... x) {
+          return with_params<params, V>(f, p.value, x...);
+        });
       }
+      check.tell(outside);
     });
     double sum = 0;
     for (int64_t k = 0; k < chunks; ++k) sum += partial[k];
@@ -93,40 +114,44 @@ Error total(const LossArgs& a, F f) {
   });
 }
 
-// out[i] = f(x, t, ...) times slope, and times scale * grad[i] where there is a grad
-template <int params, int inputs, bool hot, class F>
-Error each(const LossArgs& a, double slope, F f) {
+// The value, of an input that is looked at.
+template <class Op, int params, class L>
+struct CheckedValue {
+  using V = typename L::V;
+  Params<params, typename L::real> p;
+  bool* outside;
+  DomainCheck<Op, V> check;
+
+  template <class... T>
+  FASTOPS_FN V operator()(V x, T... others) {
+    check.look(x);
+    return with_params<params, V>([](auto x, auto t, auto... p) { return Op::value(x, t, p...); },
+                                  p.value, x, others...);
+  }
+  FASTOPS_FN void finish() const { check.tell(outside); }
+};
+
+// out[i] = f(x, t, ...) times slope, and times scale and the gradient: a tensor, one number, or 1.
+template <int params, int inputs, class F>
+Error derivative(const LossArgs& a, double slope, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     using L = VecIO<scalar_t>;
     using V = typename L::V;
     using real = typename L::real;
     const Params<params, real> p(a.params);
-    auto* out = static_cast<scalar_t*>(a.out);
-    const scalar_t* in[inputs];
-    for (int k = 0; k < inputs; ++k) in[k] = static_cast<const scalar_t*>(a.in[k]);
-    const int64_t period = a.period;
-    auto* grad = static_cast<const scalar_t*>(a.grad);
-    const bool each_grad = grad != nullptr && !a.grad_is_scalar,
-               scaled = grad != nullptr || slope != 1;
-    const real scale = static_cast<real>(grad ? a.scale * slope : slope);
-    const real factor = grad && !each_grad ? L::one(grad) * scale : scale;
-    const bool stream =
-        (inputs == 2 || period == a.n || period % L::size == 0) && streams<L>(out, a.n, in[0]);
-    cpu::parallel_vectors<L::size>(a.n, kGrain, [=](int64_t begin, int64_t end) {
-      each_group<L::size, inputs, hot>(begin, end, period, [&](int64_t i, int64_t j, auto n) {
-        V x[inputs][L::count], y[L::count], g[L::count];
-        for (int k = 0; k < inputs; ++k) L::load(in[k] + (k == 2 ? j : i), n, x[k]);
-        if (each_grad) L::load(grad + i, n, g);
-        for (int k = 0; k < L::count; ++k) {
-          if constexpr (inputs == 2) y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k]);
-          if constexpr (inputs == 3)
-            y[k] = with_params<params, V>(f, p.value, x[0][k], x[1][k], x[2][k]);
-          if (scaled) y[k] = y[k] * (each_grad ? g[k] * V(factor) : V(factor));
-        }
-        L::store(out + i, n, y, stream);
-      });
-      if (stream) fence();
+    V ones[L::count];
+    for (auto& v : ones) v = V(real(1));
+    scalar_t one[1];
+    L::store(one, 1, ones);
+    const Result<scalar_t> out[] = {{static_cast<scalar_t*>(a.out)}};
+    Operand<scalar_t> in[1 + inputs];
+    take_inputs<scalar_t, inputs>(a, in + 1);
+    in[0] = {a.grad ? static_cast<const scalar_t*>(a.grad) : one};
+    if (!a.grad || a.grad_is_scalar) in[0].period = 1;
+    const V scale(static_cast<real>(a.grad ? a.scale * slope : slope));
+    elementwise<1 | kRepeated<inputs> << 1>(a.n, out, in, [=](auto g, auto... x) {
+      return with_params<params, V>(f, p.value, x...) * (g * scale);
     });
     return nullptr;
   });
@@ -138,26 +163,34 @@ struct MakeLoss {
   static constexpr double slope = slope_of<Op>();
 
   static Error values(const LossArgs& a) {
-    return each<params, inputs, true>(
-        a, 1, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return dispatch(a.dtype, [&](auto zero) -> Error {
+      using scalar_t = decltype(zero);
+      using L = VecIO<scalar_t>;
+      const Result<scalar_t> out[] = {{static_cast<scalar_t*>(a.out)}};
+      Operand<scalar_t> in[inputs];
+      take_inputs<scalar_t, inputs>(a, in);
+      const Params<params, typename L::real> p(a.params);
+      elementwise<kRepeated<inputs>>(a.n, out, in, CheckedValue<Op, params, L>{p, a.outside, {}});
+      return nullptr;
+    });
   }
   static Error sum(const LossArgs& a) {
-    return total<params, inputs>(a,
-                                 [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
+    return total<Op, params, inputs>(
+        a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }
   static Error d0(const LossArgs& a) {
-    return each<params, inputs, true>(a, slope,
+    return derivative<params, inputs>(a, slope,
                                       [](auto x, auto t, auto... p) { return Op::d0(x, t, p...); });
   }
   static Error d1(const LossArgs& a) {
-    return each<params, inputs, false>(
-        a, slope, [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
+    return derivative<params, inputs>(a, slope,
+                                      [](auto x, auto t, auto... p) { return Op::d1(x, t, p...); });
   }
   static Error second(const LossArgs& a) {
-    return each<params, inputs, false>(a, slope,
-                                       [to_target = a.to_target](auto x, auto t, auto... p) {
-                                         return second_derivative<Op>(to_target, x, t, p...);
-                                       });
+    return derivative<params, inputs>(a, slope,
+                                      [to_target = a.to_target](auto x, auto t, auto... p) {
+                                        return second_derivative<Op>(to_target, x, t, p...);
+                                      });
   }
   static constexpr LossKernel row{Op::name,
                                   Op::params,
@@ -172,7 +205,7 @@ struct MakeLoss {
 template <>
 struct MakeLoss<Sum> {
   static Error sum(const LossArgs& a) {
-    return total<0, 1>(a, [](auto x) { return Sum::value(x); });
+    return total<Sum, 0, 1>(a, [](auto x) { return Sum::value(x); });
   }
   static constexpr LossKernel row{Sum::name, Sum::params, nullptr, &sum, nullptr,
                                   nullptr,   nullptr,     0,       0};

@@ -1,5 +1,5 @@
-// Threads for the loops: one call is one parallel region. The body is defined in csrc/torch
-// (at::parallel_for), so that torch.set_num_threads rules here too.
+// Threads for the loops: one call is one parallel region. csrc/torch defines parallel_for by
+// at::parallel_for, so that torch.set_num_threads holds here too.
 #pragma once
 #include <cstdint>
 
@@ -23,12 +23,12 @@ FASTOPS_FN void parallel(int64_t n, int64_t grain, F f) {
       &f);
 }
 
-// Calls f(begin, end) on disjoint ranges that cover [0, n) and begin where a group does, so that
-// where the memory is aligned every whole group is.
-template <int64_t group, class F>
+// Calls f(begin, end) on disjoint ranges that cover [0, n) and begin at multiples of `size`, so
+// that all whole vectors of aligned memory are aligned.
+template <int64_t size, class F>
 FASTOPS_FN void parallel_vectors(int64_t n, int64_t grain, F f) {
-  parallel((n + group - 1) / group, grain / group, [=](int64_t first, int64_t last) {
-    f(first * group, last * group < n ? last * group : n);
+  parallel((n + size - 1) / size, grain / size, [=](int64_t first, int64_t last) {
+    f(first * size, last * size < n ? last * size : n);
   });
 }
 

@@ -15,7 +15,8 @@
 
 namespace fastops::CPU_CAPABILITY {
 
-// A group of `size` consecutive elements of scalar_t, held as `count` vectors of real.
+// Loads and stores of `size` consecutive elements of scalar_t, which are `count` vectors of real.
+// An n below `size` masks the tail: nothing behind it is touched, and it loads as zeros.
 template <class scalar_t>
 struct VecIO {
   static constexpr bool reduced = sizeof(scalar_t) == 2,
@@ -76,9 +77,9 @@ struct VecIO {
         _mm256_or_si256(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), nan), 16);
   }
 #endif
-  // Writes a full group past the caches, where the instruction set can and p is aligned (see
-  // streams()): a result that is larger than the caches need not be read into them first to be
-  // written. A fence() has to follow.
+  // Stores `size` elements past the caches, where the instruction set can; p must be aligned, see
+  // streams(). A result larger than the caches is then not read into them before it is written. A
+  // fence() must follow.
   static FASTOPS_FN void stream(scalar_t* p, const V (&v)[count]) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
     alignas(64) scalar_t raw[size];
@@ -93,7 +94,7 @@ struct VecIO {
     store(p, size, v);
 #endif
   }
-  // Writes a group, past the caches where it is `streamed` and whole.
+  // Stores n elements, past the caches where they are `streamed` and a whole vector.
   template <class N>
   static FASTOPS_FN void store(scalar_t* p, N n, const V (&v)[count], bool streamed) {
     if (streamed && n == size) {
@@ -102,8 +103,8 @@ struct VecIO {
       store(p, n, v);
     }
   }
-  // One element, by the same conversion: c10's of float16 may become a function, which instruction
-  // sets would share.
+  // One element. By the same conversion, as c10's of float16 may be compiled to a function that
+  // the instruction sets would share.
   static FASTOPS_FN real one(const scalar_t* p) {
     V v[count];
     load(p, 1, v);
@@ -111,13 +112,12 @@ struct VecIO {
     v[0].store(lane);
     return lane[0];
   }
-  // Makes lane `i` of the group what it is in another.
+  // Copies lane i.
   static FASTOPS_FN void put(int64_t i, const V (&from)[count], V (&v)[count]) {
     const int64_t k = i / V::size(), lane = i % V::size();
     v[k] = V::set(V::set(v[k], from[k], lane + 1), v[k], lane);
   }
-  // The first n lanes of the group as they are, the others filled: for sums and maxima over a
-  // masked tail.
+  // Fills the lanes from n on, for sums and maxima over a masked tail.
   static FASTOPS_FN void mask_tail(int64_t n, real filler, V (&v)[count]) {
     for (int k = 0; k < count; ++k) {
       const int64_t left = n - k * V::size();
@@ -145,8 +145,8 @@ FASTOPS_FN void promote(const Vec<float>& v, Vec<double> (&wide)[2]) {
 #endif
 }
 
-// All lanes joined by halves: f(lane, lane). One after the other, each would wait for the one
-// before.
+// Reduces the lanes by f, half of them onto the other half at a time: one by one, each step would
+// wait for the one before.
 template <class V, class F>
 FASTOPS_FN typename V::value_type reduce_lanes(const V& v, F f) {
   typename V::value_type lane[V::size()];
@@ -170,8 +170,7 @@ FASTOPS_FN double sum_of_lanes(const V& v) {
   return sum_of_lanes(wide);
 }
 
-// A group's vectors of what is in real whatever the dtype, to and from p: those that `count`
-// elements reach into.
+// load() and store() of memory that holds reals whatever the dtype is.
 template <class L, class N>
 FASTOPS_FN void load_real(const typename L::real* p, N count, typename L::V (&v)[L::count]) {
   using R = VecIO<typename L::real>;
@@ -192,7 +191,7 @@ FASTOPS_FN void store_real(typename L::real* p, N count, const typename L::V (&v
   }
 }
 
-// Adds a group's first `count` lanes to what is at p.
+// Adds the first `count` lanes to the reals at p.
 template <class L, class N>
 FASTOPS_FN void add_real(typename L::real* p, N count, const typename L::V (&v)[L::count]) {
   typename L::V sum[L::count];
@@ -203,8 +202,8 @@ FASTOPS_FN void add_real(typename L::real* p, N count, const typename L::V (&v)[
 
 constexpr int64_t kStreamBytes = int64_t{24} << 20;  // of results that cannot stay in the caches
 
-// Whether a result of n elements should go past the caches: it is large, its vectors are aligned,
-// and none of its lines is in the caches because it is an input as well.
+// Whether a result of n elements should be streamed: it is large, its vectors are aligned, and it
+// is not in the caches already as an input.
 template <class L, class scalar_t>
 FASTOPS_FN bool streams(const scalar_t* out, int64_t n, const void* in) {
   return n * static_cast<int64_t>(sizeof(scalar_t)) >= kStreamBytes && out != in &&
@@ -216,8 +215,8 @@ FASTOPS_FN void fence() {
 #endif
 }
 
-// Terms that are added up before their sum is added to others: one long sum would drift where they
-// are alike.
+// Vectors that are summed before their sum is added to the total: one long chain of additions
+// drifts where all terms are alike.
 constexpr int kFew = 16;
 
 // Calls body(begin, end) for the runs of kFew in [0, n).
@@ -227,36 +226,24 @@ FASTOPS_FN void in_runs(int64_t n, Body body) {
     body(begin, begin + kFew < n ? begin + kFew : n);
 }
 
-// Calls body(i, n) for every group of `group` elements in [begin, end), n < group in the last one
-// only. The full vectors are a loop of their own, in which n is a constant: that is twice the code,
-// and up to twice as fast where a group takes only a few instructions. Not so where it is not
-// `hot`.
-template <int64_t group, bool hot = true, class Body>
+// Calls body(i, n) for every `size` elements of [begin, end), n < size in the last call only.
+// `hot`: whole vectors have a loop of their own in which n is a constant. That is twice the code,
+// and up to twice as fast where the body is a few instructions.
+template <int64_t size, bool hot = true, class Body>
 FASTOPS_FN void for_each_vector(int64_t begin, int64_t end, Body body) {
   int64_t i = begin;
   if constexpr (hot)
-    for (; i + group <= end; i += group) body(i, std::integral_constant<int64_t, group>{});
-  for (; i < end; i += group) body(i, end - i < group ? end - i : group);
+    for (; i + size <= end; i += size) body(i, std::integral_constant<int64_t, size>{});
+  for (; i < end; i += size) body(i, end - i < size ? end - i : size);
 }
 
-// The same for the elements beside a row of `period` that is repeated: body(i, i % period, n). A
-// group ends where the row does.
-template <int64_t group, bool hot = true, class Body>
-FASTOPS_FN void for_each_vector_beside(int64_t begin, int64_t end, int64_t period, Body body) {
-  for (int64_t at = begin; at < end;) {
-    const int64_t j = at % period, run = period - j < end - at ? period - j : end - at;
-    for_each_vector<group, hot>(0, run, [&](int64_t i, auto n) { body(at + i, j + i, n); });
-    at += run;
-  }
-}
-
-// f(inputs..., parameters...) with the parameters spread as values of T.
+// Calls f(inputs..., parameters...), the parameters as values of T.
 template <class T, class real, size_t... I, class F, class... In>
-FASTOPS_FN T apply(F f, const real* params, std::index_sequence<I...>, In... in) {
+FASTOPS_FN auto apply(F f, const real* params, std::index_sequence<I...>, In... in) {
   return f(in..., T(params[I])...);
 }
 template <int n, class T, class F, class real, class... In>
-FASTOPS_FN T with_params(F f, const real* params, In... in) {
+FASTOPS_FN auto with_params(F f, const real* params, In... in) {
   return apply<T>(f, params, std::make_index_sequence<n>{}, in...);
 }
 
@@ -284,7 +271,7 @@ FASTOPS_FN Error dispatch(c10::ScalarType dtype, F f) {
   }
 }
 
-// A table of rows from a list of formulas, by `make<Formula>()`.
+// The kernels of a list of formulas.
 template <class Row, template <class> class Make, class L>
 struct Table;
 template <class Row, template <class> class Make, class... Ops>

@@ -1,7 +1,7 @@
-// exp, log, tanh, erf, expm1, log1p, log1p_unit and logs of vectors of float, within 2 ulp and
-// without branches, and the normal distribution, for the instruction set that this is compiled for.
-// math.h includes this file inside its namespace CPU_CAPABILITY and provides Vec and FASTOPS_FN;
-// vectors of double keep at::vec's words (1 ulp).
+// The words of math.h for vectors, for the instruction set that this is compiled for.
+//
+// exp, log, tanh, erf, expm1, log1p, log1p_unit and logs of vectors of float are within 2 ulp and
+// without branches, as the normal distribution is; vectors of double keep at::vec's words (1 ulp).
 //
 // The polynomials are minimax fits of our own: Lawson's iteratively reweighted least squares (1961)
 // on Chebyshev nodes, weighted so that the error is relative to the result; the coefficients were
@@ -9,6 +9,68 @@
 // are the largest over all floats of magnitude 2^-13 to 2^7 and every 61st of the others, against
 // the C library's double: AVX512, AVX2, DEFAULT. tests/test_words.py repeats this with a stride.
 #pragma once
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include "../scalar_math.h"
+
+namespace fastops {
+inline namespace CPU_CAPABILITY {
+
+template <class T>
+using Vec = at::vec::Vectorized<T>;
+
+// Names in here would hide the scalar words from code of this namespace.
+using ::fastops::abs, ::fastops::within, ::fastops::erf, ::fastops::exp, ::fastops::expm1,
+    ::fastops::log, ::fastops::log1p;
+using ::fastops::larger, ::fastops::max, ::fastops::min, ::fastops::select, ::fastops::sqrt,
+    ::fastops::tanh;
+using ::fastops::log1p_unit;
+using ::fastops::wide_product;
+
+template <class T>
+FASTOPS_FN Vec<T> select(Vec<T> c, Vec<T> a, Vec<T> b) {
+  return Vec<T>::blendv(b, a, c);
+}
+template <class T>
+FASTOPS_FN Vec<T> max(Vec<T> a, Vec<T> b) {
+  return at::vec::maximum(a, b);
+}
+template <class T>
+FASTOPS_FN Vec<T> min(Vec<T> a, Vec<T> b) {
+  return at::vec::minimum(a, b);
+}
+template <class T>
+FASTOPS_FN Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_max_ps(a, b);
+  if constexpr (std::is_same_v<T, double>) return _mm512_max_pd(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_max_ps(a, b);
+  if constexpr (std::is_same_v<T, double>) return _mm256_max_pd(a, b);
+#endif
+  return select(a > b, a, b);
+}
+template <class T>
+FASTOPS_FN Vec<T> within(Vec<T> x, Vec<T> low, Vec<T> high) {
+  const Vec<T> above = larger(low, x);
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_min_ps(high, above);
+  if constexpr (std::is_same_v<T, double>) return _mm512_min_pd(high, above);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_min_ps(high, above);
+  if constexpr (std::is_same_v<T, double>) return _mm256_min_pd(high, above);
+#endif
+  return select(high < above, high, above);
+}
+template <class T>
+FASTOPS_FN Vec<T> sqrt(Vec<T> x) {
+  return x.sqrt();
+}
+template <class T>
+FASTOPS_FN Vec<T> abs(Vec<T> x) {
+  return x.abs();
+}
 
 namespace vec_math {
 
@@ -443,3 +505,11 @@ FASTOPS_FN Normal<Vec<float>> normal(const Vec<float>& x) {
   return {Vec<float>::loadu(f), Vec<float>::loadu(e)};
 }
 #endif
+}  // namespace CPU_CAPABILITY
+
+template <class T>
+struct RealOf<at::vec::Vectorized<T>> {
+  using type = T;
+};
+
+}  // namespace fastops

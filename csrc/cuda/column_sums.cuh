@@ -1,40 +1,76 @@
-// Rows that are written and, on the way, added up: a thread goes down a few columns of one strip of
-// rows. No formula.
+// Rows that are written and, on the way, summed by columns: one quantity or several, in blocks of
+// rows that are the same on every back end. No formula.
 #pragma once
+#include <array>
+
 #include "../kernels/column_sums.h"
 #include "launch.cuh"
 #include "pack.cuh"
 
 namespace fastops::cuda {
 
-// Writes out, rows of `period` elements, and the sums over each kRowBlock of them. column(left)
-// returns what computes the `width` elements from column `left` on in any row: of the index of the
-// first, and an array to be filled.
-template <int width, int threads, class scalar_t, class Column>
-__device__ __forceinline__ void for_each_row_block(int64_t rows, int64_t period, scalar_t* out,
-                                                   real_of<scalar_t>* sums, Column column) {
+constexpr int kSummedThreads = 256;
+constexpr int kRowsInFlight = 4;  // whose loads are issued before the first is needed
+
+// What is summed, F, has
+//   quantities            how many sums there are of a column
+//   Rows<scalar_t>        where its rows are: a parameter of the kernel
+//   Column<scalar_t, n>   made by a thread of (Rows, index of the first of n columns), with
+//     identity(q)         optional: where quantity q starts, 0 if not said
+//     load(i)             what it needs of the row that has its columns at index i
+//     apply(loaded, i, sums[quantities][n])   writes the row, and adds to the sums what it is to
+// How it adds is its own affair: any associative operation will do.
+
+// A thread goes down n columns of a block of rows. sums[q] has a row of `period` for each block.
+template <class F, int n, class scalar_t>
+__global__ void __launch_bounds__(kSummedThreads, kResident)
+    summed_kernel(int64_t rows, int64_t period, typename F::template Rows<scalar_t> of,
+                  std::array<real_of<scalar_t>*, F::quantities> sums) {
   using real = real_of<scalar_t>;
-  const int64_t columns = period / width, items = row_blocks_of(rows) * columns;
-  for (int64_t k = int64_t{blockIdx.x} * threads + threadIdx.x; k < items;
-       k += int64_t{gridDim.x} * threads) {
-    const int64_t first = k / columns * kRowBlock, left = k % columns * width;
-    const int64_t last = first + kRowBlock < rows ? first + kRowBlock : rows;
-    const auto compute = column(left);
-    real sum[width] = {};
-    for (int64_t i = first * period + left; i < last * period; i += period) {
-      real x[width];
-      compute(i, x);
+  using Column = typename F::template Column<scalar_t, n>;
+  const int64_t columns = n == 1 ? period : quotient(period, n);
+  const int64_t items = row_blocks_of(rows) * columns;
+  for (int64_t item = int64_t{blockIdx.x} * kSummedThreads + threadIdx.x; item < items;
+       item += int64_t{gridDim.x} * kSummedThreads) {
+    const int64_t block = quotient(item, columns), left = (item - block * columns) * n;
+    const int64_t first = block * kRowBlock;
+    const int count = static_cast<int>(rows - first < kRowBlock ? rows - first : kRowBlock);
+    const Column column(of, left);
+    real sum[F::quantities][n];
 #pragma unroll
-      for (int m = 0; m < width; ++m) sum[m] += x[m];
-      store_columns(out + i, x);
+    for (int q = 0; q < F::quantities; ++q) {
+      real start = 0;
+      if constexpr (requires { Column::identity(q); }) start = Column::identity(q);
+#pragma unroll
+      for (int k = 0; k < n; ++k) sum[q][k] = start;
     }
-    store_columns(sums + k / columns * period + left, sum);
+    int64_t i = first * period + left;
+    int row = 0;
+    for (; row + kRowsInFlight <= count; row += kRowsInFlight, i += kRowsInFlight * period) {
+      typename Column::Loaded loaded[kRowsInFlight];
+#pragma unroll
+      for (int m = 0; m < kRowsInFlight; ++m) loaded[m] = column.load(i + m * period);
+#pragma unroll
+      for (int m = 0; m < kRowsInFlight; ++m) column.apply(loaded[m], i + m * period, sum);
+    }
+    for (; row < count; ++row, i += period) column.apply(column.load(i), i, sum);
+#pragma unroll
+    for (int q = 0; q < F::quantities; ++q) store_columns(sums[q] + block * period + left, sum[q]);
   }
 }
 
-// Threads that for_each_row_block() keeps busy, where `wide` packs of `size` columns.
-inline int64_t row_block_items(int64_t rows, int64_t period, bool wide, int size) {
-  return row_blocks_of(rows) * (wide ? period / size : period);
+// Rows of `period` among n elements. `wide`: they may be read and written in packs.
+template <class F, int group, class scalar_t>
+Error launch_summed(int64_t n, int64_t period, bool wide,
+                    const typename F::template Rows<scalar_t>& of,
+                    const std::array<real_of<scalar_t>*, F::quantities>& sums, void* stream) {
+  if (n == 0) return nullptr;
+  const int64_t rows = n / period;
+  wide = wide && period % group == 0;
+  for (const auto* sum : sums) wide = wide && aligned(sum);
+  const int64_t items = row_blocks_of(rows) * (wide ? period / group : period);
+  return launch(wide ? summed_kernel<F, group, scalar_t> : summed_kernel<F, 1, scalar_t>,
+                grid_for(items, kSummedThreads), kSummedThreads, stream, rows, period, of, sums);
 }
 
 }  // namespace fastops::cuda

@@ -4,8 +4,7 @@
 #include "../formulas/dropout.h"
 #include "../kernels/dropout.h"
 #include "column_sums.cuh"
-#include "launch.cuh"
-#include "pack.cuh"
+#include "elementwise.cuh"
 
 namespace fastops::cuda {
 namespace {
@@ -13,62 +12,136 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWords = 4;  // of one counter
 
-// A group: as many consecutive elements as fill a pack, and at least those of one counter.
+// As many consecutive elements as fill a pack, and at least those of one counter.
 template <class scalar_t>
 constexpr int group_size = pack_size<scalar_t> > kWords ? pack_size<scalar_t> : kWords;
 
-// The second of three inputs is a row of `period` elements that is repeated; `wide_row`: read in
-// packs as well.
-template <class scalar_t, int inputs>
-struct Inputs {
-  const scalar_t* p[inputs];
-  int64_t period;
-  bool wide_row;
-};
+// ------------------------------------------------------------------------------------------------
+// words
 
+__device__ __forceinline__ uint32_t word_of(const Philox<uint32_t>& philox, int which) {
+  const uint32_t low = which & 1 ? philox.word[1] : philox.word[0];
+  const uint32_t high = which & 1 ? philox.word[3] : philox.word[2];
+  return which & 2 ? high : low;
+}
+
+// What decides which elements are kept, once the seed is known.
 struct Mask {
-  const int64_t* seed;
-  uint32_t threshold;
-};
-
-struct Key {
-  uint32_t k0, k1;
-  __device__ __forceinline__ explicit Key(const int64_t* seed) {
+  uint32_t k0, k1, threshold;
+  __device__ __forceinline__ Mask(const int64_t* seed, uint32_t threshold) : threshold(threshold) {
     const int64_t s = load(seed);
     k0 = static_cast<uint32_t>(s);
     k1 = static_cast<uint32_t>(s >> 32);
   }
-  __device__ __forceinline__ Philox<uint32_t> words(int64_t counter) const {
+  __device__ __forceinline__ Philox<uint32_t> words(uint64_t counter) const {
     return {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), k0, k1};
+  }
+  // Of the logical element i alone.
+  __device__ __forceinline__ bool keeps(int64_t i) const {
+    const auto at = static_cast<uint64_t>(i);
+    return word_of(words(at / kWords), static_cast<int>(at % kWords)) >= threshold;
+  }
+  // Of n elements from i on: one, or those of whole counters.
+  template <int n>
+  __device__ __forceinline__ void keeps(int64_t i, bool (&keep)[n]) const {
+    if constexpr (n == 1) {
+      keep[0] = keeps(i);
+    } else {
+      static_assert(n % kWords == 0);
+#pragma unroll
+      for (int j = 0; j < n; j += kWords) {
+        const Philox<uint32_t> philox = words(static_cast<uint64_t>(i + j) / kWords);
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) keep[j + k] = philox.word[k] >= threshold;
+      }
+    }
   }
 };
 
-// ------------------------------------------------------------------------------------------------
-// kernels
-
-// Calls body(first element of the group, number of its elements) for every group of this thread.
-template <int size, class Body>
-__device__ __forceinline__ void groups(int64_t n, Body body) {
-  const int64_t step = int64_t{gridDim.x} * kThreads * size;
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * size; i < n; i += step)
-    body(i, n - i < size ? n - i : size);
+template <class Op, class real, int n>
+__device__ __forceinline__ void keep_or_drop(const bool (&keep)[n], real scale,
+                                             const real (&x)[Op::inputs][n], real (&y)[n]) {
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    if constexpr (Op::inputs == 1) y[k] = Op::forward(keep[k], scale, x[0][k]);
+    if constexpr (Op::inputs == 3) y[k] = Op::forward(keep[k], scale, x[0][k], x[1][k], x[2][k]);
+  }
 }
 
-template <class Op, class scalar_t>
-__device__ __forceinline__ void keep_or_drop(const Inputs<scalar_t, Op::inputs>& in, scalar_t* out,
-                                             int64_t i, int64_t count, bool wide,
-                                             const bool (&keep)[group_size<scalar_t>],
-                                             real_of<scalar_t> scale) {
-  constexpr int size = group_size<scalar_t>;
-  real_of<scalar_t> x[Op::inputs][size];
-  wide = wide && count == size;
+// ------------------------------------------------------------------------------------------------
+// contiguous tensors: neighbours share their counters
+
+template <class Op>
+struct Forward {
+  static constexpr int inputs = Op::inputs, outputs = 1;
+  static constexpr unsigned broadcast = inputs == 3 ? 0b10 : 0;
+  template <class scalar_t>
+  static constexpr int group = group_size<scalar_t>;
+
+  template <class real>
+  struct Masked {
+    Mask mask;
+    real scale;
+    template <int n>
+    __device__ __forceinline__ void operator()(int64_t i, const real (&x)[inputs][n],
+                                               real (&y)[1][n]) const {
+      bool keep[n];
+      mask.keeps(i, keep);
+      keep_or_drop<Op>(keep, scale, x, y[0]);
+    }
+  };
+  template <class real>
+  struct Functor {
+    const int64_t* seed;
+    uint32_t threshold;
+    real scale;
+    __device__ __forceinline__ Masked<real> prepared() const {
+      return {Mask(seed, threshold), scale};
+    }
+  };
+};
+
+// From the output, which tells the mask.
+template <class Op>
+struct Backward {
+  static constexpr int inputs = 2, outputs = 1, params = 1;
+  template <class T>
+  static FASTOPS_FN T apply(T y, T dy, T scale) {
+    return Op::backward(y, dy, scale);
+  }
+};
+
+template <class Op>
+Error backward(const DropoutArgs& a) {
+  return dispatch(a.dtype, [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    std::array<Operand<scalar_t>, 2> in;
+    for (int j = 0; j < 2; ++j) in[j].p = static_cast<const scalar_t*>(a.in[j]);
+    return launch_elementwise<Backward<Op>, scalar_t>(a.n, {static_cast<scalar_t*>(a.out)}, in,
+                                                      {Params<1, real_of<scalar_t>>(&a.scale)},
+                                                      a.stream);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------
+// tensors in any other order
+
+template <class scalar_t, int inputs>
+struct Inputs {
+  const scalar_t* p[inputs];
+  int64_t period;  // of the second of three
+};
+
+// The elements from i on, as many as there are up to n of them.
+template <class Op, class scalar_t, int n>
+__device__ __forceinline__ void load_some(const Inputs<scalar_t, Op::inputs>& in, int64_t i,
+                                          int64_t count, bool wide,
+                                          real_of<scalar_t> (&x)[Op::inputs][n]) {
 #pragma unroll
   for (int j = 0; j < Op::inputs; ++j) {
-    if (j == 1 && wide && in.wide_row) {
-      load_wide(in.p[j] + i % in.period, x[j]);
-    } else if (j == 1) {
+    if (j == 1) {
 #pragma unroll
-      for (int k = 0; k < size; ++k)
+      for (int k = 0; k < n; ++k)
         x[j][k] =
             k < count ? static_cast<real_of<scalar_t>>(load(in.p[j] + (i + k) % in.period)) : 0;
     } else if (wide) {
@@ -77,108 +150,107 @@ __device__ __forceinline__ void keep_or_drop(const Inputs<scalar_t, Op::inputs>&
       load_narrow(in.p[j] + i, count, x[j]);
     }
   }
-#pragma unroll
-  for (int k = 0; k < size; ++k) {
-    if constexpr (Op::inputs == 1) x[0][k] = Op::forward(keep[k], scale, x[0][k]);
-    if constexpr (Op::inputs == 3) x[0][k] = Op::forward(keep[k], scale, x[0][k], x[1][k], x[2][k]);
-  }
-  if (wide) {
-    store_wide(out + i, x[0]);
-  } else {
-    store_narrow(out + i, count, x[0]);
-  }
 }
 
-// Memory order is logical order: the elements of a group share their counters.
-template <class Op, class scalar_t>
-__global__ void __launch_bounds__(kThreads, kResident)
-    contiguous_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide,
-                      Mask mask, real_of<scalar_t> scale) {
-  constexpr int size = group_size<scalar_t>;
-  const Key key(mask.seed);
-  groups<size>(n, [&](int64_t i, int64_t count) {
-    bool keep[size];
-#pragma unroll
-    for (int j = 0; j < size; j += kWords) {
-      const Philox<uint32_t> philox = key.words((i + j) / kWords);
-#pragma unroll
-      for (int k = 0; k < kWords; ++k) keep[j + k] = philox.word[k] >= mask.threshold;
+// Where the elements of memory stand in logical order, and how far a thread goes from one group of
+// its elements to the next.
+template <class index_t>
+struct Strides {
+  int dims;
+  index_t size[kMaxDims], step[kMaxDims];
+  int64_t stride[kMaxDims];
+  int64_t carried[kMaxDims];  // what the logical index changes by where dimension d is carried
+  int64_t logical_step;
+
+  Strides(const LogicalOrder& order, int64_t elements) : dims(order.dims), logical_step(0) {
+    for (int d = dims - 1; d >= 0; --d) {
+      const int64_t outer = d > 0 ? order.logical_stride[d - 1] : 0;
+      size[d] = static_cast<index_t>(order.size[d]);
+      stride[d] = order.logical_stride[d];
+      carried[d] = outer - order.size[d] * stride[d];
+      step[d] = static_cast<index_t>(elements % order.size[d]);
+      logical_step += elements % order.size[d] * stride[d];
+      elements /= order.size[d];
     }
-    keep_or_drop<Op>(in, out, i, count, wide, keep, scale);
-  });
-}
+  }
+};
 
-// Any other order: every element has a counter of its own. Coordinates are divided out once a
-// group, and then walked.
-template <class Op, class scalar_t, class index_t>
-__global__ void __launch_bounds__(kThreads, kResident)
-    strided_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide, Mask mask,
-                   real_of<scalar_t> scale, const LogicalOrder __grid_constant__ order) {
-  constexpr int size = group_size<scalar_t>;
-  const Key key(mask.seed);
-  groups<size>(n, [&](int64_t i, int64_t count) {
-    index_t at[kMaxDims];
-    int64_t logical = 0;
-    index_t rest = static_cast<index_t>(i);
+template <class index_t>
+struct Coordinates {
+  index_t at[kMaxDims];
+  int64_t logical = 0;
+
+  __device__ __forceinline__ Coordinates(const Strides<index_t>& order, index_t i) {
 #pragma unroll
     for (int d = kMaxDims - 1; d >= 0; --d) {
       if (d >= order.dims) continue;
-      const index_t extent = static_cast<index_t>(order.size[d]);
-      at[d] = rest % extent;
-      rest /= extent;
-      logical += static_cast<int64_t>(at[d]) * order.logical_stride[d];
+      at[d] = i % order.size[d];
+      i /= order.size[d];
+      logical += static_cast<int64_t>(at[d]) * order.stride[d];
     }
+  }
+  __device__ __forceinline__ void move_one(const Strides<index_t>& order) {
+    bool carry = true;
+#pragma unroll
+    for (int d = kMaxDims - 1; d >= 0; --d) {
+      if (d >= order.dims || !carry) continue;
+      if (d == order.dims - 1) logical += order.stride[d];
+      add(order, d, 1, carry);
+    }
+  }
+  __device__ __forceinline__ void move_step(const Strides<index_t>& order) {
+    logical += order.logical_step;
+    bool carry = false;
+#pragma unroll
+    for (int d = kMaxDims - 1; d >= 0; --d)
+      if (d < order.dims) add(order, d, order.step[d] + carry, carry);
+  }
+
+ private:
+  __device__ __forceinline__ void add(const Strides<index_t>& order, int d, index_t by,
+                                      bool& carry) {
+    at[d] += by;
+    carry = at[d] >= order.size[d];
+    if (!carry) return;
+    at[d] -= order.size[d];
+    logical += order.carried[d];
+  }
+};
+
+// Every element has a counter of its own. A thread's coordinates are divided out once, and then
+// moved along.
+template <class Op, class scalar_t, class index_t>
+__global__ void __launch_bounds__(kThreads, kResident)
+    strided_kernel(int64_t n, scalar_t* out, Inputs<scalar_t, Op::inputs> in, bool wide,
+                   const int64_t* seed, uint32_t threshold, real_of<scalar_t> scale,
+                   const Strides<index_t> __grid_constant__ order) {
+  using real = real_of<scalar_t>;
+  constexpr int size = group_size<scalar_t>;
+  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * size;
+  if (first >= n) return;
+  const Mask mask(seed, threshold);
+  Coordinates<index_t> group(order, static_cast<index_t>(first));
+  for (int64_t i = first; i < n; i += int64_t{gridDim.x} * kThreads * size) {
+    const int64_t count = n - i < size ? n - i : size;
     bool keep[size];
+    Coordinates<index_t> at = group;
 #pragma unroll
     for (int k = 0; k < size; ++k) {
-      const Philox<uint32_t> philox = key.words(logical / kWords);
-      const int which = static_cast<int>(logical % kWords);
-      const uint32_t low = which & 1 ? philox.word[1] : philox.word[0];
-      const uint32_t high = which & 1 ? philox.word[3] : philox.word[2];
-      keep[k] = (which & 2 ? high : low) >= mask.threshold;
-      bool carry = true;
-#pragma unroll
-      for (int d = kMaxDims - 1; d >= 0; --d) {
-        if (d >= order.dims || !carry) continue;
-        logical += order.logical_stride[d];
-        carry = ++at[d] == static_cast<index_t>(order.size[d]);
-        if (carry) {
-          logical -= order.size[d] * order.logical_stride[d];
-          at[d] = 0;
-        }
-      }
+      keep[k] = mask.keeps(at.logical);
+      at.move_one(order);
     }
-    keep_or_drop<Op>(in, out, i, count, wide, keep, scale);
-  });
-}
-
-// Of contiguous rows, and the sums of the output over the rows of each strip: a thread goes down
-// `width` columns of one.
-template <class Op, int width, class scalar_t>
-__global__ void __launch_bounds__(kThreads, kResident)
-    summed_kernel(int64_t rows, int64_t period, scalar_t* out, const scalar_t* in, Mask mask,
-                  real_of<scalar_t> scale, real_of<scalar_t>* sums) {
-  using real = real_of<scalar_t>;
-  const Key key(mask.seed);
-  const auto compute = [&](int64_t i, real(&x)[width]) {
-    load_columns(in + i, x);
-#pragma unroll
-    for (int j = 0; j < width; j += kWords) {
-      const Philox<uint32_t> philox = key.words((i + j) / kWords);
-      if constexpr (width == 1) {
-        x[0] = Op::forward(philox.word[i % kWords] >= mask.threshold, scale, x[0]);
-      } else {
-#pragma unroll
-        for (int m = 0; m < kWords; ++m)
-          x[j + m] = Op::forward(philox.word[m] >= mask.threshold, scale, x[j + m]);
-      }
+    group.move_step(order);
+    const bool whole = wide && count == size;
+    real x[Op::inputs][size], y[size];
+    load_some<Op>(in, i, count, whole, x);
+    keep_or_drop<Op>(keep, scale, x, y);
+    if (whole) {
+      store_wide(out + i, y);
+    } else {
+      store_narrow(out + i, count, y);
     }
-  };
-  for_each_row_block<width, kThreads>(rows, period, out, sums, [&](int64_t) { return compute; });
+  }
 }
-
-// ------------------------------------------------------------------------------------------------
-// launchers
 
 template <class Op>
 Error forward(const DropoutArgs& a) {
@@ -186,79 +258,83 @@ Error forward(const DropoutArgs& a) {
   if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
+    using real = real_of<scalar_t>;
+    constexpr int size = group_size<scalar_t>;
     auto* out = static_cast<scalar_t*>(a.out);
+    const auto scale = static_cast<real>(a.scale);
+    if (a.order.dims == 1 && a.order.logical_stride[0] == 1) {
+      std::array<Operand<scalar_t>, Op::inputs> in;
+      for (int j = 0; j < Op::inputs; ++j) in[j].p = static_cast<const scalar_t*>(a.in[j]);
+      if (Op::inputs == 3) in[Op::inputs / 2].period = a.period;
+      return launch_elementwise<Forward<Op>, scalar_t>(a.n, {out}, in, {a.seed, a.threshold, scale},
+                                                       a.stream);
+    }
     Inputs<scalar_t, Op::inputs> in;
     for (int j = 0; j < Op::inputs; ++j) in.p[j] = static_cast<const scalar_t*>(a.in[j]);
     in.period = a.period;
-    in.wide_row =
-        Op::inputs == 3 && a.period % group_size<scalar_t> == 0 && aligned(in.p[Op::inputs / 2]);
-    const Mask mask{a.seed, a.threshold};
-    const auto scale = static_cast<real_of<scalar_t>>(a.scale);
-    const int64_t blocks =
-        grid_for((a.n + group_size<scalar_t> - 1) / group_size<scalar_t>, kThreads);
     const bool wide = aligned(out, in.p[0], in.p[Op::inputs - 1]);
-    if (a.order.dims == 1 && a.order.logical_stride[0] == 1)
-      return launch(contiguous_kernel<Op, scalar_t>, blocks, kThreads, a.stream, a.n, out, in, wide,
-                    mask, scale);
-    auto* kernel = a.n < int64_t{1} << 31 ? strided_kernel<Op, scalar_t, uint32_t>
-                                          : strided_kernel<Op, scalar_t, uint64_t>;
-    return launch(kernel, blocks, kThreads, a.stream, a.n, out, in, wide, mask, scale, a.order);
+    const int64_t blocks = grid_for((a.n + size - 1) / size, kThreads);
+    const auto run = [&](auto index) {
+      using index_t = decltype(index);
+      return launch(strided_kernel<Op, scalar_t, index_t>, blocks, kThreads, a.stream, a.n, out, in,
+                    wide, a.seed, a.threshold, scale,
+                    Strides<index_t>(a.order, blocks * kThreads * size));
+    };
+    return a.n < int64_t{1} << 31 ? run(uint32_t{}) : run(uint64_t{});
   });
 }
 
-template <class Op, class scalar_t>
-__global__ void __launch_bounds__(kThreads, kResident)
-    backward_kernel(AlignedSpan cut, scalar_t* dx, const scalar_t* y, const scalar_t* dy,
-                    real_of<scalar_t> scale) {
-  using real = real_of<scalar_t>;
-  constexpr int size = pack_size<scalar_t>;
-  for_each_pack<size>(
-      cut, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads,
-      [&](int64_t i) {
-        real s[size], g[size];
-        load_wide(y + i, s);
-        load_wide(dy + i, g);
-#pragma unroll
-        for (int k = 0; k < size; ++k) g[k] = Op::backward(s[k], g[k], scale);
-        store_wide(dx + i, g);
-      },
-      [&](int64_t i) {
-        const real s = static_cast<real>(load(y + i)), g = static_cast<real>(load(dy + i));
-        store(dx + i, static_cast<scalar_t>(Op::backward(s, g, scale)));
-      });
-}
+// ------------------------------------------------------------------------------------------------
+// contiguous rows whose sum is taken as well
 
 template <class Op>
-Error backward(const DropoutArgs& a) {
-  if (a.n == 0) return nullptr;
-  return dispatch(a.dtype, [&](auto zero) -> Error {
-    using scalar_t = decltype(zero);
-    constexpr int size = pack_size<scalar_t>;
-    auto* dx = static_cast<scalar_t*>(a.out);
-    auto* y = static_cast<const scalar_t*>(a.in[0]);
-    auto* dy = static_cast<const scalar_t*>(a.in[1]);
-    const AlignedSpan whole = aligned_span(a.n, size, dx, y, dy);
-    const int64_t items = std::max(whole.packs, whole.n - whole.packs * size);
-    return launch(backward_kernel<Op, scalar_t>, grid_for(items, kThreads), kThreads, a.stream,
-                  whole, dx, y, dy, static_cast<real_of<scalar_t>>(a.scale));
-  });
-}
+struct Summed {
+  static constexpr int quantities = 1;
+  template <class scalar_t>
+  struct Rows {
+    scalar_t* out;
+    const scalar_t* in;
+    const int64_t* seed;
+    uint32_t threshold;
+    real_of<scalar_t> scale;
+  };
+  template <class scalar_t, int n>
+  struct Column {
+    using real = real_of<scalar_t>;
+    using Loaded = Raw<scalar_t, n>;
+    const Rows<scalar_t>& of;
+    Mask mask;
+    __device__ __forceinline__ Column(const Rows<scalar_t>& of, int64_t)
+        : of(of), mask(of.seed, of.threshold) {}
+    __device__ __forceinline__ Loaded load(int64_t i) const {
+      Loaded loaded;
+      loaded.load_from(of.in + i);
+      return loaded;
+    }
+    __device__ __forceinline__ void apply(const Loaded& loaded, int64_t i,
+                                          real (&sum)[1][n]) const {
+      bool keep[n];
+      real x[1][n], y[n];
+      loaded.values(x[0]);
+      mask.keeps(i, keep);
+      keep_or_drop<Op>(keep, of.scale, x, y);
+#pragma unroll
+      for (int k = 0; k < n; ++k) sum[0][k] += y[k];
+      store_columns(of.out + i, y);
+    }
+  };
+};
 
 template <class Op>
 Error summed(const DropoutArgs& a) {
-  if (a.n == 0) return nullptr;
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    constexpr int size = group_size<scalar_t>;
-    auto* out = static_cast<scalar_t*>(a.out);
-    auto* in = static_cast<const scalar_t*>(a.in[0]);
-    auto* sums = static_cast<real_of<scalar_t>*>(a.sums);
-    const int64_t rows = a.n / a.period;
-    const bool wide = a.period % size == 0 && aligned(out, in) && aligned(sums);
-    const int64_t items = row_block_items(rows, a.period, wide, size);
-    return launch(wide ? summed_kernel<Op, size, scalar_t> : summed_kernel<Op, 1, scalar_t>,
-                  grid_for(items, kThreads), kThreads, a.stream, rows, a.period, out, in,
-                  Mask{a.seed, a.threshold}, static_cast<real_of<scalar_t>>(a.scale), sums);
+    using real = real_of<scalar_t>;
+    const typename Summed<Op>::template Rows<scalar_t> rows{
+        static_cast<scalar_t*>(a.out), static_cast<const scalar_t*>(a.in[0]), a.seed, a.threshold,
+        static_cast<real>(a.scale)};
+    return launch_summed<Summed<Op>, group_size<scalar_t>, scalar_t>(
+        a.n, a.period, aligned(rows.out, rows.in), rows, {static_cast<real*>(a.sums)}, a.stream);
   });
 }
 

@@ -49,6 +49,12 @@ inline int64_t grid_for(int64_t items, int threads) {
   return std::clamp<int64_t>((items + threads - 1) / threads, 1, 4 * resident);
 }
 
+// a / b of what is not negative. The 64-bit division is some hundred instructions.
+__host__ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 // ------------------------------------------------------------------------------------------------
 // dtypes
 
@@ -82,11 +88,11 @@ struct Params {
 
 // F::apply(inputs..., parameters...)
 template <class F, class real, int n, size_t... I, class... In>
-FASTOPS_FN real apply(const Params<n, real>& params, std::index_sequence<I...>, In... in) {
+FASTOPS_FN auto apply(const Params<n, real>& params, std::index_sequence<I...>, In... in) {
   return F::apply(in..., params.value[I]...);
 }
 template <class F, class real, int n, class... In>
-FASTOPS_FN real apply(const Params<n, real>& params, In... in) {
+FASTOPS_FN auto apply(const Params<n, real>& params, In... in) {
   return apply<F>(params, std::make_index_sequence<n>{}, in...);
 }
 

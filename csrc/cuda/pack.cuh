@@ -56,7 +56,14 @@ __device__ __forceinline__ void store(T* p, const T& value) {
   if constexpr (sizeof(T) == kPackBytes) {
     uint4 words;
     memcpy(&words, &value, sizeof words);
-    __stwb(reinterpret_cast<uint4*>(p), words);  // by assignment, nvcc 13.0 stores word by word
+#if defined(FASTOPS_EMULATION)
+    *reinterpret_cast<uint4*>(p) = words;
+#else
+    // By assignment, nvcc 13.0 stores word by word, and no load passes __stwb, which says that it
+    // clobbers memory. This does not, because no kernel reads what it has stored.
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words.x), "r"(words.y),
+                 "r"(words.z), "r"(words.w));
+#endif
   } else {
     *p = value;
   }
@@ -95,14 +102,32 @@ __device__ __forceinline__ void store_wide(scalar_t* p, const real (&v)[n]) {
   }
 }
 
-// As many columns of a row as a thread goes down: whole packs, or one.
+// n elements, one or whole packs, as they were loaded. They are converted when they are needed: no
+// load then waits for the conversion of another's result.
+template <class scalar_t, int n>
+struct Raw {
+  static constexpr int size = n == 1 ? 1 : pack_size<scalar_t>;
+  static_assert(n % size == 0);
+  Pack<scalar_t, size> pack[n / size];
+
+  __device__ __forceinline__ void load_from(const scalar_t* p) {
+#pragma unroll
+    for (int k = 0; k < n / size; ++k) pack[k] = load_pack<size>(p + k * size);
+  }
+  __device__ __forceinline__ scalar_t& operator[](int k) { return pack[k / size].v[k % size]; }
+  template <class real>
+  __device__ __forceinline__ void values(real (&v)[n]) const {
+#pragma unroll
+    for (int k = 0; k < n; ++k) v[k] = static_cast<real>(pack[k / size].v[k % size]);
+  }
+};
+
+// One element, or whole packs.
 template <class real, class scalar_t, int n>
 __device__ __forceinline__ void load_columns(const scalar_t* p, real (&v)[n]) {
-  if constexpr (n == 1) {
-    v[0] = static_cast<real>(load(p));
-  } else {
-    load_wide(p, v);
-  }
+  Raw<scalar_t, n> raw;
+  raw.load_from(p);
+  raw.values(v);
 }
 template <class real, class scalar_t, int n>
 __device__ __forceinline__ void store_columns(scalar_t* p, const real (&v)[n]) {
@@ -125,19 +150,6 @@ __device__ __forceinline__ void store_narrow(scalar_t* p, int64_t count, const r
 #pragma unroll
   for (int k = 0; k < n; ++k)
     if (k < count) store(p + k, static_cast<scalar_t>(v[k]));
-}
-
-// n elements of a row of `period` that is repeated, from element i on; in packs where `wide` says
-// that they are whole ones.
-template <class real, class scalar_t, int n>
-__device__ __forceinline__ void load_beside(const scalar_t* row, int64_t i, int64_t period,
-                                            bool wide, real (&v)[n]) {
-  if (wide) {
-    load_wide(row + i % period, v);
-  } else {
-#pragma unroll
-    for (int k = 0; k < n; ++k) v[k] = static_cast<real>(load(row + (i + k) % period));
-  }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -163,14 +175,6 @@ __host__ __device__ __forceinline__ AlignedSpan aligned_span(int64_t n, int size
   const int64_t head = over ? static_cast<int64_t>((kPackBytes - over) / sizeof(scalar_t)) : 0;
   if (head >= n || !aligned(first + head, others + head...)) return {n, n, 0};
   return {n, head, (n - head) / size};
-}
-
-// Whether load_beside() of a row may be wide for every pack of the cut.
-template <class scalar_t>
-__host__ __device__ __forceinline__ bool wide_beside(const AlignedSpan& cut, int size,
-                                                     const scalar_t* row, int64_t period) {
-  return cut.packs > 0 && aligned(row + cut.head) &&
-         (period == cut.n || (period % size == 0 && cut.head == 0));
 }
 
 // Calls pack(i) for the first element of every pack and single(i) for every other element, among

@@ -1,6 +1,6 @@
-// Activations: y = forward(x), and dx = backward(s, dy) with s the input, or the output where
-// `from_output`. Parameters follow as values of T, in the order that `params` declares. No loop, no
-// dtype, no second derivative.
+// Activations, alone and of a sum. y = forward(x), and dx = backward(s, dy) with s the input, or
+// the output where `from_output`. Parameters follow as values of T, in the order that `params`
+// declares. No loop, no dtype, no second derivative.
 #pragma once
 #include "relu.h"
 
@@ -55,7 +55,7 @@ struct ELU {
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy, T alpha) {
-    return select(x > c<T>(0), dy, dy * alpha * exp(x));
+    return select(x > c<T>(0), dy, dy * (alpha * exp(x)));  // dy alpha may overflow
   }
 };
 
@@ -151,8 +151,8 @@ struct Softsign {
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
-    const T d = c<T>(1) + abs(x);
-    return dy / (d * d);
+    const T r = c<T>(1) / (c<T>(1) + abs(x));
+    return dy * r * r;  // the square of 1 + |x| may overflow
   }
 };
 
@@ -211,7 +211,7 @@ struct Hardswish {
   static constexpr bool from_output = false;
   template <class T>
   static FASTOPS_FN T forward(T x) {
-    return x * min(max(x + c<T>(3), c<T>(0)), c<T>(6)) / c<T>(6);
+    return select(x >= c<T>(3), x, x * max(x + c<T>(3), c<T>(0)) / c<T>(6));  // 6 x may overflow
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
@@ -252,9 +252,11 @@ struct GELUTanh {
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
-    const T z = twice_u(x), e = exp(-smooth_abs(z)), d = c<T>(1) / (c<T>(1) + e);
-    const T slope = c<T>(1.5957691216057308) * (c<T>(1) + c<T>(3 * 0.044715) * x * x);
-    return dy * d * (select(z < c<T>(0), e, c<T>(1)) + x * slope * e * d);
+    // From |x| = 22 on e is 0 in every dtype, and stays 0 when it is multiplied by a finite slope.
+    const T a = within(x, c<T>(-32), c<T>(32));
+    const T z = twice_u(a), e = exp(-smooth_abs(z)), d = c<T>(1) / (c<T>(1) + e);
+    const T slope = c<T>(1.5957691216057308) * (c<T>(1) + c<T>(3 * 0.044715) * a * a);
+    return dy * d * (select(z < c<T>(0), e, c<T>(1)) + a * slope * e * d);
   }
 };
 
@@ -262,19 +264,62 @@ struct GELUTanh {
 struct SquarePlus {
   static constexpr const char *name = "squareplus", *params = "float b=4.0";
   static constexpr bool from_output = false;
+  // sqrt(x^2 + b), which is |x| long before x^2 overflows.
+  template <class T>
+  static FASTOPS_FN T root(T x, T b) {
+    constexpr double kLarge = sizeof(Real<T>) == 4 ? 0x1p60 : 0x1p508;
+    const T a = abs(x);
+    return select(a > c<T>(kLarge), a, sqrt(x * x + b));
+  }
   template <class T>
   static FASTOPS_FN T forward(T x, T b) {
-    const T root = sqrt(x * x + b);  // below 0 the sum would cancel
-    return c<T>(0.5) * select(x > c<T>(0), x + root, b / (root - x));
+    const T r = root(x, b);
+    // Below 0 the sum would cancel.
+    return select(x < c<T>(0), c<T>(0.5) * b / (r - x), c<T>(0.5) * x + c<T>(0.5) * r);
   }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy, T b) {
-    return dy * c<T>(0.5) * (c<T>(1) + x / sqrt(x * x + b));
+    return dy * c<T>(0.5) * (c<T>(1) + x / root(x, b));
   }
 };
 
 using Activations =
     List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh, LogSigmoid, Softplus,
          Softsign, SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh, SquarePlus>;
+
+// ------------------------------------------------------------------------------------------------
+// An activation of a sum: y = forward(x, t), and dx = dt = backward(x, t, dy), which a formula that
+// is told by its output leaves to its activation's. `broadcast`: t is one row, repeated along x.
+
+struct AddReLU {
+  static constexpr const char *name = "add_relu", *activation = ReLU::name;
+  static constexpr bool broadcast = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T t) {
+    return ReLU::forward(x + t);
+  }
+};
+
+template <class Activation>
+struct BiasActivation {
+  static constexpr const char* activation = Activation::name;
+  static constexpr bool broadcast = true;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T b) {
+    return Activation::forward(x + b);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T b, T dy) {
+    return Activation::backward(x + b, dy);
+  }
+};
+struct BiasGELU : BiasActivation<GELU> {
+  static constexpr const char* name = "bias_gelu";
+};
+struct BiasGELUTanh : BiasActivation<GELUTanh> {
+  static constexpr const char* name = "bias_gelu_tanh";
+};
+
+using Fused = List<AddReLU, BiasGELU, BiasGELUTanh>;
 
 }  // namespace fastops

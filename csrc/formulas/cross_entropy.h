@@ -32,13 +32,43 @@ struct CrossEntropy {
   static FASTOPS_FN T z_slope(T lse, T z) {
     return c<T>(2) * z * lse;
   }
-  // d loss / d x[j] for j != target, with p = softmax(x)[j], total = hard + soft mass and
-  // soft_weight = soft w[j]; at the target it is less by `hard`.
+  // d loss / d x[j] for j != target, with p = softmax(x)[j], soft_weight = soft w[j], and total the
+  // mass and what z_loss adds to it; at the target it is less by `hard`.
   template <class T>
   static FASTOPS_FN T gradient(T p, T total, T soft_weight) {
     return p * total - soft_weight;
   }
 };
+
+// The end of a row, for every loop: what the row is compared with is added part by part.
+template <class T>
+struct CrossEntropyRow {
+  T log_sum;  // log(sum(exp(x - peak)))
+  T lse;      // log(sum(exp(x)))
+  T inverse;  // softmax(x)[j] is exp(x[j] - peak) times this
+  T loss = c<T>(0);
+  T total = c<T>(0);  // of CrossEntropy::gradient
+
+  FASTOPS_FN CrossEntropyRow(T peak, T log_sum, T inverse)
+      : log_sum(log_sum), lse(peak + log_sum), inverse(inverse) {}
+  explicit FASTOPS_FN CrossEntropyRow(LogSumExp<T> of)
+      : CrossEntropyRow(of.peak, log(of.sum), c<T>(1) / of.sum) {}
+
+  // `by` times the cross-entropy against q, with mass = sum(q) and depth = sum(q (peak - x)):
+  // distances from the peak, not logits, are what is added, so that large logits cost no digits.
+  // `part` is by mass.
+  FASTOPS_FN void add(T by, T depth, T mass, T part) {
+    loss = loss + by * (depth + mass * log_sum);
+    total = total + part;
+  }
+  FASTOPS_FN void add(T by, T depth, T mass) { add(by, depth, mass, by * mass); }
+  FASTOPS_FN void add_z_loss(Real<T> z) {
+    if (z == Real<T>(0)) return;  // 0 times the square may be NaN
+    loss = loss + CrossEntropy::z_loss(lse, T(z));
+    total = total + CrossEntropy::z_slope(lse, T(z));
+  }
+};
+
 // What a row's loss needs of its target distribution w[j] q[j], whatever that is: mass = sum(w q)
 // and depth = sum(w q (base - x)), where the base is moved as the running maximum is.
 template <class T>

@@ -47,7 +47,7 @@ struct SmoothL1 {
   template <class T>
   static FASTOPS_FN T value(T x, T t, T beta) {
     const T d = abs(x - t);
-    return select(d < beta, c<T>(0.5) * d * d / beta, d - c<T>(0.5) * beta);
+    return select(d < beta, c<T>(0.5) * d * (d / beta), d - c<T>(0.5) * beta);
   }
   template <class T>
   static FASTOPS_FN T d0(T x, T t, T beta) {
@@ -155,8 +155,11 @@ struct Domain {
 };
 template <class Op>
 constexpr Domain domain_of() {
-  if constexpr (requires { Op::low; }) return {Op::low, Op::high};
-  return {};
+  if constexpr (requires { Op::low; }) {
+    return {Op::low, Op::high};
+  } else {
+    return {};
+  }
 }
 
 template <class Op>

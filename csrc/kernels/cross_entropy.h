@@ -31,6 +31,16 @@ struct CrossEntropyArgs {
   void* stream;
 };
 using CrossEntropyLauncher = Error (*)(const CrossEntropyArgs&);
+// A saved gradient that is handed on: n values of dtype, multiplied where they lie by one in device
+// memory, of dtype or a real.
+struct RescaleArgs {
+  c10::ScalarType dtype;
+  int64_t n;
+  void* grad;
+  const void* factor;
+  bool factor_is_real;
+  void* stream;
+};
 struct CrossEntropyKernel {
   const char* name;
   CrossEntropyLauncher forward;  // loss, and the gradient in the same visit where `grad` is given
@@ -39,6 +49,9 @@ struct CrossEntropyKernel {
   // `divisor_out`, one real. `loss` may be written to on the way. On CPU the target is also
   // checked: returns the first row out of range in *bad_row, else -1; CUDA asserts on device.
   Error (*divisor)(const CrossEntropyArgs&, void* divisor_out, int64_t* bad_row);
+  // Multiplies a gradient by the factor, and moves nothing where that is 1: the host need not wait
+  // to see it. Null on CPU, where it does not.
+  Error (*rescale)(const RescaleArgs&) = nullptr;
 };
 
 }  // namespace fastops

@@ -1,4 +1,4 @@
-// The elementwise kind: activations, and activations fused with the addition before them.
+// The elementwise kind: activations, activations fused with the addition before them, and gates.
 #pragma once
 #include "column_sums.h"
 #include "kernel_table.h"
@@ -45,6 +45,27 @@ struct FusedKernel {
   FusedLauncher
       backward;  // (x, t, dy) -> dx; null where the activation's own, of the output, will do
   FusedLauncher summed;  // backward and the sums of dx; null where t is not one row
+};
+
+// A gate: y = f(a, b). Every tensor is `outer` rows of `inner` elements, which may be further apart
+// than they are long, as the halves of one tensor are.
+struct GateOperand {
+  void* data;      // in[]: is not written
+  int64_t stride;  // elements from the beginning of a row to that of the next
+};
+struct GateArgs {
+  c10::ScalarType dtype;
+  int64_t outer, inner;
+  GateOperand out[2], in[5];  // no output overlaps an input
+  void* stream;
+};
+using GateLauncher = Error (*)(const GateArgs&);
+struct GateKernel {
+  const char* name;       // "glu"
+  GateLauncher forward;   // (a, b) -> y
+  GateLauncher backward;  // (a, b, dy) -> dy f_a, dy f_b
+  GateLauncher tangent;   // (a, b, u, v) -> u f_a + v f_b
+  GateLauncher second;    // (a, b, dy, u, v) -> the derivatives to a and to b of dy times that
 };
 
 }  // namespace fastops

@@ -20,6 +20,8 @@ struct LossArgs {
   const void* divisor;  // one real in device memory that divides the sum in `total`, or null
   const double* params;
   void* workspace;  // total: loss_workspace(n) bytes
+  bool* outside;    // values, total, on CPU: set to true where an element of x is not within [low,
+                    // high] of the kernel (a NaN is not); or null
   void* stream;
 };
 using LossLauncher = Error (*)(const LossArgs&);
@@ -33,8 +35,11 @@ struct LossKernel {
   LossLauncher second;  // out[i] = scale grad d2 value / dx dx, dx dt or dt dt, by `to_target`
   double low, high;     // an input outside of these gives a NaN
 };
-// Sums are taken in chunks of so many elements, chunk by chunk in order, whatever runs them.
-constexpr int64_t kLossChunk = 16384;
-constexpr int64_t loss_workspace(int64_t n) { return ((n + kLossChunk - 1) / kLossChunk) * 8; }
+// Sums are taken in chunks whose order n alone decides, so that they have the same bits on every
+// device of a kind. A GPU has smaller ones, and so work for each of its multiprocessors.
+constexpr int64_t kLossChunk = 16384, kDeviceLossChunk = 4096;
+constexpr int64_t loss_workspace(int64_t n) {
+  return ((n + kDeviceLossChunk - 1) / kDeviceLossChunk) * 8;
+}
 
 }  // namespace fastops

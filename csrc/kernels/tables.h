@@ -15,6 +15,7 @@ namespace fastops {
 struct Tables {
   KernelTable<ElementwiseKernel> elementwise;
   KernelTable<FusedKernel> fused;
+  KernelTable<GateKernel> gate;
   KernelTable<LossKernel> loss;  // the last is "sum": value(x) = x over reals
   KernelTable<SoftmaxKernel> softmax;
   KernelTable<CrossEntropyKernel> cross_entropy;
@@ -23,20 +24,22 @@ struct Tables {
   GradientNormKernel gradient_norm;
 };
 
-#define FASTOPS_TABLES(back_end)                                                              \
-  namespace back_end {                                                                        \
-  extern const KernelTable<ElementwiseKernel> elementwise_kernels;                            \
-  extern const KernelTable<FusedKernel> fused_kernels;                                        \
-  extern const KernelTable<LossKernel> loss_kernels;                                          \
-  extern const KernelTable<SoftmaxKernel> softmax_kernels;                                    \
-  extern const KernelTable<CrossEntropyKernel> cross_entropy_kernels;                         \
-  extern const KernelTable<DropoutKernel> dropout_kernels;                                    \
-  extern const KernelTable<OptimizerKernel> optimizer_kernels;                                \
-  extern const GradientNormKernel gradient_norm_kernel;                                       \
-  inline Tables tables() {                                                                    \
-    return {elementwise_kernels,   fused_kernels,   loss_kernels,      softmax_kernels,       \
-            cross_entropy_kernels, dropout_kernels, optimizer_kernels, gradient_norm_kernel}; \
-  }                                                                                           \
+#define FASTOPS_TABLES(back_end)                                           \
+  namespace back_end {                                                     \
+  extern const KernelTable<ElementwiseKernel> elementwise_kernels;         \
+  extern const KernelTable<FusedKernel> fused_kernels;                     \
+  extern const KernelTable<GateKernel> gate_kernels;                       \
+  extern const KernelTable<LossKernel> loss_kernels;                       \
+  extern const KernelTable<SoftmaxKernel> softmax_kernels;                 \
+  extern const KernelTable<CrossEntropyKernel> cross_entropy_kernels;      \
+  extern const KernelTable<DropoutKernel> dropout_kernels;                 \
+  extern const KernelTable<OptimizerKernel> optimizer_kernels;             \
+  extern const GradientNormKernel gradient_norm_kernel;                    \
+  inline Tables tables() {                                                 \
+    return {elementwise_kernels, fused_kernels,     gate_kernels,          \
+            loss_kernels,        softmax_kernels,   cross_entropy_kernels, \
+            dropout_kernels,     optimizer_kernels, gradient_norm_kernel}; \
+  }                                                                        \
   }
 FASTOPS_TABLES(DEFAULT)
 FASTOPS_TABLES(AVX2)

@@ -558,6 +558,35 @@ Tensor scaled(const Tensor& grad, const Tensor& dloss, const Tensor& scale, cons
   return at::mul(grad, shaped).to(grad.scalar_type());
 }
 
+// Whether rescaled() can multiply on the device by what the host has not seen.
+bool on_device(const Tensor& grad, const Tensor& factor) {
+  const auto dtype = factor.scalar_type(), own = grad.scalar_type();
+  return factor.is_cuda() && factor.device() == grad.device() && factor.numel() == 1 &&
+         (dtype == own || dtype == real_of(own)) && grad.is_non_overlapping_and_dense();
+}
+
+// A saved gradient that is given up: handed on as it is where the factor is 1, else multiplied where
+// it lies. On CUDA the kernel finds out which: the host waits for nothing.
+Tensor rescaled(const Tensor& grad, const Tensor& factor) {
+  Tensor dx = grad.detach();
+  if (!on_device(grad, factor)) {
+    if (!factor.is_cpu() || factor.item<double>() != 1.0) dx.mul_(factor);
+    return dx;
+  }
+  if (dx.numel() == 0) return dx;
+  const c10::DeviceGuard guard(dx.device());
+  RescaleArgs a{};
+  a.dtype = dx.scalar_type();
+  a.n = dx.numel();
+  a.grad = dx.mutable_data_ptr();
+  a.factor = factor.const_data_ptr();
+  a.factor_is_real = factor.scalar_type() != a.dtype || factor.scalar_type() == real_of(a.dtype);
+  a.stream = stream_of(dx);
+  check("cross_entropy", tables(dx.device().type()).cross_entropy.data[0].rescale(a));
+  dx.unsafeGetTensorImpl()->bump_version();
+  return dx;
+}
+
 // The weights of the classes, or 1, in the shape that multiplies logits.
 Tensor class_weights(const Tensor& grad, const Tensor& weight, at::TensorOptions options) {
   std::vector<int64_t> shape(grad.dim(), 1);
@@ -714,11 +743,10 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
   if (dloss.defined()) {
     const Tensor scale = scale_of_saved(grad, target, weight, a);
     const bool plain = c.last_use && a.exclusive && are_plain(dloss, grad);
-    if (plain && dloss.is_cpu() && !scale.defined() && a.reduction != at::Reduction::None) {
-      // The saved gradient is given up: handed on as it is, or scaled where it lies.
-      dx = grad.detach();
-      const double factor = dloss.item<double>();
-      if (factor != 1.0) dx.mul_(factor);
+    const Tensor factor = scale.defined() && dloss.is_cuda() ? dloss * scale : dloss;
+    if (plain && a.reduction != at::Reduction::None &&
+        (dloss.is_cpu() ? !scale.defined() : on_device(grad, factor))) {
+      dx = rescaled(grad, factor);
     } else {
       dx = scaled(grad, dloss, scale, a);
     }
@@ -879,11 +907,12 @@ variable_list overwriting_vjp(const variable_list& grads, const BackwardContext&
     result[0] = scaled(grad, dloss, scale, a);
     return result;
   }
-  Tensor dx = grad.detach(), factor = scale.defined() ? dloss * scale : dloss;
-  if (a.reduction == at::Reduction::None) factor = factor.unsqueeze(class_dim(grad));
-  if (a.reduction == at::Reduction::None || !factor.is_cpu() || factor.item<double>() != 1.0)
-    dx.mul_(factor);
-  result[0] = dx;
+  const Tensor factor = scale.defined() ? dloss * scale : dloss;
+  if (a.reduction == at::Reduction::None) {
+    result[0] = grad.detach().mul_(factor.unsqueeze(class_dim(grad)));
+  } else {
+    result[0] = rescaled(grad, factor);
+  }
   return result;
 }
 

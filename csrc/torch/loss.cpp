@@ -3,11 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/all.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/ge.h>
-#include <ATen/ops/isnan.h>
-#include <ATen/ops/le.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/result_type.h>
 #include <ATen/ops/sum.h>
@@ -16,7 +12,6 @@
 
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <mutex>
 
@@ -117,7 +112,7 @@ LossArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const Pa
 }
 
 Tensor total(const LossKernel& row, const Tensor& x, const Tensor& t, double scale,
-             const Tensor& divisor, const Parameters& params) {
+             const Tensor& divisor, const Parameters& params, bool* outside = nullptr) {
   const Tensor out = output_beside(x, {}, real_of(x.scalar_type()));
   const int64_t bytes = loss_workspace(x.numel());
   constexpr int64_t kStack = 256;
@@ -128,17 +123,15 @@ Tensor total(const LossKernel& row, const Tensor& x, const Tensor& t, double sca
   a.scale = scale;
   if (divisor.defined()) a.divisor = divisor.const_data_ptr();
   a.workspace = fits ? static_cast<void*>(stack) : workspace.mutable_data_ptr();
+  a.outside = outside;
   check(row.name, row.total(a));
   return out;
 }
 
-// What came out is NaN where the input lies outside of the row's domain: only then is the input
-// looked at again. On CUDA that would be a wait for the device; the NaN is left to speak there.
-void check_domain(const LossKernel& r, const Tensor& result, const Tensor& x) {
-  if (!std::isfinite(r.low) || !x.is_cpu() || x.numel() == 0) return;
-  if (!result.sum().isnan().item<bool>()) return;
-  TORCH_CHECK(at::ge(x, r.low).logical_and_(at::le(x, r.high)).all().item<bool>(), r.name,
-              ": all elements of input should be between ", r.low, " and ", r.high);
+// On CUDA, where the answer would be a wait for the device, the NaN in the result is left to speak.
+void check_domain(const LossKernel& r, bool outside) {
+  TORCH_CHECK(!outside, r.name, ": all elements of input should be between ", r.low, " and ",
+              r.high);
 }
 
 template <class... P>
@@ -153,17 +146,22 @@ struct Forward {
     const LossKernel& r = rows(x.device().type()).data[row];
     const Parameters params(r.name, x, p...);
     const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
+    bool outside = false;
     if (reduction == at::Reduction::None) {
       Tensor out = output_like(x);
-      if (x.numel() > 0) check(r.name, r.values(arguments(x, t, out, params)));
-      check_domain(r, out, x);
+      if (x.numel() > 0) {
+        LossArgs a = arguments(x, t, out, params);
+        a.outside = &outside;
+        check(r.name, r.values(a));
+      }
+      check_domain(r, outside);
       return as_dtype(out, dtype);
     }
     // The mean of nothing is nan, as torch has it: 0 / 0.
     const double scale =
         reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(x.numel()) : 1.0;
-    const Tensor out = total(r, x, t, scale, Tensor(), params);
-    check_domain(r, out, x);
+    const Tensor out = total(r, x, t, scale, Tensor(), params, &outside);
+    check_domain(r, outside);
     return as_dtype(out, dtype);
   }
 };

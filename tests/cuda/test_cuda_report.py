@@ -34,19 +34,30 @@ def test_every_op_is_in_the_table():
     found = Counter(line["kernel"].partition("<")[0] for line in LINES)
     losses = len(rows("reduce")) - 1  # without "sum"
     expected = {
-        "map_kernel": 3 * 4 * len(rows("map")),  # forward, backward, second; dtypes
-        # values, each first derivative, and all second ones; dtypes
-        "each_kernel": 4 * 4 * losses,
+        # Activations: forward, backward, second. Losses: values, each first derivative, all second ones.
+        # What is fused with an addition; dropouts, and the backward of the one that its output tells;
+        # a saved gradient times a factor. All for each dtype.
+        "elementwise_kernel": 4
+        * (
+            3 * len(rows("map"))
+            + 4 * losses
+            + sum(1 + row.broadcast for row in rows("fused"))
+            + 4 * len(rows("gate"))  # forward, backward, tangent, second
+            + len(rows("random"))
+            + 1
+            + 1
+        ),
+        "chunk_kernel": 4 * len(rows("reduce")),
         # Dtypes of parameters and states; each also extended (rounding, numbers of the device).
         "step_kernel": sum(2 * (7 if row.states else 4) for row in rows("step")),
         "derive_kernel": 2 * len(rows("step")),
-        "softmax_kernel": 3
-        * 4
-        * len(rows("softmax")),  # warps, blocks that hold a row, blocks that do not
-        "fused_kernel": 4 * sum(1 + row.broadcast for row in rows("fused")),
-        "probability_kernel": 3 * 4 * len(rows("cross_entropy")),
-        "cross_entropy_kernel": 3 * 4 * len(rows("cross_entropy")),
-        "contiguous_kernel": 4 * len(rows("random")),
+        # Teams of 32, 128 and 512 threads that hold a row, or two, and blocks that do not; for one row
+        # teams of 1024, which have no registers for float64.
+        "softmax_kernel": (4 * 4 + 3) * len(rows("softmax")),
+        "softmax_backward_kernel": 4 * 4 * len(rows("softmax")),
+        "probability_kernel": 4 * 4 * len(rows("cross_entropy")),
+        "cross_entropy_kernel": (4 * 4 + 3) * len(rows("cross_entropy")),
+        "strided_kernel": 2 * 4 * len(rows("random")),  # indices of 32 and 64 bits
         # of packs, of single columns; dtypes
         "summed_kernel": 2 * 4 * (1 + sum(row.broadcast for row in rows("fused"))),
     }
@@ -61,17 +72,19 @@ def test_only_what_has_changed_is_compiled_again(tmp_path, monkeypatch):
     every = [*cuda_report.LIMITS]
     assert cuda_report.kept(table, every, home) == LINES
     assert cuda_report.kept(table, ["90"], home) == []
-    table.write_text(table.read_text().replace("map=", "map=0"))
+    table.write_text(table.read_text().replace(" elementwise=", " elementwise=0"))
     left = cuda_report.kept(table, every, home)
-    assert left and left == [line for line in LINES if line["source"] != "map"]
+    assert left and left == [line for line in LINES if line["source"] != "elementwise"]
     monkeypatch.setattr(cuda_report, "release", lambda home: "99.0")
     assert cuda_report.kept(table, every, home) == []
 
 
 def test_a_source_is_made_from_what_it_includes():
-    made = {path.name for path in cuda_report.made_from(cuda_report.ROOT / "csrc/cuda/step.cu")}
-    assert {"step.cu", "optimizers.h", "math.h", "tables.h", "launch.cuh", "pack.cuh"} <= made
-    assert not made & {"softmax.h", "rows.cu", "losses.h"}
+    made = {
+        path.name for path in cuda_report.made_from(cuda_report.ROOT / "csrc/cuda/optimizer.cu")
+    }
+    assert {"optimizer.cu", "optimizers.h", "math.h", "launch.cuh", "pack.cuh"} <= made
+    assert not made & {"softmax.h", "cross_entropy.cu", "losses.h"}
 
 
 # ---------------------------------------------------------------------------------------------- the checks
@@ -80,12 +93,18 @@ def test_a_source_is_made_from_what_it_includes():
 @pytest.mark.parametrize(
     "kernel, column, value, complaint",
     [
-        ("map_kernel<Backward<Mish>", "spills 90", "8", "spills 8 bytes on sm_90"),
-        ("map_kernel<Backward<Mish>", "loads 80", "16:1 4:8", "wide loads and stores on sm_80"),
+        ("elementwise_kernel<Backward<Mish>", "spills 90", "8", "spills 8 bytes on sm_90"),
+        (
+            "elementwise_kernel<Backward<Mish>",
+            "loads 80",
+            "16:1 4:8",
+            "wide loads and stores on sm_80",
+        ),
         ("step_kernel<Adam", "stores 100", "4:12", "wide loads and stores on sm_100"),
         ("step_kernel<Adam", "loads 100", "16:3 4:12", "wide loads and stores on sm_100"),
         ("cross_entropy_kernel", "loads 120", "4:12", "wide loads and stores on sm_120"),
-        ("contiguous_kernel", "float64", "2", "float64 instructions"),
+        ("elementwise_kernel<Forward<Dropout>", "float64", "2", "float64 instructions"),
+        ("strided_kernel", "stack 90", "32", "32 bytes of local memory on sm_90"),
     ],
 )
 def test_a_worse_kernel_is_complained_of(kernel, column, value, complaint):

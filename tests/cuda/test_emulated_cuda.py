@@ -197,6 +197,24 @@ def test_map_refuses_other_dtypes():
         )
 
 
+@every_dtype
+@pytest.mark.parametrize("period, repeat", [(1, 1), (7, 1), (64, 1), (5, 3), (16, 48), (1003, 1)])
+@pytest.mark.parametrize("n", [1003, 2304, 20_000])
+def test_broadcast_and_two_outputs(dtype, period, repeat, n):
+    """(x w, x + w), where w[i / repeat % period] is beside x[i]: what channels, rows and gates are read by."""
+    x, w = random(n, dtype, 1), random(period, dtype, 2)
+    beside = w[torch.arange(n) // repeat % period].to(real(dtype))
+    product, total = (v.to(dtype) for v in (x.to(real(dtype)) * beside, x.to(real(dtype)) + beside))
+
+    def run(device):
+        first, second = device.empty(n, dtype), device.empty(n, dtype)
+        call("run_probe", DTYPES[dtype], I64(n), address(first), address(second), address(device.constant(x)), address(device.constant(w)), I64(period), I64(repeat))  # fmt: skip
+        return first, second
+
+    for first, second in everywhere(run):
+        assert torch.equal(first, product) and torch.equal(second, total)
+
+
 # ------------------------------------------------------------------------------------------------ reduce
 
 
@@ -290,7 +308,7 @@ def test_reduce_elementwise(row, dtype, n, grad_is_scalar):
 
 @every_dtype
 @each_row("reduce")
-@pytest.mark.parametrize("n", [1, 1000, 16_384, 16_385, 100_003])
+@pytest.mark.parametrize("n", [1, 1000, 4096, 4097, 100_003])
 @pytest.mark.parametrize("divided", [False, True])
 def test_reduce_total(row, dtype, n, divided):
     if row.name == "sum" and dtype != real(dtype):
@@ -332,7 +350,7 @@ def test_reduce_total_of_nothing(row):
 
 SHAPES = [
     (0, 5, 1), (4, 1, 1), (5, 7, 1), (130, 10, 1), (3, 1001, 1), (3, 1024, 1), (3, 1100, 1), (2, 4000, 1), (1, 16_384, 1),
-    (2, 20_001, 1), (3, 5, 2), (2, 10, 49), (1, 130, 7), (40, 3, 33),
+    (2, 33_001, 1), (3, 5, 2), (2, 10, 49), (1, 130, 7), (40, 3, 33),
 ]  # fmt: skip
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 
@@ -510,6 +528,29 @@ def test_divisor_of_many_rows(row, dtype, weighted, count, launches):
 
     for (out,) in everywhere(run, PLACEMENTS[:2]):
         check(out, true.view(1).to(out.dtype), true.view(1), out.dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+@pytest.mark.parametrize("real_factor", [False, True])
+def test_a_saved_gradient_is_scaled_where_it_lies(dtype, factor, real_factor):
+    """And where the factor is 1, nothing of it is read or written."""
+    (row,) = rows("cross_entropy")
+    grad = random(5003, dtype, 1)
+    factor_dtype = real(dtype) if real_factor else dtype
+
+    def run(device):
+        out, f = device.copy(grad), device.constant(torch.tensor([factor], dtype=factor_dtype))
+        counters()
+        call("run_rescale", row.index, DTYPES[dtype], I64(grad.numel()), address(out), address(f), ctypes.c_bool(real_factor))  # fmt: skip
+        seen = counters()
+        moved = 0 if factor == 1 else out.nbytes
+        assert seen.stored_bytes == moved
+        assert seen.loaded_bytes == moved + seen.threads * f.element_size()
+        yield out
+
+    for (out,) in everywhere(run):
+        assert torch.equal(out, (grad.to(real(dtype)) * factor).to(dtype))
 
 
 @each_row("cross_entropy")
@@ -855,6 +896,59 @@ def test_fused_summed(row, dtype, lines, period):
         )
 
 
+# ------------------------------------------------------------------------------------------------ gates
+
+GATES = {"glu": lambda a, b: a * b.sigmoid(), "swiglu": lambda a, b: F.silu(a) * b}
+
+
+def run_gate(row, which, outer, inner, outputs, inputs):
+    """Rows of two-dimensional tensors, which may be halves of others."""
+    tensors = [*outputs, *[None] * (2 - len(outputs)), *inputs, *[None] * (5 - len(inputs))]
+    data = (POINTER * 7)(*map(address, tensors))
+    stride = (I64 * 7)(*(0 if t is None else t.stride(0) for t in tensors))
+    call("run_gate", row.index, which.encode(), DTYPES[inputs[0].dtype], I64(outer), I64(inner), data, stride)  # fmt: skip
+
+
+@every_dtype
+@each_row("gate")
+@pytest.mark.parametrize("outer, inner", [(0, 3), (1, 7), (5, 16), (3, 1032), (40, 1), (9, 37)])
+def test_gate(row, dtype, outer, inner):
+    """Of the halves of one tensor, into the halves of another: values, gradients, tangents and second derivatives."""
+    shape = outer, inner
+    x, (dy, u, v) = (
+        random((outer, 2 * inner), dtype, 1),
+        (random(shape, dtype, k) for k in range(2, 5)),
+    )
+
+    def by_torch(kind):
+        a, b = (h.to(kind, copy=True).requires_grad_() for h in x.chunk(2, 1))
+        y = GATES[row.name](a, b)
+        slopes = torch.autograd.grad(y, (a, b), torch.ones_like(y), create_graph=True)
+        tangent = slopes[0] * u.to(kind) + slopes[1] * v.to(kind)
+        second = torch.autograd.grad((tangent * dy.to(kind)).sum(), (a, b), allow_unused=True)
+        second = [torch.zeros_like(a) if g is None else g for g in second]
+        return [t.detach() for t in (y, *(s * dy.to(kind) for s in slopes), tangent, *second)]
+
+    true, torchs = by_torch(torch.float64), by_torch(judged(dtype))
+
+    def run(device):
+        packed = device.constant(x)
+        a, b = packed[:, :inner], packed[:, inner:]
+        g, p, q = (device.constant(t) for t in (dy, u, v))
+        y, tangent = device.empty(shape, dtype), device.empty(shape, dtype)
+        first, second = (device.empty((outer, 2 * inner), dtype) for _ in range(2))
+        halves = [(t[:, :inner], t[:, inner:]) for t in (first, second)]
+        run_gate(row, "forward", outer, inner, [y], [a, b])
+        run_gate(row, "backward", outer, inner, halves[0], [a, b, g])
+        run_gate(row, "tangent", outer, inner, [tangent], [a, b, p, q])
+        run_gate(row, "second", outer, inner, halves[1], [a, b, g, p, q])
+        return y, *halves[0], tangent, *halves[1]
+
+    for results in everywhere(run):
+        for value, torch_value, true_value in zip(results, torchs, true, strict=True):
+            check(value, torch_value, true_value, dtype)
+
+
 # ------------------------------------------------------------------------------------------------ step
 
 
@@ -1007,6 +1101,24 @@ def test_sums_are_taken_on_the_way(row, dtype):
 
 
 @every_dtype
+@each_row("gate")
+def test_gates_touch_memory_once_in_packs(row, dtype):
+    outer, inner = 8, 1024
+    nbytes = outer * inner * size_of(dtype)
+    with Device() as device:
+        x, dx = (device.copy(random((outer, 2 * inner), dtype, k)) for k in range(2))
+        dy, y = (device.copy(random((outer, inner), dtype, k)) for k in range(2))
+        a, b = x[:, :inner], x[:, inner:]
+        seen = traffic(partial(run_gate, row, "forward", outer, inner, [y], [a, b]))
+        assert_floor(seen, 2 * nbytes, nbytes)
+        assert_all_wide(seen)
+        halves = [dx[:, :inner], dx[:, inner:]]
+        seen = traffic(partial(run_gate, row, "backward", outer, inner, halves, [a, b, dy]))
+        assert_floor(seen, 3 * nbytes, 2 * nbytes)
+        assert_all_wide(seen)
+
+
+@every_dtype
 @each_row("map")
 def test_map_touches_memory_once_where_it_is_not_aligned(row, dtype):
     """All buffers begin one element after a boundary: a head of single elements, then packs."""
@@ -1038,13 +1150,13 @@ def test_losses_touch_memory_once_in_packs(row, dtype):
 
 @every_dtype
 @each_row("reduce")
-@pytest.mark.parametrize("n, launches", [(16_384, 1), (131_072, 2)])
+@pytest.mark.parametrize("n, launches", [(4096, 1), (131_072, 2)])
 def test_sums_read_memory_once_in_packs(row, dtype, n, launches):
     dtype = real(dtype) if row.name == "sum" else dtype
     inputs = 1 if row.name == "sum" else 2 + row.weighted
     with Device() as device:
         x, t, w = (device.copy(random(n, dtype, seed).sigmoid()) for seed in range(3))
-        out, workspace = device.empty(1, real(dtype)), device.empty(n // 16_384, torch.float64)
+        out, workspace = device.empty(1, real(dtype)), device.empty(n // 4096, torch.float64)
         seen = traffic(partial(run_reduce, row, "total", out, x, t, workspace=workspace, w=w))
         nbytes = inputs * n * size_of(dtype)
         assert seen.launches == launches and seen.wide_loads * 16 == nbytes
@@ -1089,43 +1201,51 @@ def test_step_touches_memory_once_in_packs(row, dtype, state):
         assert_all_wide(seen)
 
 
-# Rows of so many columns are read once; what they are read to decide is in registers meanwhile.
-HELD = [(torch.float32, 16_384), (torch.bfloat16, 16_384), (torch.float16, 16_384), (torch.float64, 4096)]  # fmt: skip
-ONCE = [(dtype, n) for dtype, most in HELD for n in sorted({8, 256, 1000, 1024, 4096, most})]
+# Rows of so many columns are read once, alone and two at a time; what they are read to decide is in registers meanwhile.
+HELD = {
+    torch.float32: (16_384, 16_384),
+    torch.bfloat16: (32_768, 16_384),
+    torch.float16: (32_768, 16_384),
+    torch.float64: (4096, 4096),
+}
+ONCE = [
+    (dtype, n, two)
+    for dtype, most in HELD.items()
+    for two in (False, True)
+    for n in sorted({8, 256, 1000, 1024, 4096, most[two]})
+]
 
 
-@pytest.mark.parametrize("dtype, n", ONCE, ids=str)
+@pytest.mark.parametrize("dtype, n, backward", ONCE, ids=str)
 @each_row("softmax")
-def test_softmax_reads_rows_once_in_packs(row, dtype, n):
+def test_softmax_reads_rows_once_in_packs(row, dtype, n, backward):
     nbytes = 3 * n * size_of(dtype)
     with Device() as device:
         y, dy, out = (device.copy(random((3, n, 1), dtype, seed)) for seed in range(3))
-        for backward in (False, True):
-            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
-            assert_all_wide(seen)
-            assert seen.launches == 1 and seen.stored_bytes == nbytes
-            assert seen.loaded_bytes == (2 if backward else 1) * nbytes
-            ends = 3 * 3 * 2  # of rows that begin or end within a sector
-            assert (
-                seen.loaded_sectors + seen.stored_sectors
-                <= (seen.loaded_bytes + nbytes) / SECTOR + ends
-            )
+        seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+        assert_all_wide(seen)
+        assert seen.launches == 1 and seen.stored_bytes == nbytes
+        assert seen.loaded_bytes == (2 if backward else 1) * nbytes
+        ends = 3 * 3 * 2  # of rows that begin or end within a sector
+        sectors = seen.loaded_sectors + seen.stored_sectors
+        assert sectors <= (seen.loaded_bytes + nbytes) / SECTOR + ends
 
 
-@pytest.mark.parametrize("dtype, n", [(dtype, most + 8) for dtype, most in HELD], ids=str)
+@pytest.mark.parametrize("dtype", HELD, ids=str)
+@pytest.mark.parametrize("backward", [False, True])
 @each_row("softmax")
-def test_softmax_reads_longer_rows_twice(row, dtype, n):
+def test_softmax_reads_longer_rows_twice(row, dtype, backward):
+    n = HELD[dtype][backward] + 8
     nbytes = 2 * n * size_of(dtype)
     with Device() as device:
         y, dy, out = (device.copy(random((2, n, 1), dtype, seed)) for seed in range(3))
-        for backward in (False, True):
-            seen = traffic(partial(run_softmax, row, backward, out, y, dy))
-            assert seen.loaded_bytes == 2 * (2 if backward else 1) * nbytes
-            assert seen.stored_bytes == nbytes
-            assert_all_wide(seen)
+        seen = traffic(partial(run_softmax, row, backward, out, y, dy))
+        assert seen.loaded_bytes == 2 * (2 if backward else 1) * nbytes
+        assert seen.stored_bytes == nbytes
+        assert_all_wide(seen)
 
 
-@pytest.mark.parametrize("dtype, n", ONCE, ids=str)
+@pytest.mark.parametrize("dtype, n", [(dtype, n) for dtype, n, two in ONCE if not two], ids=str)
 @each_row("cross_entropy")
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_cross_entropy_reads_rows_once_in_packs(row, dtype, n, with_gradient):
@@ -1139,7 +1259,7 @@ def test_cross_entropy_reads_rows_once_in_packs(row, dtype, n, with_gradient):
     assert (
         seen.launches == 1 and seen.wide_loads * 16 == nbytes and seen.wide_stores * 16 == written
     )
-    team = 32 if n <= (256 if dtype is torch.float64 else 1024) else 512
+    team = next(t for t in (32, 128, 512, 1024) if n * size_of(dtype) <= 64 * t)  # 64 bytes each
     assert seen.loads - seen.wide_loads == 2 * 3 * team
     assert seen.stored_bytes == written + 3 * size_of(real(dtype))
     ends = 3 * 2 * 2 + 3  # of rows, of targets and losses

@@ -96,6 +96,27 @@ void fused(const Dtype& d, int64_t n, Buffers b) {
   }
 }
 
+void gate(const Dtype& d, int64_t outer, int64_t inner, Buffers b) {
+  for (const GateKernel& row : cuda::gate_kernels) {
+    GateArgs a{};
+    a.dtype = d.type;
+    a.outer = outer;
+    a.inner = inner;
+    for (auto& out : a.out) out = {b.values(2 * outer * inner, d.type), 2 * inner};
+    for (auto& in : a.in) in = {b.values(outer * inner, d.type), inner};
+    expect(row.name, "forward", row.forward(a));
+    expect(row.name, "backward", row.backward(a));
+    expect(row.name, "tangent", row.tangent(a));
+    expect(row.name, "second", row.second(a));
+  }
+}
+
+void rescale(const Dtype& d, int64_t n, Buffers b) {
+  for (const CrossEntropyKernel& row : cuda::cross_entropy_kernels)
+    expect(row.name, "rescale",
+           row.rescale({d.type, n, b.values(n, d.type), b.values(1, d.type), false, nullptr}));
+}
+
 void reduce(const Dtype& d, int64_t n, Buffers b) {
   for (const LossKernel& row : cuda::loss_kernels) {
     LossArgs a{};
@@ -274,6 +295,9 @@ int main(int count, char** arguments) {
       map(d, 1003, fresh);
       fused(d, 1003, fresh);
       fused(d, 2048, fresh);
+      gate(d, 9, 37, fresh);
+      gate(d, 3, 64, fresh);
+      rescale(d, 1003, fresh);
       reduce(d, 1003, fresh);
       reduce(d, 16'390, fresh);
       for (const auto& [outer, n, inner] :

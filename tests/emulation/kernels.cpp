@@ -9,6 +9,7 @@
 #include <deque>
 #include <vector>
 
+#include "../../csrc/cuda/elementwise.cuh"
 #include "../../csrc/formulas/activations.h"
 #include "../../csrc/formulas/optimizers.h"
 
@@ -60,6 +61,17 @@ bool second_formula(List<Ops...>, const char* name, const double* params, int64_
             true)) ||
           ...);
 }
+
+// Two outputs, and an input that is broadcast: what the elementwise loop can do beyond what the
+// tables ask of it.
+struct Probe {
+  static constexpr int inputs = 2, outputs = 2, params = 0;
+  static constexpr unsigned broadcast = 0b10;
+  template <class T>
+  static cuda::Pack<T, 2> apply(T x, T w) {
+    return {x * w, x + w};
+  }
+};
 
 }  // namespace
 }  // namespace fastops
@@ -115,6 +127,20 @@ const char* run_map(size_t index, const char* which, int dtype, int64_t n, void*
                                             : row.second)(a);
 }
 
+const char* run_probe(int dtype, int64_t n, void* product, void* sum, const void* x, const void* w,
+                      int64_t period, int64_t repeat) {
+  return cuda::dispatch(static_cast<c10::ScalarType>(dtype), [&](auto zero) -> Error {
+    using scalar_t = decltype(zero);
+    using real = cuda::real_of<scalar_t>;
+    const std::array<cuda::Operand<scalar_t>, 2> in{
+        {{static_cast<const scalar_t*>(x), 0, 1},
+         {static_cast<const scalar_t*>(w), period, repeat}}};
+    return cuda::launch_elementwise<Probe, scalar_t>(
+        n, {static_cast<scalar_t*>(product), static_cast<scalar_t*>(sum)}, in,
+        {cuda::Params<0, real>(nullptr)}, nullptr);
+  });
+}
+
 bool second_in_float(const char* name, const double* params, int64_t n, const float* s,
                      const float* dy, const float* ddx, float* out) {
   return second_formula(Activations{}, name, params, n, s, dy, ddx, out);
@@ -167,6 +193,25 @@ const char* run_fused_summed(size_t index, int dtype, int64_t n, int64_t period,
   FusedArgs a{
       static_cast<c10::ScalarType>(dtype), n, period, out, {in[0], in[1], in[2]}, sums, nullptr};
   return tables().fused.data[index].summed(a);
+}
+
+const char* gate_name(size_t index) {
+  return index < tables().gate.size ? tables().gate.data[index].name : nullptr;
+}
+// data, stride: of two outputs and five inputs.
+const char* run_gate(size_t index, const char* which, int dtype, int64_t outer, int64_t inner,
+                     void* const* data, const int64_t* stride) {
+  const GateKernel& row = tables().gate.data[index];
+  GateArgs a{};
+  a.dtype = static_cast<c10::ScalarType>(dtype);
+  a.outer = outer;
+  a.inner = inner;
+  for (int o = 0; o < 2; ++o) a.out[o] = {data[o], stride[o]};
+  for (int j = 0; j < 5; ++j) a.in[j] = {data[2 + j], stride[2 + j]};
+  return (!std::strcmp(which, "forward")    ? row.forward
+          : !std::strcmp(which, "backward") ? row.backward
+          : !std::strcmp(which, "tangent")  ? row.tangent
+                                            : row.second)(a);
 }
 
 const char* run_softmax(size_t index, bool backward, int dtype, int64_t outer, int64_t n,
@@ -232,6 +277,13 @@ const char* run_divisor(size_t index, int dtype, int64_t outer, int64_t n, int64
   a.loss = loss;
   int64_t bad_row = 0;
   return tables().cross_entropy.data[index].divisor(a, out, &bad_row);
+}
+
+const char* run_rescale(size_t index, int dtype, int64_t n, void* grad, const void* factor,
+                        bool factor_is_real) {
+  const RescaleArgs a{
+      static_cast<c10::ScalarType>(dtype), n, grad, factor, factor_is_real, nullptr};
+  return tables().cross_entropy.data[index].rescale(a);
 }
 
 const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer, int64_t n,

@@ -18,7 +18,7 @@ DTYPES = {
 ORDERS = [(0, 0), (1, 0), (2, 7)]  # forward, reverse, shuffled by a seed
 COUNTERS = "launches blocks threads loads loaded_bytes wide_loads stores stored_bytes wide_stores"
 SECTORS = "load_requests store_requests loaded_sectors stored_sectors"
-KINDS = ["map", "fused", "reduce", "softmax", "cross_entropy", "random", "step"]
+KINDS = ["map", "fused", "gate", "reduce", "softmax", "cross_entropy", "random", "step"]
 
 POINTER, I64, F64, BOOL, TEXT = (
     ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_char_p,
@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
     lib.numbers_bytes.restype = I64
     lib.scalars_for_step.restype = None
     lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
-    lib.run_divisor.restype = TEXT
+    lib.run_divisor.restype = lib.run_rescale.restype = lib.run_probe.restype = TEXT
     for kind in KINDS:
         getattr(lib, f"{kind}_name").restype = TEXT
         getattr(lib, f"run_{kind}").restype = TEXT

@@ -261,3 +261,55 @@ def test_a_weight_of_another_dtype(dtype, weight, kind, autocast):
         exact = torch.nn.functional.cross_entropy(x.double(), t, w.double())
         allowed = 2 * (torchs - exact).abs() + 4 * torch.finfo(mine.dtype).eps * exact
         assert mine.dtype == torchs.dtype and (mine - exact).abs() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_targets(dtype):
+    """The sum of their weights does not depend on the threads, and the first that is out of range is named."""
+    rows, classes = 100_003, 5
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, classes, generator=g).to(dtype)
+    t = torch.randint(classes, (rows,), generator=g)
+    t[torch.rand(rows, generator=g) < 0.1] = -100
+    weight = torch.rand(classes, generator=g).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(ours.cross_entropy(x, t, weight=weight))
+            found.append(ours.cross_entropy(x, t))
+        assert all(torch.equal(a, b) for a, b in zip(found[:-2], found[2:], strict=True))
+        for mine, w in zip(found, (weight, None), strict=False):
+            exact = torch.nn.functional.cross_entropy(
+                x.double(), t, weight=None if w is None else w.double()
+            )
+            torchs = torch.nn.functional.cross_entropy(x, t, weight=w)
+            assert_as_accurate(mine, torchs, exact, dtype)
+        t[99_999], t[70_001], t[70_002] = -1, classes, -2
+        for reduction in ("none", "sum", "mean"):
+            with pytest.raises(IndexError, match="target 5 at row 70001 is out of range"):
+                ours.cross_entropy(x, t, reduction=reduction)
+        second = t.clamp(0)
+        with pytest.raises(IndexError, match="target 5 at row 70001 is out of range"):
+            ours.mixup_cross_entropy(x, second.clamp(max=classes - 1), t, 0.3)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("n", [1, 7, 40, 100_001])
+def test_inputs_that_are_no_probabilities(n, reduction):
+    """Each is seen, at the end of a vector too; a NaN in the target is none of the input."""
+    x, t = torch.full((n,), 0.25), torch.full((n,), 0.5)
+    for dtype in DTYPES:
+        for at in (0, n // 2, n - 1):
+            for value in (-0.125, 1.125, inf, -inf, nan):
+                wrong = x.to(dtype)
+                wrong[at] = value
+                with pytest.raises(RuntimeError, match="should be between 0 and 1"):
+                    ours.binary_cross_entropy(wrong, t.to(dtype), reduction=reduction)
+        odd = t.to(dtype)
+        odd[-1] = nan
+        result = ours.binary_cross_entropy(x.to(dtype), odd, reduction=reduction)
+        assert result.isnan().sum() == 1

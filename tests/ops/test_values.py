@@ -82,6 +82,59 @@ def test_second_derivative_at_zero_and_far_out(name, dtype):
     assert_as_accurate(ours[known], theirs[known], exact[known], dtype)
 
 
+def magnitudes(dtype: torch.dtype) -> torch.Tensor:
+    """Powers of ten up to the dtype's largest number, of either sign."""
+    largest = torch.finfo(dtype).max
+    x = [10.0**k for k in range(-6, 309) if 10.0**k < largest] + [largest]
+    return torch.tensor([-v for v in reversed(x)] + x, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*SMOOTH, "hardsigmoid", "bias_gelu", "bias_gelu tanh"])
+def test_every_magnitude(name, dtype):
+    """Values and two derivatives where x^2 and x^3 overflow. An activation is a line there, or has an asymptote: what
+    torch makes of the magnitudes that float64 holds in excess of float32 is left out, where it overflows too."""
+    op, arguments, target = SMOOTH.get(name) or (
+        OPS[name.split()[0]], {"approximate": "tanh"} if "tanh" in name else {}, ()
+    )  # fmt: skip
+
+    def derivatives(function, x):
+        given = {k: x.new_tensor(v) if k == "pos_weight" else v for k, v in arguments.items()}
+        rest = [torch.full_like(x, t) for t in target]
+        if op.kind == "fused":
+            rest = [x.new_zeros(1)]
+        x = x.clone()[:, None].requires_grad_()
+        rest = [t if op.kind == "fused" else t[:, None] for t in rest]
+        y = function(x, *rest, **{**given, **({"reduction": "none"} if target else {})})
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        if not slope.requires_grad or name == "hardsigmoid":  # whose second derivative torch lacks
+            return y.detach(), slope.detach(), torch.zeros_like(x)
+        (curve,) = torch.autograd.grad(slope.sum(), x, allow_unused=True)
+        return y.detach(), slope.detach(), torch.zeros_like(x) if curve is None else curve.detach()
+
+    x = magnitudes(dtype)
+    if dtype == torch.float64:
+        small = x.abs() < 1e38
+        far = derivatives(op.function, x[~small])
+        assert all(t.isfinite().all() for t in far)
+        # the slope does not change any more
+        ends = derivatives(op.exact, x.new_tensor([-1e30, 1e30]))[1][:, 0]
+        expected = torch.where(x[~small] < 0, *ends)
+        torch.testing.assert_close(far[1][:, 0], expected, rtol=1e-14, atol=1e-30)
+        x = x[small]
+    ours, theirs, exact = (
+        derivatives(f, v)
+        for f, v in ((op.function, x), (op.reference, x), (op.exact, x.double()))
+    )
+    size = x.double().abs().clamp(min=1)[:, None]
+    for mine, other, exactly, by in zip(ours, theirs, exact, (size, 1, 1), strict=True):
+        known = exactly.isfinite()
+        assert known.any() and mine.isfinite().all()
+        other = torch.where(other.isfinite(), other, exactly.to(dtype))
+        scaled = [(t.double() / by)[known] for t in (mine, other, exactly)]
+        assert_as_accurate(*scaled, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("row", [row for row, (kind, _) in ROWS.items() if kind == "map"])
 def test_every_value_of_two_bytes(row, dtype):

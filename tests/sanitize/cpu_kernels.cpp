@@ -140,6 +140,29 @@ struct Elementwise {
         a.in[0] = a.out;
         expect(row.name, "in place", row.forward(a));
       }
+    for (const GateKernel& row : kTables.gate)
+      for (const int64_t outer : {1, 3}) {  // the halves of rows; the other operands are dense
+        const int64_t inner = n / (2 * outer), size = c10::elementSize(type);
+        if (inner == 0) continue;
+        Buffers b(end, seed);
+        const auto half = [&](const void* packed, int64_t which) {
+          char* const begin = static_cast<char*>(const_cast<void*>(packed));
+          return GateOperand{begin + which * inner * size, 2 * inner};
+        };
+        const auto dense = [&](const void* data) {
+          return GateOperand{const_cast<void*>(data), inner};
+        };
+        void* const packed = b.values(2 * outer * inner, type);
+        void* const y = b.values(outer * inner, type);
+        const GateOperand a = half(in[0], 0), g = half(in[0], 1), u = half(in[2], 0),
+                          v = half(in[2], 1), da = half(packed, 0), dg = half(packed, 1);
+        expect(row.name, "forward", row.forward({type, outer, inner, {dense(y)}, {a, g}}));
+        expect(row.name, "backward",
+               row.backward({type, outer, inner, {da, dg}, {a, g, dense(in[1])}}));
+        expect(row.name, "tangent", row.tangent({type, outer, inner, {dense(y)}, {a, g, u, v}}));
+        expect(row.name, "second",
+               row.second({type, outer, inner, {da, dg}, {a, g, dense(in[1]), u, v}}));
+      }
     for (const LossKernel& row : kTables.loss) {
       Buffers b(end, seed);
       LossArgs a{};
@@ -151,6 +174,8 @@ struct Elementwise {
       a.scale = 0.5;
       a.params = kParams;
       a.workspace = b.raw(static_cast<size_t>(loss_workspace(n)));
+      bool outside = false;
+      a.outside = &outside;
       a.divisor = b.values(1, real_of(type));
       a.out = b.values(1, real_of(type));
       expect(row.name, "total", row.total(a));
