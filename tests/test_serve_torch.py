@@ -184,7 +184,7 @@ def test_ordinary_tensors():
         assert pickle.loads(pickle.dumps(x)).tolist() == expected
         assert copy.deepcopy(x).tolist() == expected
         assert torch.from_numpy(x.numpy()).data_ptr() == x.data_ptr()
-        assert torch.from_numpy(np.array(x)).tolist() == expected
+        assert torch.from_numpy(np.array(x.numpy())).tolist() == expected
         lazy = torch._lazy_clone(x)
         lazy += 0
         assert lazy.tolist() == expected
