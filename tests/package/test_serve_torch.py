@@ -8,11 +8,12 @@ import pickle
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_memory import GIB, MIB, limit_files
+from control_groups import GIB, MIB, limit_files
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -41,6 +42,7 @@ def python(script, **environment):
         capture_output=True,
         text=True,
         env=os.environ | environment,
+        cwd=Path(__file__).parents[2],
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
@@ -352,6 +354,7 @@ def test_compiled():
     assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_pinned_memory_is_cudas():
     with memory.serve_torch():
@@ -426,7 +429,7 @@ def test_soak():
     """Changing batch sizes: in the end the process has the memory that it had after some steps."""
     out = python("""
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/package"]
 torch.set_num_threads(1)
 from test_serve_torch import losses, memory, network
 def held():
