@@ -6,7 +6,7 @@ fastops.autograd     the same as torch.autograd.Functions
 fastops.optim        optimizers whose step is one kernel over all parameters
 fastops.patch(model) puts them into a model that is already built
 fastops.explain(f, x) says which kernel a call runs, and why
-fastops.memory       the pool behind large CPU results
+fastops.memory       the pool behind large CPU results, and behind all of torch's CPU tensors if asked
 
 FASTOPS_DISABLE=1 in the environment sends everything to torch.
 """
@@ -65,6 +65,7 @@ def show_config() -> str:
         "CUDA kernels": "built" if _C.cuda_built() else "not built",
         "GPU": _torch.cuda.get_device_name() if _torch.cuda.is_available() else "none visible",
         "CPU pool": f"{pool['in_use'] >> 20} MiB in use, {pool['cached'] >> 20} MiB idle, limit {pool['limit'] >> 20} MiB"
+        + (", serves torch" if pool["serves_torch"] else "")
         if pool["enabled"]
         else "off",
     }

@@ -184,6 +184,8 @@ def pool() -> Section:
         return section
     used, idle, limit = (f"{state[key] >> 20} MiB" for key in ("in_use", "cached", "limit"))
     section.add("pool", f"on; {used} in use, {idle} idle of {limit} that may be")
+    whose = "all CPU tensors" if state["serves_torch"] else "results of fastops"
+    section.add("serves", f"{whose} of 128 KiB and more")
     section.add("served", f"{state['hits']} from idle memory, {state['misses']} from the system")
     return section
 

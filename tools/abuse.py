@@ -1,13 +1,13 @@
 """What takes too long for every run of the tests: `make abuse`.
 
 asan    every CPU kernel, for every instruction set that this machine has, between guard pages, under AddressSanitizer
-        and UndefinedBehaviorSanitizer
-tsan    eight threads in every CPU kernel and in the pool of results at once, under ThreadSanitizer
+        and UndefinedBehaviorSanitizer; the pool of CPU tensors
+tsan    eight threads in every CPU kernel at once, and in the pool, under ThreadSanitizer
 fuzz    tests/ops/test_fuzz.py with FASTOPS_FUZZ examples of every op (default 300)
 leaks   tests/package/test_concurrency.py's leak loop with 10,000 calls of every op
 
-The programs of the first two are tests/sanitize/cpu_kernels.cpp with csrc/cpu and csrc/torch/pool.cpp; torch is not in
-them but for the vector functions of libtorch_cpu. Ends with 1 where anything is found.
+The programs of the first two are tests/sanitize/cpu_kernels.cpp with csrc/cpu, where torch is not in them but for the
+vector functions of libtorch_cpu, and tests/sanitize/pool_threads.cpp with the pool of csrc/torch. Ends with 1 where anything is found.
 """
 
 import argparse
@@ -39,6 +39,7 @@ SANITIZERS = {
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", *CALLS],
     "tsan": ["-fsanitize=thread"],
 }
+POOL = "POOL"  # in the place of an instruction set
 MODES = {"asan": "kernels", "tsan": "threads"}
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=1",
@@ -54,22 +55,28 @@ def instruction_sets() -> list[str]:
     return names[: names.index(best) + 1] if best in names else names[:1]
 
 
+def sources(isa: str) -> list[Path]:
+    """Of the program for an instruction set, or of the pool's, which is the same for all."""
+    if isa == POOL:
+        return [
+            ROOT / "csrc/torch/memory_limit.cpp",
+            ROOT / "csrc/torch/pool.cpp",
+            ROOT / "tests/sanitize/pool_threads.cpp",
+        ]
+    return [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "tests/sanitize/cpu_kernels.cpp"]
+
+
 def program(isa: str, sanitizer: str) -> Path:
-    """Builds the program for one instruction set; nothing is compiled twice from the same sources."""
+    """Builds a program; nothing is compiled twice from the same sources."""
     flags = [
         "-std=c++20", "-O1", "-g1", "-fopenmp-simd", "-pthread", "-Wno-psabi", f"-DCPU_CAPABILITY={isa}",
-        f"-DCPU_CAPABILITY_{isa}", f"-I{LIBRARIES.parent / 'include'}", *ISA[isa], *SANITIZERS[sanitizer],
+        f"-DCPU_CAPABILITY_{isa}", f"-I{LIBRARIES.parent / 'include'}", *ISA.get(isa, []), *SANITIZERS[sanitizer],
     ]  # fmt: skip
-    sources = [
-        *sorted((ROOT / "csrc/cpu").glob("*.cpp")),
-        ROOT / "csrc/torch/pool.cpp",
-        ROOT / "tests/sanitize/cpu_kernels.cpp",
-    ]
     digest = hashlib.sha256(f"{COMPILER} {flags} {torch.__version__}".encode())
-    for path in sorted([*sources, *ROOT.glob("csrc/**/*.h")]):
+    for path in sorted([*sources(isa), *ROOT.glob("csrc/**/*.h")]):
         digest.update(path.read_bytes())
     folder = BUILD / f"{sanitizer}-{isa}-{digest.hexdigest()[:16]}"
-    made = folder / "cpu_kernels"
+    made = folder / "program"
     if made.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +88,7 @@ def program(isa: str, sanitizer: str) -> Path:
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-        objects = list(pool.map(compiled, sources))
+        objects = list(pool.map(compiled, sources(isa)))
     libraries = [f"-L{LIBRARIES}", f"-Wl,-rpath,{LIBRARIES}", "-ltorch_cpu", "-lc10"]
     unfinished = folder / "unfinished"
     subprocess.run(
@@ -95,7 +102,10 @@ def program(isa: str, sanitizer: str) -> Path:
 def sanitized(sanitizer: str, isa: str) -> bool:
     path = program(isa, sanitizer)
     done = subprocess.run(
-        [path, MODES[sanitizer]], env=os.environ | ENVIRONMENT, capture_output=True, text=True
+        [path] if isa == POOL else [path, MODES[sanitizer]],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     print((done.stdout + done.stderr)[-6000:].rstrip() or f"exit status {done.returncode}")
     return done.returncode == 0
@@ -112,7 +122,9 @@ def main() -> int:
     parts = ["asan", "tsan", "fuzz", "leaks"]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--part", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--isa", nargs="+", choices=instruction_sets(), default=instruction_sets())
+    parser.add_argument(
+        "--isa", nargs="+", choices=[*instruction_sets(), POOL], default=[POOL, *instruction_sets()]
+    )
     parser.add_argument("--examples", type=int, default=300, help="of every op, for fuzz")
     parser.add_argument("--calls", type=int, default=10_000, help="of every op, for leaks")
     options = parser.parse_args()

@@ -47,9 +47,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     const PoolInfo i = pool_info();
     py::dict d;
     d["enabled"] = i.enabled;
+    d["serves_torch"] = i.serves_torch;
     d["limit"] = i.limit;
     d["cached"] = i.cached;
     d["in_use"] = i.in_use;
+    d["peak"] = i.peak;
     d["hits"] = i.hits;
     d["misses"] = i.misses;
     return d;
@@ -57,4 +59,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pool_set_limit", &pool_set_limit);
   m.def("pool_trim", &pool_trim);
   m.def("pool_enable", &pool_enable);
+  m.def("pool_serve_torch", &pool_serve_torch);
+  m.def("pool_stop_serving", &pool_stop_serving);
+  m.def("pool_read_limits_below", &pool_read_limits_below);
 }

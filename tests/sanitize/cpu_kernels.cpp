@@ -4,8 +4,7 @@
 // read-only. The values are random and nobody looks at the results.
 //
 //   cpu_kernels kernels    one call after another, each cut into parts for several threads
-//   cpu_kernels threads    eight threads call every kernel at once on the same inputs, and use the
-//   pool of results
+//   cpu_kernels threads    eight threads call every kernel at once on the same inputs
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -20,7 +19,6 @@
 
 #include "../../csrc/cpu/parallel.h"
 #include "../../csrc/kernels/tables.h"
-#include "../../csrc/torch/pool.h"
 
 namespace fastops {
 
@@ -363,20 +361,8 @@ void threads() {
         Buffers own(k % 2, k + 1);
         steps(type, type, own);
         norm(type, own);
-        for (int i = 0; i < 200; ++i) {
-          const size_t size = (size_t{128} << 10) + (size_t{16} << 10) * ((i + k) % 5);
-          c10::DataPtr memory = pool_allocator()->allocate(size);
-          std::memset(memory.get(), static_cast<int>(k), 4096);
-          if (i % 50 == 7) pool_trim();
-          if (i % 50 == 17) pool_set_limit(size_t{1} << 20);
-          if (i % 50 == 27) pool_enable(k % 2);
-          if (i % 50 == 37) pool_enable(true);
-          if (pool_serves(size) && pool_info().limit == 0) ++failures;
-          if (static_cast<const unsigned char*>(memory.get())[4095] != k) ++failures;
-        }
       });
     for (auto& w : workers) w.join();
-    if (pool_info().in_use != 0) ++failures;
   }
 }
 
