@@ -200,7 +200,8 @@ struct MakeLoss {
                                   &d1,
                                   &second,
                                   domain_of<Op>().low,
-                                  domain_of<Op>().high};
+                                  domain_of<Op>().high,
+                                  saves_slope<Op>()};
 };
 template <>
 struct MakeLoss<Sum> {

@@ -238,7 +238,8 @@ struct MakeLoss {
                                   &derivative<D1, Op>,
                                   &derivative<Second, Op>,
                                   domain_of<Op>().low,
-                                  domain_of<Op>().high};
+                                  domain_of<Op>().high,
+                                  saves_slope<Op>()};
 };
 template <>
 struct MakeLoss<Identity> {

@@ -1,6 +1,7 @@
 // Activations, alone and of a sum. y = forward(x), and dx = backward(s, dy) with s the input, or
-// the output where `from_output`. Parameters follow as values of T, in the order that `params`
-// declares. No loop, no dtype, no second derivative.
+// the output where `from_output`: only where torch saves the output too, so that an in-place op
+// that may follow in torch may follow here. Parameters follow as values of T, in the order that
+// `params` declares. No loop, no dtype, no second derivative.
 #pragma once
 #include "relu.h"
 
@@ -8,27 +9,27 @@ namespace fastops {
 
 struct ReLU6 {
   static constexpr const char *name = "relu6", *params = "";
-  static constexpr bool from_output = true;
+  static constexpr bool from_output = false;
   template <class T>
   static FASTOPS_FN T forward(T x) {
     return select(x <= c<T>(0), c<T>(0), select(x >= c<T>(6), c<T>(6), x));
   }
   template <class T>
-  static FASTOPS_FN T backward(T y, T dy) {
-    return select(y <= c<T>(0), c<T>(0), select(y >= c<T>(6), c<T>(0), dy));
+  static FASTOPS_FN T backward(T x, T dy) {
+    return select(x <= c<T>(0), c<T>(0), select(x >= c<T>(6), c<T>(0), dy));
   }
 };
 
 struct Hardtanh {
   static constexpr const char *name = "hardtanh", *params = "float min_val=-1.0, float max_val=1.0";
-  static constexpr bool from_output = true;
+  static constexpr bool from_output = false;
   template <class T>
   static FASTOPS_FN T forward(T x, T low, T high) {
     return select(x <= low, low, select(x >= high, high, x));
   }
   template <class T>
-  static FASTOPS_FN T backward(T y, T dy, T low, T high) {
-    return select(y <= low, c<T>(0), select(y >= high, c<T>(0), dy));
+  static FASTOPS_FN T backward(T x, T dy, T low, T high) {
+    return select(x <= low, c<T>(0), select(x >= high, c<T>(0), dy));
   }
 };
 
@@ -195,14 +196,14 @@ struct Mish {
 // Howard et al., 2019.
 struct Hardsigmoid {
   static constexpr const char *name = "hardsigmoid", *params = "";
-  static constexpr bool from_output = true;
+  static constexpr bool from_output = false;
   template <class T>
   static FASTOPS_FN T forward(T x) {
     return min(max(x + c<T>(3), c<T>(0)), c<T>(6)) / c<T>(6);
   }
   template <class T>
-  static FASTOPS_FN T backward(T y, T dy) {
-    return select(y > c<T>(0), select(y < c<T>(1), dy / c<T>(6), c<T>(0)), c<T>(0));
+  static FASTOPS_FN T backward(T x, T dy) {
+    return select(x > c<T>(-3), select(x < c<T>(3), dy / c<T>(6), c<T>(0)), c<T>(0));
   }
 };
 

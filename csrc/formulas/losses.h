@@ -27,6 +27,7 @@ struct MSE {
 
 struct L1 {
   static constexpr const char *name = "l1_loss", *params = "";
+  static constexpr bool saves_slope = true;
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
     return abs(x - t);
@@ -160,6 +161,13 @@ constexpr Domain domain_of() {
   } else {
     return {};
   }
+}
+
+// Whether forward saves d0 = -d1, which is constant in pieces, and not the two tensors: torch saves
+// their difference, so that they may be overwritten before backward.
+template <class Op>
+constexpr bool saves_slope() {
+  return requires { Op::saves_slope; };
 }
 
 template <class Op>

@@ -31,9 +31,10 @@ struct LossKernel {
   LossLauncher values;  // out[i] = value(x, t)
   LossLauncher total;  // out = scale sum(value(x, t)) / divisor; the order of summation is fixed by
                        // n and period alone
-  LossLauncher d0, d1;  // out[i] = scale grad d value / dx, and to t
-  LossLauncher second;  // out[i] = scale grad d2 value / dx dx, dx dt or dt dt, by `to_target`
-  double low, high;     // an input outside of these gives a NaN
+  LossLauncher d0, d1;       // out[i] = scale grad d value / dx, and to t
+  LossLauncher second;       // out[i] = scale grad d2 value / dx dx, dx dt or dt dt, by `to_target`
+  double low, high;          // an input outside of these gives a NaN
+  bool saves_slope = false;  // d0 = -d1 is saved for backward; its own derivative is 0
 };
 // Sums are taken in chunks whose order n alone decides, so that they have the same bits on every
 // device of a kind. A GPU has smaller ones, and so work for each of its multiprocessors.

@@ -9,7 +9,6 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/WrapDimUtils.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/arange.h>
@@ -27,6 +26,7 @@
 
 #include <cmath>
 
+#include "autocast.h"
 #include "autograd.h"
 #include "backend.h"
 #include "bind.h"
@@ -195,14 +195,12 @@ struct SoftmaxBackwardAutograd {
   }
 };
 
-template <DispatchKey key>
 struct SoftmaxAutocast {
   size_t row;
+  DispatchKey key;
   Tensor operator()(const Tensor& input, int64_t dim) {
-    c10::impl::ExcludeDispatchKeyGuard guard(key);
-    const auto device =
-        key == DispatchKey::AutocastCPU ? c10::DeviceType::CPU : c10::DeviceType::CUDA;
-    return softmax_ops(row).forward.call(at::autocast::cached_cast(at::kFloat, input, device), dim);
+    return in_float32(key, input,
+                      [&](const Tensor& x) { return softmax_ops(row).forward.call(x, dim); });
   }
 };
 
@@ -1015,12 +1013,9 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
            torch::dispatch(DispatchKey::Autograd, torch::CppFunction(SoftmaxForwardAutograd{i})));
     m.impl(b.c_str(),
            torch::dispatch(DispatchKey::Autograd, torch::CppFunction(SoftmaxBackwardAutograd{i})));
-    m.impl(n.c_str(),
-           torch::dispatch(DispatchKey::AutocastCPU,
-                           torch::CppFunction(SoftmaxAutocast<DispatchKey::AutocastCPU>{i})));
-    m.impl(n.c_str(),
-           torch::dispatch(DispatchKey::AutocastCUDA,
-                           torch::CppFunction(SoftmaxAutocast<DispatchKey::AutocastCUDA>{i})));
+    for (const auto key : kAutocastKeys)
+      if (has_autocast_rule(key, n, "int"))
+        m.impl(n.c_str(), torch::dispatch(key, torch::CppFunction(SoftmaxAutocast{i, key})));
     ++i;
   }
   const std::string arguments =

@@ -48,8 +48,8 @@ void check_arguments(const char* name, const Tensor& input, double p, const Tens
       seed.sizes(), " on ", seed.device());
 }
 
-void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in, double p,
-         const Tensor& seed, const Tensor& sums = Tensor()) {
+void run(const char* name, const Tensor& out, std::initializer_list<const Tensor*> in,
+         const LogicalOrder& order, double p, const Tensor& seed, const Tensor& sums = Tensor()) {
   if (out.numel() == 0) return;
   const c10::DeviceGuard guard(out.device());
   const DropoutKernel& row = row_of(name, out.device().type());
@@ -63,27 +63,41 @@ void run(const char* name, const Tensor& out, std::initializer_list<const Tensor
   a.seed = seed.const_data_ptr<int64_t>();
   a.threshold = static_cast<uint32_t>(std::min(std::nearbyint(std::ldexp(p, 32)), 4294967295.0));
   a.scale = 1 / (1 - p);
-  a.order = logical_order(out);
+  a.order = order;
   a.stream = stream_of(out);
   if (sums.defined()) a.sums = sums.mutable_data_ptr();
   check(row.name, (sums.defined() ? row.summed : row.forward)(a));
 }
 
+// The op of one tensor, in the layout that torch's elementwise ops would give the result.
+Tensor result_of(const char* name, const Tensor& input, double p, const Tensor& seed) {
+  const Tensor x = dense(input);
+  if (const auto order = logical_order(x)) {
+    Tensor y = x.is_same(input) ? output_like(x) : x;
+    run(name, y, {&x}, *order, p, seed);
+    return y;
+  }
+  const Tensor z =
+      x.contiguous();  // the mask follows the logical order, which x is too permuted for
+  run(name, z, {&z}, *logical_order(z), p, seed);
+  return output_like(x).copy_(z);
+}
+
+void overwrite(const char* name, Tensor& self, double p, const Tensor& seed) {
+  if (self.is_non_overlapping_and_dense())
+    if (const auto order = logical_order(self)) return run(name, self, {&self}, *order, p, seed);
+  at::assert_no_internal_overlap(self);
+  self.copy_(result_of(name, self, p, seed));
+}
+
 Tensor dropout(const Tensor& input, double p, const Tensor& seed) {
   check_arguments("dropout", input, p, seed);
-  const Tensor x = dense(input);
-  Tensor y = x.is_same(input) ? output_like(x) : x;
-  run("dropout", y, {&x}, p, seed);
-  return y;
+  return result_of("dropout", input, p, seed);
 }
 
 void dropout_inplace(Tensor& self, double p, const Tensor& seed) {
   check_arguments("dropout", self, p, seed);
-  if (self.is_non_overlapping_and_dense()) return run("dropout", self, {&self}, p, seed);
-  at::assert_no_internal_overlap(self);
-  const Tensor x = dense(self);
-  run("dropout", x, {&x}, p, seed);
-  self.copy_(x);
+  overwrite("dropout", self, p, seed);
 }
 
 variable_list dropout_vjp(const variable_list& grads, const BackwardContext& c) {
@@ -145,18 +159,12 @@ auto relu_dropout_inplace_op() {
 
 Tensor relu_dropout(const Tensor& input, double p, const Tensor& seed) {
   check_arguments("relu_dropout", input, p, seed);
-  const Tensor x = dense(input);
-  Tensor y = x.is_same(input) ? output_like(x) : x;
-  run("relu_dropout", y, {&x}, p, seed);
-  return y;
+  return result_of("relu_dropout", input, p, seed);
 }
 
 void relu_dropout_inplace(Tensor& self, double p, const Tensor& seed) {
   check_arguments("relu_dropout", self, p, seed);
-  at::assert_no_internal_overlap(self);
-  const Tensor x = dense(self);
-  run("relu_dropout", x, {&x}, p, seed);
-  if (!x.is_same(self)) self.copy_(x);
+  overwrite("relu_dropout", self, p, seed);
 }
 
 // In ops that can be differentiated again.
@@ -248,7 +256,7 @@ Tensor bias_dropout_add(const Tensor& input, const Tensor& bias, const Tensor& r
               ", got ", residual.sizes());
   const Tensor x = input.contiguous(), b = bias.contiguous(), r = residual.contiguous();
   Tensor y = output_like(x);
-  run("bias_dropout_add", y, {&x, &b, &r}, p, seed);
+  run("bias_dropout_add", y, {&x, &b, &r}, *logical_order(y), p, seed);
   return y;
 }
 
@@ -259,7 +267,7 @@ variable_list bias_dropout_add_vjp(const variable_list& grads, const BackwardCon
   if (c.needed[1] && are_plain(dy) && has_rows(dy)) {
     const Tensor g = resolved(dy).contiguous(), dx = output_like(g);
     const Tensor strips = strips_beside(g);
-    run("dropout", dx, {&g}, p, c.saved[0], strips);
+    run("dropout", dx, {&g}, *logical_order(dx), p, c.saved[0], strips);
     if (c.needed[0]) result[0] = dx;
     result[1] = sum_of_strips(strips, dy.scalar_type());
   } else if (c.needed[0] || c.needed[1]) {

@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "../math.h"
+#include "autocast.h"
 #include "autograd.h"
 #include "backend.h"
 #include "bind.h"
@@ -292,6 +293,16 @@ struct SecondAutograd {
   }
 };
 
+template <class... P>
+struct Autocast {
+  size_t row;
+  DispatchKey key;
+  Tensor operator()(const Tensor& input, P... p) {
+    return in_float32(key, input,
+                      [&](const Tensor& x) { return ops<P...>(row).forward.call(x, p...); });
+  }
+};
+
 // ------------------------------------------------------------------------------------------------
 // registration
 
@@ -320,6 +331,8 @@ void define(torch::Library& m, size_t row, const ElementwiseKernel& r) {
     impl(n + "_backward", key, functor<BackwardOp<P...>>(row));
     impl(n + "_second", key, functor<Second<P...>>(row));
   }
+  for (const auto key : kAutocastKeys)
+    if (has_autocast_rule(key, n)) impl(n, key, torch::CppFunction(Autocast<P...>{row, key}));
   impl(n, DispatchKey::Autograd, functor<ForwardAutograd<P...>>(row));
   impl(n + "_", DispatchKey::Autograd, functor<InplaceAutograd<P...>>(row));
   impl(n + "_", DispatchKey::ADInplaceOrView, functor<InplaceVersion<P...>>(row));

@@ -127,7 +127,7 @@ Rows3 around(const at::Tensor& x, int64_t dim) {
   return {numel / (n * inner), n, inner};
 }
 
-LogicalOrder logical_order(const at::Tensor& x) {
+std::optional<LogicalOrder> logical_order(const at::Tensor& x) {
   LogicalOrder order{1, {x.numel()}, {1}};
   if (x.is_contiguous() || x.numel() == 0) return order;
   struct Dim {
@@ -150,8 +150,7 @@ LogicalOrder logical_order(const at::Tensor& x) {
       merged.push_back(d);
     }
   }
-  TORCH_CHECK(merged.size() <= kMaxDims, "fastops: a tensor of more than ", kMaxDims,
-              " dimensions in a permuted memory order; make it contiguous() first");
+  if (merged.size() > kMaxDims) return std::nullopt;
   order.dims = static_cast<int>(merged.size());
   for (size_t k = 0; k < merged.size(); ++k) {
     order.size[k] = merged[k].size;

@@ -3,6 +3,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "../kernels/tables.h"
 
 namespace fastops {
@@ -67,7 +69,8 @@ void check_row(const char* op, const char* what, const at::Tensor& row, const at
 // Throws unless t is of the input's dtype and device.
 void check_like(const char* op, const char* what, const at::Tensor& t, const at::Tensor& input);
 
-// Where the elements of a dense tensor, walked in memory order, stand in logical order.
-LogicalOrder logical_order(const at::Tensor& x);
+// Where the elements of a dense tensor, walked in memory order, stand in logical order; nothing
+// where that takes more than kMaxDims dimensions.
+std::optional<LogicalOrder> logical_order(const at::Tensor& x);
 
 }  // namespace fastops

@@ -5,9 +5,12 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/neg.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/result_type.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <array>
@@ -295,11 +298,38 @@ variable_list backward_vjp(const variable_list& grads, const BackwardContext& c)
   });
 }
 
+// -- of a loss that saves its slope S = d value / dx = -d value / dt
+
+variable_list slope_vjp(const variable_list& grads, const BackwardContext& c) {
+  const Tensor& slope = c.saved[0];
+  Tensor g = grads[0];
+  if (c.attributes[0].toInt() == at::Reduction::Mean) {
+    const c10::SymFloat n = slope.sym_numel();
+    g = at::mul(as_dtype(g, real_of(g.scalar_type())), c10::Scalar(c10::SymFloat(1.0) / n));
+  }
+  variable_list result(2);
+  result[0] = at::mul(slope, g);
+  if (c.needed[1]) result[1] = at::neg(result[0]);
+  return result;
+}
+
+// Of S itself, which is constant in pieces.
+variable_list zero_vjp(const variable_list& grads, const BackwardContext& c) {
+  variable_list result(2);
+  for (size_t k = 0; k < 2; ++k)
+    if (c.needed[k]) result[k] = at::zeros_like(grads[0]);
+  return result;
+}
+
 template <class... P>
 struct ForwardAutograd {
   size_t row;
   std::string label;
-  explicit ForwardAutograd(size_t row) : row(row), label("fastops::" + std::string(name_of(row))) {}
+  bool saves_slope;
+  explicit ForwardAutograd(size_t row)
+      : row(row),
+        label("fastops::" + std::string(name_of(row))),
+        saves_slope(rows(c10::DeviceType::CPU).data[row].saves_slope) {}
   Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, int64_t reduction,
                     bool upcast, P... p) {
     (check_constant(label, p), ...);
@@ -322,7 +352,17 @@ struct ForwardAutograd {
       dy = reduced(values, reduction).to(y.scalar_type());
     }
     set_tangent(y, dy);
-    if (requires_grad(input, target)) {
+    if (requires_grad(input, target) && saves_slope) {
+      Tensor slope;
+      {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        const Tensor one = at::ones({}, input.options());
+        slope = op.backward.redispatch(ks & c10::after_autograd_keyset, one, input, target,
+                                       at::Reduction::Sum, p..., 0);
+      }
+      record(label.c_str(), &zero_vjp, {slope}, {input, target}, {}, {});
+      record(label.c_str(), &slope_vjp, {y}, {input, target}, {{slope}}, {reduction});
+    } else if (requires_grad(input, target)) {
       std::vector<Save> saves{{input}, {target}};
       std::vector<c10::IValue> attributes{static_cast<int64_t>(row), reduction};
       (add(p, saves, attributes), ...);

@@ -32,8 +32,8 @@ def softmax(
         IndexError: `dim` is out of range.
         NotImplementedError: integers without `dtype`.
 
-    Same as :func:`torch.nn.functional.softmax`; float32 under autocast. Example: ``softmax(torch.zeros(4), dim=0)`` is
-    0.25 four times.
+    Same as :func:`torch.nn.functional.softmax`, under autocast too: float32 on CUDA, the input's dtype on the CPU.
+    Example: ``softmax(torch.zeros(4), dim=0)`` is 0.25 four times.
     """
     if has_torch_function_unary(input):
         return handle_torch_function(
@@ -41,7 +41,9 @@ def softmax(
         )
     if dim is None:
         dim = _softmax_dim("softmax", input.dim(), _stacklevel)
-    return _C.softmax(input if dtype is None else input.to(dtype=dtype), dim)
+    if dtype is None:
+        return _C.softmax(input, dim)
+    return _C.softmax(input.to(dtype=dtype), dim).to(dtype=dtype)  # whatever autocast asks for
 
 
 @op(kind="rows", reference=F.log_softmax)
@@ -59,4 +61,6 @@ def log_softmax(
         )
     if dim is None:
         dim = _softmax_dim("log_softmax", input.dim(), _stacklevel)
-    return _C.log_softmax(input if dtype is None else input.to(dtype=dtype), dim)
+    if dtype is None:
+        return _C.log_softmax(input, dim)
+    return _C.log_softmax(input.to(dtype=dtype), dim).to(dtype=dtype)  # whatever autocast asks for
