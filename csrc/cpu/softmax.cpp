@@ -178,7 +178,7 @@ struct MakeSoftmax {
       return nullptr;
     });
   }
-  static constexpr SoftmaxKernel row{Op::name, &forward, &backward};
+  static constexpr SoftmaxKernel row{Op::name, &forward, &backward, Op::is_log};
 };
 
 using SoftmaxTable = Table<SoftmaxKernel, MakeSoftmax, Softmaxes>;

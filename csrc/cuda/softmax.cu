@@ -142,7 +142,7 @@ Error softmax_backward(const SoftmaxArgs& a) {
 
 template <class Op>
 struct MakeSoftmax {
-  static constexpr SoftmaxKernel row{Op::name, &softmax<Op>, &softmax_backward<Op>};
+  static constexpr SoftmaxKernel row{Op::name, &softmax<Op>, &softmax_backward<Op>, Op::is_log};
 };
 using SoftmaxTable = Table<SoftmaxKernel, MakeSoftmax, Softmaxes>;
 

@@ -32,6 +32,7 @@ struct LogSumExp {
 // their rounding.
 struct Softmax {
   static constexpr const char* name = "softmax";
+  static constexpr bool is_log = false;
   static constexpr bool cancels = false;
   static constexpr bool from_exponential = true;
   template <class T>
@@ -54,6 +55,7 @@ struct Softmax {
 
 struct LogSoftmax {
   static constexpr const char* name = "log_softmax";
+  static constexpr bool is_log = true;
   static constexpr bool cancels = true;
   static constexpr bool from_exponential = false;
   template <class T>

@@ -17,6 +17,7 @@ using SoftmaxLauncher = Error (*)(const SoftmaxArgs&);
 struct SoftmaxKernel {
   const char* name;
   SoftmaxLauncher forward, backward;
+  bool is_log;  // whether the result is the logarithm of the distribution
 };
 
 }  // namespace fastops

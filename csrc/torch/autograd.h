@@ -1,35 +1,56 @@
-// The autograd node: one class for every kind. What distinguishes kinds is a function from
-// gradients, saved tensors and attributes to gradients; it is pure, so compiled autograd can replay
-// it. torch's Node is not a stable interface: this file and its .cpp are the only ones that know
-// it.
+// The autograd node: one class for every op. What distinguishes ops is a function from gradients,
+// saved tensors and saved values to gradients; it is pure, so compiled autograd can replay it.
+// torch's Node is not a stable interface: this file and its .cpp are the only ones that know it.
 #pragma once
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/core/ivalue.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
-#include <string>
+#include <initializer_list>
 #include <vector>
 
 namespace fastops {
 
 using torch::autograd::variable_list;
 
-struct BackwardContext {
-  const std::vector<at::Tensor>& saved;
-  const std::vector<c10::IValue>& attributes;
-  const std::vector<bool>& needed;  // per input of the forward op: whether its gradient is wanted
-  bool last_use;  // the saved tensors are given up after this call, and gradients are not recorded
-};
-using Backward = variable_list (*)(const variable_list& grads, const BackwardContext&);
+// ------------------------------------------------------------------------------------------------
+// what backward is given
 
-struct Save {
-  at::Tensor tensor;
-  bool is_output = false;
+struct BackwardContext {
+  const void* op;  // what was recorded as such
+  at::ArrayRef<at::Tensor> saved;
+  at::ArrayRef<c10::IValue> values;
+  at::ArrayRef<bool> needed;  // per input of the forward op: whether its gradient is wanted
+  bool last_use;  // the saved tensors are given up after this call, and gradients are not recorded
+
+  // Whether the gradient to input k is wanted, for inputs that an op may not have.
+  bool wants(size_t k) const { return k < needed.size() && needed[k]; }
 };
+using BackwardFunction = variable_list (*)(const variable_list& grads, const BackwardContext&);
+
+// What an op leaves for its backward, in the order in which that finds it.
+struct Saved {
+  struct Entry {
+    at::Tensor tensor;
+    bool is_output;
+  };
+  c10::SmallVector<Entry, 4> tensors;
+  c10::SmallVector<c10::IValue, 4> values;
+
+  void input(const at::Tensor& t) { tensors.push_back({t, false}); }
+  void output(const at::Tensor& t) { tensors.push_back({t, true}); }
+  template <class... V>
+  void value(V... v) {
+    (values.emplace_back(v), ...);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------
+// questions to tensors
 
 // Whether the result of an op on these tensors is to be recorded.
 template <class... T>
@@ -41,8 +62,8 @@ inline bool is_dual(const at::Tensor& t) {
   return t.defined() && t._fw_grad(/*level=*/0).defined();
 }
 
-// Whether a backward may take these past the dispatcher: nothing is recorded, and none is a
-// subclass or carries a tangent.
+// Whether a backward may write to these, or read them past the dispatcher: nothing is recorded,
+// and none is a subclass or carries a tangent.
 template <class... T>
 bool are_plain(const T&... tensors) {
   return !at::GradMode::is_enabled() &&
@@ -54,44 +75,53 @@ inline at::Tensor primal(const at::Tensor& t) { return is_dual(t) ? t._fw_primal
 inline void set_tangent(const at::Tensor& result, const at::Tensor& t) {
   if (t.defined()) result._set_fw_grad(t, /*level=*/0, /*is_inplace_op=*/false);
 }
+inline void set_tangent_inplace(const at::Tensor& self, const at::Tensor& t) {
+  self._set_fw_grad(t, /*level=*/0, /*is_inplace_op=*/true);
+}
 
-// Makes `outputs`, whose tangents are set, the results of `name` on `inputs`, with `backward` to
-// differentiate them.
-void record(const char* name, Backward backward, std::vector<at::Tensor> outputs,
-            const std::vector<at::Tensor>& inputs, std::vector<Save> saves,
-            std::vector<c10::IValue> attributes);
+// The sum of two, of which either may be undefined and is then 0.
+at::Tensor sum_of_defined(const at::Tensor& a, const at::Tensor& b);
 
-// Where a gradient to each of these goes, as they are now.
-torch::autograd::edge_list edges_of(const std::vector<at::Tensor>& inputs);
+// ------------------------------------------------------------------------------------------------
+// recording
+
+using TensorRefs = std::initializer_list<const at::Tensor*>;
+
+// How an op is differentiated: its name, the function, and what that finds as `op`. All of them
+// live as long as the process.
+struct Recipe {
+  const char* name;
+  BackwardFunction backward;
+  const void* op;
+};
+
+// Where a gradient to each of these goes, as they are now; undefined ones take none.
+torch::autograd::edge_list edges_of(at::ArrayRef<const at::Tensor*> inputs);
+
+// Makes `outputs`, whose tangents are set, the results of an op on the inputs that `edges` lead to.
+void record(const Recipe& recipe, at::ArrayRef<const at::Tensor*> outputs,
+            torch::autograd::edge_list edges, const Saved& saved);
 
 // The same after `self`, the first of the inputs, was overwritten by the op. `edges` are those that
 // the inputs had before: a view looks for its history anew once it has been written to, and would
 // find its own.
-void record_inplace(const char* name, Backward backward, at::Tensor& self,
-                    torch::autograd::edge_list edges, std::vector<Save> saves,
-                    std::vector<c10::IValue> attributes);
+void record_inplace(const Recipe& recipe, at::Tensor& self, torch::autograd::edge_list edges,
+                    const Saved& saved);
 
 // The same after the op has left something else in `overwritten`, which is no result of it: `edges`
 // are those that its inputs had before, and who differentiates through `overwritten` from now on
 // gets the error `message`.
-void record_overwriting(const char* name, Backward backward, std::vector<at::Tensor> outputs,
-                        torch::autograd::edge_list edges, std::vector<Save> saves,
-                        std::vector<c10::IValue> attributes, at::Tensor& overwritten,
-                        const char* message);
+void record_overwriting(const Recipe& recipe, at::ArrayRef<const at::Tensor*> outputs,
+                        torch::autograd::edge_list edges, const Saved& saved,
+                        at::Tensor& overwritten, const char* message);
 
 // Raises where torch raises on an in-place op: leaves that require grad, some views.
 void check_inplace(const at::Tensor& self, bool requires_grad);
+// What an in-place op owes to those who have saved the tensor.
+inline void bump_version(const at::Tensor& self) { torch::autograd::impl::bump_version(self); }
 
 // Makes a later backward through `output` raise "derivative for <name> is not implemented".
 void record_not_implemented(const char* name, const at::Tensor& output,
-                            const std::vector<at::Tensor>& inputs);
-
-// A typed handle of one of our ops.
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const std::string& name) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(("fastops::" + name).c_str(), "")
-      .typed<Signature>();
-}
+                            at::ArrayRef<const at::Tensor*> inputs);
 
 }  // namespace fastops

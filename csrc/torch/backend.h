@@ -20,6 +20,9 @@ bool cuda_built();
 // The current stream of the tensor's device, null on CPU.
 void* stream_of(const at::Tensor& t);
 
+// A copy of the name that lives as long as the module.
+const char* kept(const std::string& name);
+
 inline void check(const char* op, Error error) { TORCH_CHECK(error == nullptr, op, ": ", error); }
 
 // Raises NotImplementedError, as torch's own kernels do, for what is not float64, float32, bfloat16

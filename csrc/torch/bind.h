@@ -9,6 +9,8 @@
 #include <optional>
 #include <string>
 
+#include "backend.h"
+
 namespace fastops {
 
 // Lets other Python threads run while a kernel does, where it takes long enough to be worth the two
@@ -30,7 +32,8 @@ class Unlocked {
 void bind_elementwise(pybind11::module_& m);
 void bind_fused(pybind11::module_& m);
 void bind_losses(pybind11::module_& m);
-void bind_rows(pybind11::module_& m);
+void bind_softmax(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_optimizers(pybind11::module_& m);
 
@@ -38,9 +41,6 @@ void bind_optimizers(pybind11::module_& m);
 // it has nothing better.
 void set_hand_over(pybind11::function f);
 pybind11::object hand_over(const char* name, const pybind11::tuple& arguments);
-// A copy of the name that lives as long as the module.
-const char* kept(const std::string& name);
-
 // Adds f to the module as `name`. Where it raises NotImplementedError (a dtype, a layout, a device
 // or a kind of tensor that has no kernels) the call goes to hand_over: that costs a call that is
 // not refused nothing.

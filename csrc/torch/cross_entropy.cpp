@@ -1,15 +1,14 @@
-// Softmax, log-softmax and cross-entropy as torch sees them: schemas, checks and derivatives.
+// Cross-entropy as torch sees it: schemas, checks and derivatives. Three ops:
 //
+// cross_entropy gives the loss, and is what a caller without wishes of its own calls.
 // cross_entropy_forward computes the loss and, in the same visit of the logits, its gradient, and
 // gives both out; the backward pass then has next to nothing to do, and no more is saved than the
 // gradient itself. Where a gradient of the gradient is asked for, the softmax is recovered from it
-// (see RowTerms). cross_entropy_lse gives each row's log(sum(exp)) as well, and cross_entropy_
-// leaves the gradient in the logits' own memory.
+// (see RowTerms). On demand it gives each row's log(sum(exp)) as well. cross_entropy_ does the
+// same, and leaves the gradient in the logits' own memory.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/WrapDimUtils.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
@@ -22,16 +21,13 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include <cmath>
 
-#include "autocast.h"
-#include "autograd.h"
-#include "backend.h"
 #include "bind.h"
 #include "layout.h"
 #include "reduction.h"
+#include "register.h"
 
 namespace fastops {
 namespace {
@@ -40,200 +36,31 @@ using at::Tensor;
 using c10::DispatchKey;
 using c10::DispatchKeySet;
 
-// ------------------------------------------------------------------------------------------------
-// softmax
+using MaybeTensor = std::optional<Tensor>;
+// (input, target, weight, reduction, ignore_index, label_smoothing, upcast, second_target, lam)
+using Whole = Tensor(const Tensor&, const Tensor&, const MaybeTensor&, int64_t, int64_t, double,
+                     bool, const MaybeTensor&, double);
+// (the same, z_loss, return_lse, with_grad) -> (loss, gradient, lse, factor). What is not there is
+// of one dimension without elements: the gradient unless with_grad; lse, log(sum(exp)) of each row,
+// unless return_lse or a z_loss; the factor where that is 1, see Computed.
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Forward = Results(const Tensor&, const Tensor&, const MaybeTensor&, int64_t, int64_t, double,
+                        bool, const MaybeTensor&, double, double, bool, bool);
+// (input, target, weight, reduction, ignore_index, label_smoothing, upcast, z_loss) -> (loss, lse,
+// factor)
+using Overwriting = std::tuple<Tensor, Tensor, Tensor>(Tensor&, const Tensor&, const MaybeTensor&,
+                                                       int64_t, int64_t, double, bool, double);
+constexpr size_t kUpcast = 6;
 
-struct SoftmaxOps {
-  c10::TypedOperatorHandle<Tensor(const Tensor&, int64_t)> forward;
-  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, int64_t)>
-      backward;  // (grad, output, dim)
-};
-
-const KernelTable<SoftmaxKernel>& softmax_table(c10::DeviceType device) {
-  return tables(device).softmax;
-}
-std::string softmax_name(size_t row) { return softmax_table(c10::DeviceType::CPU).data[row].name; }
-
-const SoftmaxOps& softmax_ops(size_t row) {
-  static const auto all = [] {
-    std::vector<SoftmaxOps> ops;
-    for (const auto& r : softmax_table(c10::DeviceType::CPU)) {
-      const std::string n = r.name;
-      ops.push_back({find_op<Tensor(const Tensor&, int64_t)>(n),
-                     find_op<Tensor(const Tensor&, const Tensor&, int64_t)>(n + "_backward")});
-    }
-    return ops;
-  }();
-  return all[row];
-}
-
-bool is_log(size_t row) { return softmax_name(row) == "log_softmax"; }
-
-struct SoftmaxForward {
-  size_t row;
-  Tensor operator()(const Tensor& input, int64_t dim) {
-    const std::string name = softmax_name(row);
-    check_dtype(name.c_str(), input);
-    const int64_t d = at::maybe_wrap_dim(dim, input.dim());
-    const Tensor x = dense(input);
-    Tensor y = x.is_same(input) ? output_like(x) : x;
-    if (x.numel() == 0) return y;
-    const c10::DeviceGuard guard(x.device());
-    const Rows3 r = around(x, d);
-    check(name.c_str(), softmax_table(x.device().type())
-                            .data[row]
-                            .forward({x.scalar_type(),
-                                      r.outer,
-                                      r.n,
-                                      r.inner,
-                                      y.mutable_data_ptr(),
-                                      {x.const_data_ptr(), nullptr},
-                                      stream_of(x)}));
-    return y;
-  }
-};
-
-struct SoftmaxBackward {
-  size_t row;
-  Tensor operator()(const Tensor& grad, const Tensor& output, int64_t dim) {
-    const std::string name = softmax_name(row) + "_backward";
-    TORCH_CHECK(grad.sizes() == output.sizes() && grad.scalar_type() == output.scalar_type() &&
-                    grad.device() == output.device(),
-                name, ": expected grad like output ", output.toString(), output.sizes(), ", got ",
-                grad.toString(), grad.sizes());
-    check_dtype(name.c_str(), output);
-    const int64_t d = at::maybe_wrap_dim(dim, output.dim());
-    const Tensor y = dense(output), dy = matching(grad, y);
-    Tensor dx = output_like(y);
-    if (y.numel() == 0) return dx;
-    const c10::DeviceGuard guard(y.device());
-    const Rows3 r = around(y, d);
-    check(name.c_str(), softmax_table(y.device().type())
-                            .data[row]
-                            .backward({y.scalar_type(),
-                                       r.outer,
-                                       r.n,
-                                       r.inner,
-                                       dx.mutable_data_ptr(),
-                                       {y.const_data_ptr(), dy.const_data_ptr()},
-                                       stream_of(y)}));
-    return dx;
-  }
-};
-
-variable_list softmax_vjp(const variable_list& grads, const BackwardContext& c) {
-  return {softmax_ops(c.attributes[0].toInt())
-              .backward.call(grads[0], c.saved[0], c.attributes[1].toInt())};
-}
-
-// d backward(dy, y) / dy, applied to v, and to y; in torch ops, so that it can be differentiated
-// without end.
-Tensor softmax_backward_dy(bool log, const Tensor& v, const Tensor& y, int64_t dim) {
-  if (log) return v - (v * y.exp()).sum(dim, true);
-  return y * (v - (y * v).sum(dim, true));
-}
-Tensor softmax_backward_y(bool log, const Tensor& v, const Tensor& dy, const Tensor& y,
-                          int64_t dim) {
-  if (log) return -(v * y.exp() * dy.sum(dim, true));
-  return v * (dy - (y * dy).sum(dim, true)) - dy * (v * y).sum(dim, true);
-}
-
-variable_list softmax_backward_vjp(const variable_list& grads, const BackwardContext& c) {
-  const bool log = is_log(c.attributes[0].toInt());
-  const int64_t dim = c.attributes[1].toInt();
-  variable_list result(2);
-  if (c.needed[0]) result[0] = softmax_backward_dy(log, grads[0], c.saved[1], dim);
-  if (c.needed[1]) result[1] = softmax_backward_y(log, grads[0], c.saved[0], c.saved[1], dim);
-  return result;
-}
-
-struct SoftmaxForwardAutograd {
-  size_t row;
-  Tensor operator()(DispatchKeySet ks, const Tensor& input, int64_t dim) {
-    const auto& op = softmax_ops(row);
-    Tensor y;
-    {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      y = op.forward.redispatch(ks & c10::after_autograd_keyset, input, dim);
-    }
-    Tensor dy;
-    if (is_dual(input)) {  // softmax's Jacobian is symmetric, log-softmax's is not
-      const Tensor t = tangent(input);
-      dy = is_log(row) ? t - (t * y.exp()).sum(dim, true) : op.backward.call(t, y, dim);
-    }
-    set_tangent(y, dy);
-    if (requires_grad(input))
-      record(("fastops::" + softmax_name(row)).c_str(), &softmax_vjp, {y}, {input}, {{y, true}},
-             {static_cast<int64_t>(row), dim});
-    return y;
-  }
-};
-
-struct SoftmaxBackwardAutograd {
-  size_t row;
-  Tensor operator()(DispatchKeySet ks, const Tensor& grad, const Tensor& output, int64_t dim) {
-    const auto& op = softmax_ops(row);
-    Tensor dx;
-    {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      dx = op.backward.redispatch(ks & c10::after_autograd_keyset, grad, output, dim);
-    }
-    Tensor t;
-    if (is_dual(grad)) t = op.backward.call(tangent(grad), primal(output), dim);
-    if (is_dual(output)) {
-      const Tensor y = primal(output), dy = primal(grad), ty = tangent(output);
-      const Tensor s = is_log(row)
-                           ? -(y.exp() * ty * dy.sum(dim, true))
-                           : ty * (dy - (y * dy).sum(dim, true)) - y * (ty * dy).sum(dim, true);
-      t = t.defined() ? at::add(t, s) : s;
-    }
-    set_tangent(dx, t);
-    if (requires_grad(grad, output))
-      record(("fastops::" + softmax_name(row) + "_backward").c_str(), &softmax_backward_vjp, {dx},
-             {grad, output}, {{grad}, {output}}, {static_cast<int64_t>(row), dim});
-    return dx;
-  }
-};
-
-struct SoftmaxAutocast {
-  size_t row;
-  DispatchKey key;
-  Tensor operator()(const Tensor& input, int64_t dim) {
-    return in_float32(key, input,
-                      [&](const Tensor& x) { return softmax_ops(row).forward.call(x, dim); });
-  }
-};
+constinit struct Family {
+  Op<Whole> whole;
+  Op<Forward> forward;
+  Op<Overwriting> overwriting;
+  Op<Tensor(const Tensor&, int64_t)> softmax, log_softmax;
+} ops;
 
 // ------------------------------------------------------------------------------------------------
-// cross-entropy
-
-using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
-                                           const std::optional<Tensor>&, int64_t, int64_t, double,
-                                           bool, const std::optional<Tensor>&, double);
-using Whole = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t,
-                     double, bool, const std::optional<Tensor>&, double);
-using WithLse = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                   const std::optional<Tensor>&, int64_t, int64_t,
-                                                   double, bool, double, bool, bool);
-using Overwriting = std::tuple<Tensor, Tensor>(Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                               int64_t, int64_t, double, bool, double);
-auto forward_op() {
-  static const auto op = find_op<Forward>("cross_entropy_forward");
-  return op;
-}
-auto whole_op() {
-  static const auto op = find_op<Whole>("cross_entropy");
-  return op;
-}
-
-auto lse_op() {
-  static const auto op = find_op<WithLse>("cross_entropy_lse");
-  return op;
-}
-auto overwriting_op() {
-  static const auto op = find_op<Overwriting>("cross_entropy_");
-  return op;
-}
+// kernels
 
 struct Problem {
   Tensor x, weight;  // dense logits, weights in real
@@ -278,7 +105,7 @@ void check_target(const Tensor& input, const Tensor& target, int64_t ignore_inde
 }
 
 // autocast: a weight of another dtype will do where both can be brought to float32
-Problem problem(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Problem problem(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
                 int64_t reduction, int64_t ignore_index, double label_smoothing, bool autocast) {
   check_reduction("cross_entropy", reduction);
   check_dtype("cross_entropy", input);
@@ -316,6 +143,9 @@ Problem problem(const Tensor& input, const Tensor& target, const std::optional<T
 
 struct Computed {
   Tensor loss, grad, lse;
+  // What the gradient has still to be multiplied by: float16 cannot hold gradients that are divided
+  // by a large batch. Undefined for 1.
+  Tensor factor;
 };
 
 // What cross_entropy can do beside a loss.
@@ -326,11 +156,19 @@ struct Extras {
   Tensor second_target = {};  // of mixup; then lam is the part of the first
   double lam = 1;
 };
-Extras mixed(const std::optional<Tensor>& second_target, double lam) {
-  return {.second_target = second_target.value_or(Tensor()), .lam = lam};
+
+// 1 / divisor, the sum of the weights of the rows that count; 1 where no row counts, so that their
+// gradients of 0 stay 0 as torch's do.
+Tensor reciprocal_of(const Tensor& divisor, const Tensor& target, int64_t ignore_index) {
+  if (!divisor.is_cpu())
+    return at::where(target.ne(ignore_index).any(), divisor.reciprocal(),
+                     at::ones({}, divisor.options()));
+  const float d = *divisor.const_data_ptr<float>();
+  const bool none = d == 0 && !target.ne(ignore_index).any().item<bool>();
+  return at::scalar_tensor(none ? 1.0f : 1.0f / d, divisor.options());
 }
 
-Computed compute(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Computed compute(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
                  int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast,
                  bool with_grad, const Extras& extras) {
   TORCH_CHECK_VALUE(std::isfinite(extras.z_loss) && extras.z_loss >= 0,
@@ -439,9 +277,11 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   }
   if (with_grad) {
     a.grad = result.grad.mutable_data_ptr();
-    // float16 cannot hold gradients divided by a large batch: they are left as they are, see
-    // scale_of_saved().
-    const bool half = p.x.scalar_type() == at::kHalf;
+    const bool half = p.x.scalar_type() == at::kHalf;  // see Computed::factor
+    if (mean && half)
+      result.factor = divisor.defined() && !second.defined()
+                          ? reciprocal_of(divisor, index, ignore_index)
+                          : at::scalar_tensor(1 / static_cast<double>(losses.numel()), options);
     if (mean && second.defined()) {
       if (half) a.scale = static_cast<double>(losses.numel());
     } else if (mean && !half) {
@@ -460,56 +300,71 @@ Computed compute(const Tensor& input, const Tensor& target, const std::optional<
   return result;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
-                                                 const std::optional<Tensor>& weight,
-                                                 int64_t reduction, int64_t ignore_index,
-                                                 double label_smoothing, bool upcast,
-                                                 const std::optional<Tensor>& second_target,
-                                                 double lam) {
-  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast,
-                       true, mixed(second_target, lam));
-  return {c.loss, c.grad};
+// t, or what stands for it where it is not there.
+Tensor or_none(const Tensor& t, const Tensor& beside, at::ScalarType dtype) {
+  return t.defined() ? t : output_beside(beside, {0}, dtype);
 }
 
-Tensor cross_entropy(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Results cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing,
+                              bool upcast, const MaybeTensor& second_target, double lam,
+                              double z_loss, bool return_lse, bool with_grad) {
+  const Computed c =
+      compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, with_grad,
+              {.lse = return_lse || z_loss != 0,
+               .z_loss = z_loss,
+               .second_target = second_target.value_or(Tensor()),
+               .lam = lam});
+  const auto dtype = input.scalar_type();
+  return {c.loss, or_none(c.grad, input, dtype), or_none(c.lse, input, real_of(dtype)),
+          or_none(c.factor, input, real_of(dtype))};
+}
+
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast,
-                     const std::optional<Tensor>& second_target, double lam) {
+                     const MaybeTensor& second_target, double lam) {
   return compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast, false,
-                 mixed(second_target, lam))
+                 {.second_target = second_target.value_or(Tensor()), .lam = lam})
       .loss;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_lse(const Tensor& input, const Tensor& target,
-                                                     const std::optional<Tensor>& weight,
-                                                     int64_t reduction, int64_t ignore_index,
-                                                     double label_smoothing, bool upcast,
-                                                     double z_loss, bool, bool with_grad) {
-  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast,
-                       with_grad, {.lse = true, .z_loss = z_loss});
-  return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_overwriting(
+    Tensor& input, const Tensor& target, const MaybeTensor& weight, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, bool upcast, double z_loss) {
+  const Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing,
+                             upcast, true, {.lse = true, .z_loss = z_loss, .overwrite = true});
+  return {c.loss, c.lse, or_none(c.factor, input, real_of(input.scalar_type()))};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_overwriting(Tensor& input, const Tensor& target,
-                                                     const std::optional<Tensor>& weight,
-                                                     int64_t reduction, int64_t ignore_index,
-                                                     double label_smoothing, bool upcast,
-                                                     double z_loss) {
-  Computed c = compute(input, target, weight, reduction, ignore_index, label_smoothing, upcast,
-                       true, {.lse = true, .z_loss = z_loss, .overwrite = true});
-  return {c.loss, c.lse};
-}
-
-// -- derivatives, in torch ops but for the common case. `grad` is the second output of
+// ------------------------------------------------------------------------------------------------
+// derivatives, in torch ops but for the common case. `grad` is the second output of
 // cross_entropy_forward.
 
+// What is saved, undefined where it is not needed, and the values beside it.
+enum { kGrad, kTarget, kWeight, kLogits, kLse, kSecondTarget, kFactor };
 struct Attributes {
   int64_t reduction, ignore_index;
   double label_smoothing;
   bool exclusive;  // nobody else can see the saved gradient: it may be handed on or overwritten
-  double z_loss = 0;
-  bool mixed = false;  // of two targets, of which lam is the part of the first
-  double lam = 1;
+  double z_loss;
+  bool mixed;  // of two targets, of which lam is the part of the first
+  double lam;
+
+  void save(Saved& s) const {
+    s.value(reduction, ignore_index, label_smoothing, exclusive, z_loss, mixed, lam);
+  }
+  static Attributes of(const BackwardContext& c) {
+    return {c.values[0].toInt(),   c.values[1].toInt(),    c.values[2].toDouble(),
+            c.values[3].toBool(),  c.values[4].toDouble(), c.values[5].toBool(),
+            c.values[6].toDouble()};
+  }
 };
+// The inputs to which gradients flow, and the outputs from which.
+enum { kInput, kTargetInput, kWeightInput };
+enum { kLoss, kGradOutput, kLseOutput };
+Tensor output(const variable_list& grads, size_t k) {
+  return k < grads.size() ? grads[k] : Tensor();
+}
 
 Tensor live_rows(const Tensor& target, int64_t ignore_index) { return target.ne(ignore_index); }
 
@@ -538,16 +393,6 @@ double per_row(const Tensor& target) {
   return static_cast<double>(target.size(class_dim(target))) / target.numel();
 }
 
-// What the saved gradient has still to be multiplied with; undefined for 1.
-Tensor scale_of_saved(const Tensor& grad, const Tensor& target, const Tensor& weight,
-                      const Attributes& a) {
-  if (a.reduction != at::Reduction::Mean || grad.scalar_type() != at::kHalf) return Tensor();
-  const auto options = grad.options().dtype(at::kFloat);
-  if (a.mixed) return at::scalar_tensor(1 / static_cast<double>(target.numel()), options);
-  if (is_distribution(target)) return at::scalar_tensor(per_row(target), options);
-  return mean_factor(target, weight, a, options);
-}
-
 // saved gradient x upstream gradient of the loss
 Tensor scaled(const Tensor& grad, const Tensor& dloss, const Tensor& scale, const Attributes& a) {
   const Tensor factor = scale.defined() ? dloss * scale : dloss;
@@ -563,8 +408,8 @@ bool on_device(const Tensor& grad, const Tensor& factor) {
          (dtype == own || dtype == real_of(own)) && grad.is_non_overlapping_and_dense();
 }
 
-// A saved gradient that is given up: handed on as it is where the factor is 1, else multiplied where
-// it lies. On CUDA the kernel finds out which: the host waits for nothing.
+// A saved gradient that is given up: handed on as it is where the factor is 1, else multiplied
+// where it lies. On CUDA the kernel finds out which: the host waits for nothing.
 Tensor rescaled(const Tensor& grad, const Tensor& factor) {
   Tensor dx = grad.detach();
   if (!on_device(grad, factor)) {
@@ -644,7 +489,7 @@ RowTerms::RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weigh
            live;
   };
   if (a.mixed) {
-    // Each with a divisor of its own; in float16 times the number of rows, see scale_of_saved().
+    // Each with a divisor of its own; in float16 times the number of rows, see Computed::factor.
     const double rows = grad.scalar_type() == at::kHalf ? static_cast<double>(target.numel()) : 1.0;
     const auto part = [&](const Tensor& t, double lam) {
       const Tensor q = of_classes(t) * lam;
@@ -667,8 +512,7 @@ RowTerms::RowTerms(const Tensor& grad, const Tensor& target, const Tensor& weigh
     S = S + steepness * lse.unsqueeze(dim);  // lse is 0 where a row is ignored
   }
   if (logits.defined()) {
-    static const auto softmax = find_op<Tensor(const Tensor&, int64_t)>("softmax");
-    p = softmax.call(logits.to(options.dtype()), dim);
+    p = ops.softmax.call(logits.to(options.dtype()), dim);
     if (live.defined()) p = p * live;
   } else {
     const Tensor some = S.ne(0);
@@ -684,10 +528,9 @@ struct ToTarget {
 
   ToTarget(const Tensor& logits, const Tensor& target, const Tensor& weight, const Attributes& a)
       : dim(class_dim(logits)) {
-    static const auto log_softmax = find_op<Tensor(const Tensor&, int64_t)>("log_softmax");
     const auto options = logits.options().dtype(real_of(logits.scalar_type()));
     k = class_weights(logits, weight, options) * (1 - a.label_smoothing);
-    log_p = log_softmax.call(logits.to(options.dtype()), dim);
+    log_p = ops.log_softmax.call(logits.to(options.dtype()), dim);
     scale = scale_in_saved(logits, target, weight, a, options);
   }
   Tensor scaled(const Tensor& t) const { return scale.defined() ? t * scale : t; }
@@ -702,27 +545,17 @@ struct ToTarget {
   }
 };
 
-Attributes attributes_of(const std::vector<c10::IValue>& v) {
-  return {v[0].toInt(),
-          v[1].toInt(),
-          v[2].toDouble(),
-          v[3].toBool(),
-          v.size() > 4 ? v[4].toDouble() : 0.0,
-          v.size() > 5,
-          v.size() > 5 ? v[5].toDouble() : 1.0};
-}
-
-// Of outputs loss, G and, with the extras, lse; saved are G, target, weight, logits (where they are
-// needed), lse and the second target.
-variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContext& c) {
-  const Attributes a = attributes_of(c.attributes);
-  const Tensor &grad = c.saved[0], &target = c.saved[1], &weight = c.saved[2], &dloss = grads[0];
+variable_list vjp(const variable_list& grads, const BackwardContext& c) {
+  const Attributes a = Attributes::of(c);
+  const Tensor &grad = c.saved[kGrad], &target = c.saved[kTarget], &weight = c.saved[kWeight];
+  const Tensor dloss = output(grads, kLoss), dgrad = output(grads, kGradOutput),
+               dlse = output(grads, kLseOutput);
   variable_list result(3);
-  if (c.needed.size() > 2 && c.needed[2])
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "cross_entropy: the gradient to weight is not implemented; detach it");
-  if (c.needed.size() > 1 && c.needed[1]) {
-    const ToTarget to(c.saved[3], target, weight, a);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !c.wants(kWeightInput),
+      "cross_entropy: the gradient to weight is not implemented; detach it");
+  if (c.wants(kTargetInput)) {
+    const ToTarget to(c.saved[kLogits], target, weight, a);
     Tensor dq;
     if (dloss.defined()) {
       Tensor factor = dloss.to(to.log_p.scalar_type());
@@ -730,36 +563,30 @@ variable_list cross_entropy_vjp(const variable_list& grads, const BackwardContex
       if (a.reduction == at::Reduction::Mean) factor = factor * per_row(target);
       dq = to.of_loss(factor);
     }
-    if (grads.size() > 1 && grads[1].defined()) {
-      const Tensor h = to.vjp_of_gradient(grads[1].to(to.log_p.scalar_type()));
-      dq = dq.defined() ? at::add(dq, h) : h;
-    }
-    if (dq.defined()) result[1] = dq.to(target.scalar_type());
+    if (dgrad.defined())
+      dq = sum_of_defined(dq, to.vjp_of_gradient(dgrad.to(to.log_p.scalar_type())));
+    if (dq.defined()) result[kTargetInput] = dq.to(target.scalar_type());
   }
-  if (!c.needed[0]) return result;
+  if (!c.wants(kInput)) return result;
   Tensor dx;
   if (dloss.defined()) {
-    const Tensor scale = scale_of_saved(grad, target, weight, a);
+    const Tensor& factor = c.saved[kFactor];
     const bool plain = c.last_use && a.exclusive && are_plain(dloss, grad);
-    const Tensor factor = scale.defined() && dloss.is_cuda() ? dloss * scale : dloss;
+    const Tensor by = factor.defined() && dloss.is_cuda() ? at::mul(dloss, factor) : dloss;
     if (plain && a.reduction != at::Reduction::None &&
-        (dloss.is_cpu() ? !scale.defined() : on_device(grad, factor))) {
-      dx = rescaled(grad, factor);
+        (dloss.is_cpu() ? !factor.defined() : on_device(grad, by))) {
+      dx = rescaled(grad, by);
     } else {
-      dx = scaled(grad, dloss, scale, a);
+      dx = scaled(grad, dloss, factor, a);
     }
   }
-  const bool of_grad = grads.size() > 1 && grads[1].defined(),
-             of_lse = grads.size() > 2 && grads[2].defined();
-  if (of_grad || of_lse) {
-    const bool extended = c.saved.size() > 4;
-    const RowTerms rows(grad, target, weight, a, extended ? c.saved[3] : Tensor(),
-                        extended ? c.saved[4] : Tensor(), a.mixed ? c.saved[5] : Tensor());
-    for (const Tensor& h : {of_grad ? rows.of_gradient(grads[1]) : Tensor(),
-                            of_lse ? rows.vjp_of_lse(grads[2]) : Tensor()})
-      if (h.defined()) dx = dx.defined() ? at::add(dx, h) : h;
+  if (dgrad.defined() || dlse.defined()) {
+    const RowTerms rows(grad, target, weight, a, c.saved[kLogits], c.saved[kLse],
+                        c.saved[kSecondTarget]);
+    if (dgrad.defined()) dx = sum_of_defined(dx, rows.of_gradient(dgrad));
+    if (dlse.defined()) dx = sum_of_defined(dx, rows.vjp_of_lse(dlse));
   }
-  result[0] = dx;
+  result[kInput] = dx;
   return result;
 }
 
@@ -769,122 +596,100 @@ bool hooks_see_saved_tensors() {
          at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
-// With what the extras ask for; cross_entropy_lse where that is log(sum(exp)) or a z_loss.
-Computed forward_and_record(DispatchKeySet ks, const Tensor& input, const Tensor& target,
-                            const std::optional<Tensor>& weight, int64_t reduction,
-                            int64_t ignore_index, double label_smoothing, bool upcast,
-                            bool exclusive, const Extras& extras, bool with_lse) {
-  Tensor loss, grad, lse;
-  const Tensor& second = extras.second_target;
-  const bool is_mixed = second.defined();
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (with_lse) {
-      std::tie(loss, lse, grad) = lse_op().redispatch(
-          ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
-          label_smoothing, upcast, extras.z_loss, extras.lse, /*with_grad=*/true);
-    } else {
-      std::tie(loss, grad) = forward_op().redispatch(
-          ks & c10::after_autograd_keyset, input, target, weight, reduction, ignore_index,
-          label_smoothing, upcast, is_mixed ? std::optional(second) : std::nullopt, extras.lam);
-    }
-  }
-  const Tensor w = weight.value_or(Tensor());
-  const Attributes a{reduction,     ignore_index, label_smoothing, exclusive,
-                     extras.z_loss, is_mixed,     extras.lam};
-  const bool keep_logits = extras.lse;  // for the gradient of lse, which is asked for
-  Tensor dloss, dgrad, dlse;
-  if (is_dual(input)) {
-    const Tensor t = tangent(input), pt = primal(target), pw = w.defined() ? primal(w) : w;
-    const Tensor scale = scale_of_saved(grad, pt, pw, a);
-    const Tensor real = at::mul(grad.to(real_of(grad.scalar_type())), t);
-    Tensor total = reduction == at::Reduction::None ? real.sum(class_dim(grad)) : real.sum();
-    if (scale.defined()) total = total * scale;
-    dloss = total.to(loss.scalar_type());
-    const RowTerms rows(grad, pt, pw, a, keep_logits ? primal(input) : Tensor(), lse, second);
-    dgrad = rows.of_gradient(t);
-    if (with_lse) dlse = rows.jvp_of_lse(t);
-  }
-  if (is_dual(target)) {
-    const ToTarget to(primal(input), primal(target), w.defined() ? primal(w) : w, a);
-    const Tensor t = tangent(target).to(to.log_p.scalar_type());
-    const Tensor rows = to.of_loss(t).sum(to.dim);
-    const Tensor total = reduction == at::Reduction::None   ? rows
-                         : reduction == at::Reduction::Mean ? rows.sum() * per_row(target)
-                                                            : rows.sum();
-    const Tensor part = total.to(loss.scalar_type()),
-                 of_grad = to.jvp_of_gradient(t).to(grad.scalar_type());
-    dloss = dloss.defined() ? at::add(dloss, part) : part;
-    dgrad = dgrad.defined() ? at::add(dgrad, of_grad) : of_grad;
-  }
-  set_tangent(loss, dloss);
-  set_tangent(grad, dgrad);
-  if (with_lse) set_tangent(lse, dlse);
-  if (requires_grad(input, target) || (w.defined() && requires_grad(w))) {
-    const Tensor logits = keep_logits || requires_grad(target) ? input : Tensor();
-    if (with_lse)
-      record("fastops::cross_entropy_lse", &cross_entropy_vjp, {loss, grad, lse},
-             {input, target, w}, {{grad, true}, {target}, {w}, {logits}, {lse, true}},
-             {reduction, ignore_index, label_smoothing, exclusive, extras.z_loss});
-    else if (is_mixed)
-      record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
-             {{grad, true}, {target}, {w}, {logits}, {Tensor()}, {second}},
-             {reduction, ignore_index, label_smoothing, exclusive, extras.z_loss, extras.lam});
-    else
-      record("fastops::cross_entropy", &cross_entropy_vjp, {loss, grad}, {input, target, w},
-             {{grad, true}, {target}, {w}, {logits}},
-             {reduction, ignore_index, label_smoothing, exclusive});
-  }
-  return {loss, grad, lse};
+// Whether derivatives of the call are asked for.
+bool differentiated(const Tensor& input, const Tensor& target, const MaybeTensor& weight) {
+  return requires_grad(input, target) || is_dual(input) || is_dual(target) ||
+         (weight && requires_grad(*weight));
 }
 
-std::tuple<Tensor, Tensor> forward_autograd(DispatchKeySet ks, const Tensor& input,
-                                            const Tensor& target,
-                                            const std::optional<Tensor>& weight, int64_t reduction,
-                                            int64_t ignore_index, double label_smoothing,
-                                            bool upcast, const std::optional<Tensor>& second_target,
-                                            double lam) {
-  Computed c =
-      forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing,
-                         upcast, false, mixed(second_target, lam), /*with_lse=*/false);
-  return {c.loss, c.grad};
+// The tangents of loss, gradient and lse.
+std::array<Tensor, 3> jvp(const Results& results, const DualTensor& x, const DualTensor& target,
+                          const Tensor& weight, const Attributes& a, bool keep_logits,
+                          const Tensor& factor, const Tensor& second) {
+  const auto& [loss, grad, lse, _] = results;
+  Tensor dloss, dgrad, dlse;
+  if (x.moves()) {
+    const Tensor product = at::mul(grad.to(real_of(grad.scalar_type())), x.tangent);
+    Tensor total =
+        a.reduction == at::Reduction::None ? product.sum(class_dim(grad)) : product.sum();
+    if (factor.defined()) total = total * factor;
+    dloss = total.to(loss.scalar_type());
+    const RowTerms rows(grad, target.value, weight, a, keep_logits ? x.value : Tensor(), lse,
+                        second);
+    dgrad = rows.of_gradient(x.tangent);
+    dlse = rows.jvp_of_lse(x.tangent);
+  }
+  if (target.moves()) {
+    const ToTarget to(x.value, target.value, weight, a);
+    const Tensor t = target.tangent.to(to.log_p.scalar_type());
+    const Tensor rows = to.of_loss(t).sum(to.dim);
+    const Tensor total = a.reduction == at::Reduction::None   ? rows
+                         : a.reduction == at::Reduction::Mean ? rows.sum() * per_row(target.value)
+                                                              : rows.sum();
+    dloss = sum_of_defined(dloss, total.to(loss.scalar_type()));
+    dgrad = sum_of_defined(dgrad, to.jvp_of_gradient(t).to(grad.scalar_type()));
+  }
+  return {dloss, dgrad, dlse};
+}
+
+Results forward_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target,
+                         const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
+                         double label_smoothing, bool upcast, const MaybeTensor& second_target,
+                         double lam, double z_loss, bool return_lse, bool with_grad) {
+  const bool wanted = differentiated(input, target, weight);
+  Results results = ops.forward.below_autograd(ks, input, target, weight, reduction, ignore_index,
+                                               label_smoothing, upcast, second_target, lam, z_loss,
+                                               return_lse, with_grad || wanted);
+  if (!wanted) return results;
+  auto& [loss, grad, lse, factor] = results;
+  const Tensor w = weight.value_or(Tensor()), second = second_target.value_or(Tensor()),
+               factor_or_none = factor.sym_numel() != 0 ? factor : Tensor();
+  const bool has_lse = return_lse || z_loss != 0;
+  const Attributes a{reduction,
+                     ignore_index,
+                     label_smoothing,
+                     /*exclusive=*/!with_grad && !hooks_see_saved_tensors(),
+                     z_loss,
+                     second.defined(),
+                     lam};
+  if (is_dual(input) || is_dual(target)) {
+    const auto [dloss, dgrad, dlse] =
+        jvp(results, call_args::dual(input), call_args::dual(target), w.defined() ? primal(w) : w,
+            a, return_lse, factor_or_none, second);
+    set_tangent(loss, dloss);
+    set_tangent(grad, dgrad);
+    if (has_lse) set_tangent(lse, dlse);
+  }
+  if (requires_grad(input, target) || requires_grad(w)) {
+    Saved saved;
+    saved.output(grad);
+    saved.input(target);
+    saved.input(w);
+    // The gradients of lse and to the target are made of the logits.
+    saved.input(return_lse || requires_grad(target) ? input : Tensor());
+    has_lse ? saved.output(lse) : saved.input(Tensor());
+    saved.input(second);
+    saved.input(factor_or_none);
+    a.save(saved);
+    const std::array<const Tensor*, 3> outputs{&loss, &grad, &lse};
+    record({has_lse ? ops.forward.name : ops.whole.name, &vjp, nullptr},
+           at::ArrayRef<const Tensor*>(outputs).slice(0, has_lse ? 3 : 2),
+           edges_of({&input, &target, &w}), saved);
+  }
+  if (!with_grad) grad = at::empty({0}, input.options());
+  return results;
 }
 
 Tensor whole_autograd(DispatchKeySet ks, const Tensor& input, const Tensor& target,
-                      const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
-                      double label_smoothing, bool upcast,
-                      const std::optional<Tensor>& second_target, double lam) {
-  const Tensor w = weight.value_or(Tensor());
-  if (requires_grad(input, target) || is_dual(input) || is_dual(target) ||
-      (w.defined() && requires_grad(w)))
-    return forward_and_record(ks, input, target, weight, reduction, ignore_index, label_smoothing,
-                              upcast,
-                              /*exclusive=*/!hooks_see_saved_tensors(), mixed(second_target, lam),
-                              /*with_lse=*/false)
-        .loss;
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return whole_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction,
-                               ignore_index, label_smoothing, upcast, second_target, lam);
-}
-
-std::tuple<Tensor, Tensor, Tensor> lse_autograd(DispatchKeySet ks, const Tensor& input,
-                                                const Tensor& target,
-                                                const std::optional<Tensor>& weight,
-                                                int64_t reduction, int64_t ignore_index,
-                                                double label_smoothing, bool upcast, double z_loss,
-                                                bool return_lse, bool with_grad) {
-  const Tensor w = weight.value_or(Tensor());
-  if (requires_grad(input, target) || is_dual(input) || is_dual(target) ||
-      (w.defined() && requires_grad(w))) {
-    const Extras extras{.lse = return_lse, .z_loss = z_loss};
-    Computed c = forward_and_record(
-        ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast,
-        /*exclusive=*/!with_grad && !hooks_see_saved_tensors(), extras, /*with_lse=*/true);
-    return {c.loss, c.lse, with_grad ? c.grad : at::empty({0}, input.options())};
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return lse_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight, reduction,
-                             ignore_index, label_smoothing, upcast, z_loss, return_lse, with_grad);
+                      const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
+                      double label_smoothing, bool upcast, const MaybeTensor& second_target,
+                      double lam) {
+  if (differentiated(input, target, weight))
+    return std::get<kLoss>(forward_autograd(
+        ks, input, target, weight, reduction, ignore_index, label_smoothing, upcast, second_target,
+        lam, /*z_loss=*/0, /*return_lse=*/false, /*with_grad=*/false));
+  return ops.whole.below_autograd(ks, input, target, weight, reduction, ignore_index,
+                                  label_smoothing, upcast, second_target, lam);
 }
 
 // The gradient that lies in the logits' memory, times what flows in.
@@ -898,9 +703,9 @@ variable_list overwriting_vjp(const variable_list& grads, const BackwardContext&
               "leave it off, or detach lse");
   variable_list result(3);
   const Tensor& dloss = grads[0];
-  if (!c.needed[0] || !dloss.defined()) return result;
-  const Attributes a = attributes_of(c.attributes);
-  const Tensor &grad = c.saved[0], scale = scale_of_saved(grad, c.saved[1], c.saved[2], a);
+  if (!c.wants(kInput) || !dloss.defined()) return result;
+  const Attributes a = Attributes::of(c);
+  const Tensor &grad = c.saved[kGrad], &scale = c.saved[kFactor];
   if (!c.last_use) {
     result[0] = scaled(grad, dloss, scale, a);
     return result;
@@ -914,8 +719,8 @@ variable_list overwriting_vjp(const variable_list& grads, const BackwardContext&
   return result;
 }
 
-std::tuple<Tensor, Tensor> overwriting_autograd(
-    DispatchKeySet ks, Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+std::tuple<Tensor, Tensor, Tensor> overwriting_autograd(
+    DispatchKeySet ks, Tensor& input, const Tensor& target, const MaybeTensor& weight,
     int64_t reduction, int64_t ignore_index, double label_smoothing, bool upcast, double z_loss) {
   const Tensor w = weight.value_or(Tensor());
   const bool wanted = requires_grad(input);
@@ -926,188 +731,106 @@ std::tuple<Tensor, Tensor> overwriting_autograd(
       !requires_grad(target),
       "cross_entropy: the gradient to target needs the logits: leave inplace_backward off");
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !w.defined() || !requires_grad(w),
-      "cross_entropy: the gradient to weight is not implemented; detach it");
+      !requires_grad(w), "cross_entropy: the gradient to weight is not implemented; detach it");
   check_inplace(input, wanted);
-  auto edges = wanted ? edges_of({input, target, w}) : torch::autograd::edge_list();
-  std::tuple<Tensor, Tensor> result;
-  {
-    at::AutoDispatchBelowAutograd guard;
-    result = overwriting_op().redispatch(ks & c10::after_autograd_keyset, input, target, weight,
-                                         reduction, ignore_index, label_smoothing, upcast, z_loss);
+  auto edges = wanted ? edges_of({&input, &target, &w}) : torch::autograd::edge_list();
+  auto results = ops.overwriting.to_version_counter(ks, input, target, weight, reduction,
+                                                    ignore_index, label_smoothing, upcast, z_loss);
+  if (!wanted) return results;
+  const auto& [loss, lse, factor] = results;
+  Saved saved;
+  saved.input(input.detach());
+  for (const Tensor& t : {target, w, Tensor(), Tensor(), Tensor()}) saved.input(t);
+  saved.input(factor.sym_numel() != 0 ? factor : Tensor());
+  Attributes{reduction, ignore_index, label_smoothing, true, z_loss, false, 1}.save(saved);
+  record_overwriting({ops.overwriting.name, &overwriting_vjp, nullptr}, {&loss, &lse},
+                     std::move(edges), saved, input,
+                     "cross_entropy: with inplace_backward=True these logits hold their gradient; "
+                     "they cannot be used for anything else that is differentiated");
+  return results;
+}
+
+// Under autocast the loss is float32; the logits are read as they are, unless a distribution beside
+// them is of another dtype.
+struct WholeAutocast {
+  DispatchKey key;
+  Tensor operator()(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
+                    int64_t reduction, int64_t ignore_index, double label_smoothing, bool,
+                    const MaybeTensor& second_target, double lam) const {
+    const c10::impl::ExcludeDispatchKeyGuard guard(key);
+    const bool cast = is_distribution(target) && target.scalar_type() != input.scalar_type();
+    return ops.whole.call(cast ? input.to(at::kFloat) : input,
+                          cast ? target.to(at::kFloat) : target, weight, reduction, ignore_index,
+                          label_smoothing, /*upcast=*/true, second_target, lam);
   }
-  if (wanted)
-    record_overwriting("fastops::cross_entropy_", &overwriting_vjp,
-                       {std::get<0>(result), std::get<1>(result)}, std::move(edges),
-                       {{input.detach()}, {target}, {w}},
-                       {reduction, ignore_index, label_smoothing, true, z_loss}, input,
-                       "cross_entropy: with inplace_backward=True these logits hold their "
-                       "gradient; they cannot be "
-                       "used for anything else that is differentiated");
-  return result;
-}
+};
 
-std::tuple<Tensor, Tensor> overwriting_version(DispatchKeySet ks, Tensor& input,
-                                               const Tensor& target,
-                                               const std::optional<Tensor>& weight,
-                                               int64_t reduction, int64_t ignore_index,
-                                               double label_smoothing, bool upcast, double z_loss) {
-  std::tuple<Tensor, Tensor> result;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    result =
-        overwriting_op().redispatch(ks & c10::after_ADInplaceOrView_keyset, input, target, weight,
-                                    reduction, ignore_index, label_smoothing, upcast, z_loss);
-  }
-  torch::autograd::impl::bump_version(input);
-  return result;
-}
+}  // namespace
 
-// Under autocast the loss is float32; the logits are read as they are.
-template <DispatchKey key>
-Tensor whole_autocast(const Tensor& input, const Tensor& target,
-                      const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
-                      double label_smoothing, bool, const std::optional<Tensor>& second_target,
-                      double lam) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  if (is_distribution(target) && target.scalar_type() != input.scalar_type())
-    return whole_op().call(input.to(at::kFloat), target.to(at::kFloat), weight, reduction,
-                           ignore_index, label_smoothing, true, second_target, lam);
-  return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true,
-                         second_target, lam);
-}
-
-template <DispatchKey key>
-std::tuple<Tensor, Tensor, Tensor> lse_autocast(const Tensor& input, const Tensor& target,
-                                                const std::optional<Tensor>& weight,
-                                                int64_t reduction, int64_t ignore_index,
-                                                double label_smoothing, bool, double z_loss,
-                                                bool return_lse, bool with_grad) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  return lse_op().call(input, target, weight, reduction, ignore_index, label_smoothing, true,
-                       z_loss, return_lse, with_grad);
-}
-template <DispatchKey key>
-std::tuple<Tensor, Tensor> overwriting_autocast(Tensor& input, const Tensor& target,
-                                                const std::optional<Tensor>& weight,
-                                                int64_t reduction, int64_t ignore_index,
-                                                double label_smoothing, bool, double z_loss) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  return overwriting_op().call(input, target, weight, reduction, ignore_index, label_smoothing,
-                               true, z_loss);
-}
-
-TORCH_LIBRARY_FRAGMENT(fastops, m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  size_t i = 0;
-  for (const SoftmaxKernel& r : softmax_table(c10::DeviceType::CPU)) {
-    const std::string n = r.name, b = n + "_backward";
-    m.def((n + "(Tensor input, int dim) -> Tensor").c_str(), tags);
-    m.def((b + "(Tensor grad, Tensor output, int dim) -> Tensor").c_str(), tags);
-    for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
-      if (key == DispatchKey::CUDA && !cuda_built()) continue;
-      m.impl(n.c_str(), torch::dispatch(key, torch::CppFunction(SoftmaxForward{i})));
-      m.impl(b.c_str(), torch::dispatch(key, torch::CppFunction(SoftmaxBackward{i})));
-    }
-    m.impl(n.c_str(),
-           torch::dispatch(DispatchKey::Autograd, torch::CppFunction(SoftmaxForwardAutograd{i})));
-    m.impl(b.c_str(),
-           torch::dispatch(DispatchKey::Autograd, torch::CppFunction(SoftmaxBackwardAutograd{i})));
-    for (const auto key : kAutocastKeys)
-      if (has_autocast_rule(key, n, "int"))
-        m.impl(n.c_str(), torch::dispatch(key, torch::CppFunction(SoftmaxAutocast{i, key})));
-    ++i;
-  }
+void register_cross_entropy(torch::Library& m) {
+  ops.softmax = Op<Tensor(const Tensor&, int64_t)>::of("softmax");
+  ops.log_softmax = Op<Tensor(const Tensor&, int64_t)>::of("log_softmax");
   const std::string arguments =
       " input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
       "float label_smoothing=0.0, bool upcast=False";
   const std::string mixup = ", Tensor? second_target=None, float lam=1.0";
-  m.def(("cross_entropy(Tensor" + arguments + mixup + ") -> Tensor").c_str(), tags);
-  m.def(("cross_entropy_forward(Tensor" + arguments + mixup + ") -> (Tensor, Tensor)").c_str(),
-        tags);
-  // (loss, log(sum(exp)) of each row, gradient), the last of one dimension without elements unless
-  // with_grad
-  m.def(("cross_entropy_lse(Tensor" + arguments +
-         ", float z_loss=0.0, bool return_lse=True, bool with_grad=False) -> (Tensor, Tensor, "
-         "Tensor)")
-            .c_str(),
-        tags);
-  m.def(
-      ("cross_entropy_(Tensor(a!)" + arguments + ", float z_loss=0.0) -> (Tensor, Tensor)").c_str(),
-      tags);
-  for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
-    if (key == DispatchKey::CUDA && !cuda_built()) continue;
-    m.impl("cross_entropy", torch::dispatch(key, &cross_entropy));
-    m.impl("cross_entropy_forward", torch::dispatch(key, &cross_entropy_forward));
-    m.impl("cross_entropy_lse", torch::dispatch(key, &cross_entropy_lse));
-    m.impl("cross_entropy_", torch::dispatch(key, &cross_entropy_overwriting));
-  }
-  m.impl("cross_entropy", torch::dispatch(DispatchKey::Autograd, &whole_autograd));
-  m.impl("cross_entropy_forward", torch::dispatch(DispatchKey::Autograd, &forward_autograd));
-  m.impl("cross_entropy_lse", torch::dispatch(DispatchKey::Autograd, &lse_autograd));
-  m.impl("cross_entropy_", torch::dispatch(DispatchKey::Autograd, &overwriting_autograd));
-  m.impl("cross_entropy_", torch::dispatch(DispatchKey::ADInplaceOrView, &overwriting_version));
-  m.impl("cross_entropy_lse",
-         torch::dispatch(DispatchKey::AutocastCPU, &lse_autocast<DispatchKey::AutocastCPU>));
-  m.impl("cross_entropy_lse",
-         torch::dispatch(DispatchKey::AutocastCUDA, &lse_autocast<DispatchKey::AutocastCUDA>));
-  m.impl("cross_entropy_", torch::dispatch(DispatchKey::AutocastCPU,
-                                           &overwriting_autocast<DispatchKey::AutocastCPU>));
-  m.impl("cross_entropy_", torch::dispatch(DispatchKey::AutocastCUDA,
-                                           &overwriting_autocast<DispatchKey::AutocastCUDA>));
-  m.impl("cross_entropy",
-         torch::dispatch(DispatchKey::AutocastCPU, &whole_autocast<DispatchKey::AutocastCPU>));
-  m.impl("cross_entropy",
-         torch::dispatch(DispatchKey::AutocastCUDA, &whole_autocast<DispatchKey::AutocastCUDA>));
+  Registration whole(m, ops.whole, "cross_entropy", "(Tensor" + arguments + mixup + ") -> Tensor");
+  whole.kernel(&cross_entropy).on(DispatchKey::Autograd, &whole_autograd);
+  for (const auto key : kAutocastKeys) whole.on(key, WholeAutocast{key});
+  Registration(m, ops.forward, "cross_entropy_forward",
+               "(Tensor" + arguments + mixup +
+                   ", float z_loss=0.0, bool return_lse=False, bool with_grad=True) -> (Tensor, "
+                   "Tensor, Tensor, Tensor)")
+      .kernel(&cross_entropy_forward)
+      .on(DispatchKey::Autograd, &forward_autograd)
+      .autocast_upcasts<kUpcast>();
+  Registration(m, ops.overwriting, "cross_entropy_",
+               "(Tensor(a!)" + arguments + ", float z_loss=0.0) -> (Tensor, Tensor, Tensor)")
+      .kernel(&cross_entropy_overwriting)
+      .on(DispatchKey::Autograd, &overwriting_autograd)
+      .counts_versions()
+      .autocast_upcasts<kUpcast>();
 }
 
-}  // namespace
-
-void bind_rows(pybind11::module_& m) {
-  size_t i = 0;
-  for (const SoftmaxKernel& r : softmax_table(c10::DeviceType::CPU)) {
-    def(m, r.name,
-        [i](const Tensor& input, int64_t dim) { return softmax_ops(i).forward.call(input, dim); });
-    ++i;
-  }
+void bind_cross_entropy(pybind11::module_& m) {
   def(m, "cross_entropy",
-      [](const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-         int64_t reduction, int64_t ignore_index, double label_smoothing) {
-        return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing,
-                               false, {}, 1);
+      [](const Tensor& input, const Tensor& target, const MaybeTensor& weight, int64_t reduction,
+         int64_t ignore_index, double label_smoothing) {
+        return ops.whole.call(input, target, weight, reduction, ignore_index, label_smoothing,
+                              false, {}, 1);
       });
   // torch has none of these: what has no kernel is not handed on.
   m.def("cross_entropy_mixup",
         [](const Tensor& input, const Tensor& target, const Tensor& second_target, double lam,
-           const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+           const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
            double label_smoothing) {
           const Unlocked unlocked(input);
-          return whole_op().call(input, target, weight, reduction, ignore_index, label_smoothing,
-                                 false, second_target, lam);
+          return ops.whole.call(input, target, weight, reduction, ignore_index, label_smoothing,
+                                false, second_target, lam);
         });
-  const auto with_lse = [](const Tensor& input, const Tensor& target,
-                           const std::optional<Tensor>& weight, int64_t reduction,
-                           int64_t ignore_index, double label_smoothing, double z_loss,
-                           bool return_lse) {
+  const auto with_lse = [](const Tensor& input, const Tensor& target, const MaybeTensor& weight,
+                           int64_t reduction, int64_t ignore_index, double label_smoothing,
+                           double z_loss, bool return_lse) {
     const Unlocked unlocked(input);
-    auto [loss, lse, grad] = lse_op().call(input, target, weight, reduction, ignore_index,
-                                           label_smoothing, false, z_loss, return_lse, false);
+    auto [loss, grad, lse, factor] =
+        ops.forward.call(input, target, weight, reduction, ignore_index, label_smoothing, false, {},
+                         1, z_loss, return_lse, /*with_grad=*/false);
     return std::make_tuple(loss, lse);
   };
   m.def("cross_entropy_lse", with_lse);
   // Where there is no gradient to be written, or none in memory of this kind, the logits are left
   // alone.
-  m.def("cross_entropy_",
-        [with_lse](Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                   int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
-                   bool return_lse) {
-          if (!requires_grad(input) || is_dual(input) || at::isTensorSubclassLike(input))
-            return with_lse(input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
-                            return_lse);
-          const Unlocked unlocked(input);
-          return overwriting_op().call(input, target, weight, reduction, ignore_index,
-                                       label_smoothing, false, z_loss);
-        });
+  m.def("cross_entropy_", [with_lse](Tensor& input, const Tensor& target, const MaybeTensor& weight,
+                                     int64_t reduction, int64_t ignore_index,
+                                     double label_smoothing, double z_loss, bool return_lse) {
+    if (!requires_grad(input) || is_dual(input) || at::isTensorSubclassLike(input))
+      return with_lse(input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
+                      return_lse);
+    const Unlocked unlocked(input);
+    auto [loss, lse, factor] = ops.overwriting.call(input, target, weight, reduction, ignore_index,
+                                                    label_smoothing, false, z_loss);
+    return std::make_tuple(loss, lse);
+  });
 }
 
 }  // namespace fastops

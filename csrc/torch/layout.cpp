@@ -160,7 +160,7 @@ std::optional<LogicalOrder> logical_order(const at::Tensor& x) {
 }
 
 at::Tensor sum_to_row(const at::Tensor& t) {
-  if (t.dim() <= 1) return t;
+  if (t.dim() <= 1) return t.clone();  // it may be a result beside t, and cannot be t itself
   std::vector<int64_t> leading(t.dim() - 1);
   for (size_t d = 0; d < leading.size(); ++d) leading[d] = static_cast<int64_t>(d);
   return t.sum(leading);

@@ -1,7 +1,5 @@
-// Elementwise losses as torch sees them: for every row `name`, `name_backward` (to input or target)
-// and `name_second`, their schemas, checks and derivatives. No formula, no row by name.
-#include <ATen/autocast_mode.h>
-#include <ATen/core/grad_mode.h>
+// Elementwise losses as torch sees them: for every kernel `name`, `name_backward` (to input or
+// target) and `name_second`, their schemas, checks and derivatives. No formula, no kernel by name.
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
@@ -11,59 +9,34 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-
-#include <array>
-#include <atomic>
-#include <memory>
-#include <mutex>
 
 #include "../math.h"
-#include "autograd.h"
-#include "backend.h"
 #include "bind.h"
 #include "layout.h"
 #include "reduction.h"
+#include "register.h"
 
 namespace fastops {
 namespace {
 
 using at::Tensor;
-using c10::DispatchKey;
-using c10::DispatchKeySet;
-
-// P are a row's parameters: doubles, or a tensor that broadcasts to the input.
-template <class... P>
-struct Ops {
-  // (input, target, reduction, float32 result wanted of half inputs, parameters)
-  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)> forward;
-  // (grad, input, target, reduction, parameters, 0 for the gradient to the input or 1 to the
-  // target)
-  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P...,
-                                  int64_t)>
-      backward;
-  // (input, target, parameters, two of 0 and 1): the second derivative of the values
-  c10::TypedOperatorHandle<Tensor(const Tensor&, const Tensor&, P..., int64_t, int64_t)> second;
-};
-constexpr size_t kMaxRows = 32;
 
 const KernelTable<LossKernel>& rows(c10::DeviceType device) { return tables(device).loss; }
 const char* name_of(size_t row) { return rows(c10::DeviceType::CPU).data[row].name; }
 
+// The ops of a kernel. P are its parameters: doubles, or a tensor that broadcasts to the input.
 template <class... P>
-const Ops<P...>& ops(size_t row) {
-  static std::array<std::unique_ptr<const Ops<P...>>, kMaxRows> cache;
-  static std::array<std::once_flag, kMaxRows> once;
-  std::call_once(once[row], [row] {
-    const std::string n = name_of(row);
-    cache[row] = std::make_unique<const Ops<P...>>(Ops<P...>{
-        find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)>(n),
-        find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)>(
-            n + "_backward"),
-        find_op<Tensor(const Tensor&, const Tensor&, P..., int64_t, int64_t)>(n + "_second")});
-  });
-  return *cache[row];
-}
+struct Family {
+  const char* name;
+  bool saves_slope;
+  // (input, target, reduction, float32 result wanted of half inputs, parameters)
+  Op<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)> forward;
+  // (grad, input, target, reduction, parameters, 0 for the gradient to the input or 1 to the
+  // target)
+  Op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)> backward;
+  // (input, target, parameters, two of 0 and 1): the second derivative of the values
+  Op<Tensor(const Tensor&, const Tensor&, P..., int64_t, int64_t)> second;
+};
 
 // ------------------------------------------------------------------------------------------------
 // kernels
@@ -221,52 +194,40 @@ struct Second {
 // ------------------------------------------------------------------------------------------------
 // derivatives
 
-// Attributes are the row, the reduction and the parameters that are scalars; one that is a tensor
-// is saved last.
+// A parameter as a derivative is given it, and as the ops take it.
+template <class P>
+using Given = decltype(call_args::unpacked(std::declval<P>()));
+double plain(double p) { return p; }
+const Tensor& plain(const DualTensor& p) { return p.value; }
+
+// Raises for a parameter to which a gradient is wanted, as torch has none either: the call is
+// torch's to refuse.
+void check_constant(const char*, double) {}
+void refuse_gradient(const char* op, bool wanted) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!wanted, "fastops::", op,
+                              ": the gradient to a weight is not implemented; detach it");
+}
+void check_constant(const char* op, const Tensor& p) { refuse_gradient(op, requires_grad(p)); }
+void check_constant(const char* op, const DualTensor& p) { refuse_gradient(op, p.moves()); }
+
+// Values are the reduction, then the parameters that are scalars; one that is a tensor is saved
+// last.
+void save_parameter(Saved& s, double p) { s.value(p); }
+void save_parameter(Saved& s, const Tensor& p) { s.input(p); }
 template <class P>
 P parameter(const BackwardContext& c, size_t k) {
   if constexpr (std::is_same_v<P, double>) {
-    return c.attributes[k + 2].toDouble();
+    return c.values[k + 1].toDouble();
   } else {
     return c.saved.back();
   }
 }
-void add(double p, std::vector<Save>&, std::vector<c10::IValue>& attributes) {
-  attributes.emplace_back(p);
-}
-void add(const Tensor& p, std::vector<Save>& saves, std::vector<c10::IValue>&) {
-  saves.push_back({p});
-}
-
-// Raises for a parameter to which a gradient is wanted, as torch has none either: the call is
-// torch's to refuse.
-void check_constant(const std::string&, double) {}
-void check_constant(const std::string& op, const Tensor& p) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!requires_grad(p) && !is_dual(p), op,
-                              ": the gradient to a weight is not implemented; detach it");
-}
-
+// f(family, reduction, parameters), of what a derivative has saved.
 template <class... P, class F>
 auto with_parameters(const BackwardContext& c, F f) {
-  const auto& op = ops<P...>(static_cast<size_t>(c.attributes[0].toInt()));
   return [&]<size_t... I>(std::index_sequence<I...>) {
-    return f(op, c.attributes[1].toInt(), parameter<P>(c, I)...);
+    return f(*static_cast<const Family<P...>*>(c.op), c.values[0].toInt(), parameter<P>(c, I)...);
   }(std::index_sequence_for<P...>{});
-}
-
-Tensor plus(const Tensor& a, const Tensor& b) {
-  return !a.defined() ? b : !b.defined() ? a : at::add(a, b);
-}
-
-template <class... P>
-variable_list forward_vjp(const variable_list& grads, const BackwardContext& c) {
-  return with_parameters<P...>(c, [&](const auto& op, int64_t reduction, const auto&... p) {
-    variable_list result(2);
-    for (int64_t wrt = 0; wrt < 2; ++wrt)
-      if (c.needed[wrt])
-        result[wrt] = op.backward.call(grads[0], c.saved[0], c.saved[1], reduction, p..., wrt);
-    return result;
-  });
 }
 
 // values -> the reduction's result, in torch ops
@@ -276,251 +237,191 @@ Tensor reduced(const Tensor& values, int64_t reduction) {
                                             : values.sum();
 }
 
-// Of out = reduced gradient g * d[wrt](x, t) / n: linear in g; to x and t by the second
-// derivatives.
-template <class... P>
-variable_list backward_vjp(const variable_list& grads, const BackwardContext& c) {
-  const int64_t wrt = c.attributes.back().toInt();
-  return with_parameters<P...>(c, [&](const auto& op, int64_t reduction, const auto&... p) {
-    const Tensor &g = c.saved[0], &x = c.saved[1], &t = c.saved[2], &v = grads[0];
-    variable_list result(3);
-    if (c.needed[0]) {
-      const Tensor values = op.backward.call(v, x, t, at::Reduction::None, p..., wrt);
-      result[0] = reduced(values, reduction);
-    }
-    for (int64_t then = 0; then < 2; ++then) {
-      if (!c.needed[1 + then]) continue;
-      Tensor value = at::mul(at::mul(op.second.call(x, t, p..., wrt, then), v), g);
-      if (reduction == at::Reduction::Mean) value = value / x.sym_numel();
-      result[1 + then] = value;
-    }
-    return result;
-  });
-}
-
-// -- of a loss that saves its slope S = d value / dx = -d value / dt
-
-variable_list slope_vjp(const variable_list& grads, const BackwardContext& c) {
-  const Tensor& slope = c.saved[0];
-  Tensor g = grads[0];
-  if (c.attributes[0].toInt() == at::Reduction::Mean) {
-    const c10::SymFloat n = slope.sym_numel();
-    g = at::mul(as_dtype(g, real_of(g.scalar_type())), c10::Scalar(c10::SymFloat(1.0) / n));
-  }
-  variable_list result(2);
-  result[0] = at::mul(slope, g);
-  if (c.needed[1]) result[1] = at::neg(result[0]);
-  return result;
-}
-
-// Of S itself, which is constant in pieces.
+// Of a slope S = d value / dx = -d value / dt, which is constant in pieces.
 variable_list zero_vjp(const variable_list& grads, const BackwardContext& c) {
   variable_list result(2);
   for (size_t k = 0; k < 2; ++k)
-    if (c.needed[k]) result[k] = at::zeros_like(grads[0]);
+    if (c.wants(k)) result[k] = at::zeros_like(grads[0]);
   return result;
 }
 
+enum { kInput, kTarget };
+
 template <class... P>
-struct ForwardAutograd {
-  size_t row;
-  std::string label;
-  bool saves_slope;
-  explicit ForwardAutograd(size_t row)
-      : row(row),
-        label("fastops::" + std::string(name_of(row))),
-        saves_slope(rows(c10::DeviceType::CPU).data[row].saves_slope) {}
-  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, int64_t reduction,
-                    bool upcast, P... p) {
-    (check_constant(label, p), ...);
-    const auto& op = ops<P...>(row);
-    Tensor y;
+struct ForwardDerivative {
+  using Family = fastops::Family<P...>;
+  enum { kSlope };  // instead of the two, where the family saves that
+
+  static Tensor jvp(const Family& f, const Tensor& y, const DualTensor& x, const DualTensor& t,
+                    int64_t reduction, bool, const Given<P>&... p) {
+    (check_constant(f.name, p), ...);
+    Tensor values;
+    if (x.moves())
+      values = f.backward.call(x.tangent, x.value, t.value, at::Reduction::None, plain(p)..., 0);
+    if (t.moves())
+      values = sum_of_defined(values, f.backward.call(t.tangent, x.value, t.value,
+                                                      at::Reduction::None, plain(p)..., 1));
+    return reduced(values, reduction).to(y.scalar_type());
+  }
+  static void save(const Family& f, Saved& s, const Tensor&, const Tensor& x, const Tensor& t,
+                   int64_t reduction, bool, P... p) {
+    (check_constant(f.name, p), ...);
+    s.value(reduction);
+    if (f.saves_slope) return s.input(slope(f, x, t, p...));
+    s.input(x);
+    s.input(t);
+    (save_parameter(s, p), ...);
+  }
+  static variable_list vjp(const variable_list& grads, const BackwardContext& c) {
+    return with_parameters<P...>(c, [&](const Family& f, int64_t reduction, const auto&... p) {
+      if (f.saves_slope) return of_slope(grads[0], c.saved[kSlope], reduction, c);
+      variable_list result(2);
+      for (int64_t wrt = 0; wrt < 2; ++wrt)
+        if (c.wants(wrt))
+          result[wrt] =
+              f.backward.call(grads[0], c.saved[kInput], c.saved[kTarget], reduction, p..., wrt);
+      return result;
+    });
+  }
+
+ private:
+  static Tensor slope(const Family& f, const Tensor& x, const Tensor& t, P... p) {
+    Tensor result;
     {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      y = op.forward.redispatch(ks & c10::after_autograd_keyset, input, target, reduction, upcast,
-                                p...);
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      result = f.backward.call(at::ones({}, x.options()), x, t, at::Reduction::Sum, p..., 0);
     }
-    Tensor dy;
-    if (is_dual(input) || is_dual(target)) {
-      const Tensor x = primal(input), t = primal(target);
-      Tensor values;
-      if (is_dual(input))
-        values = op.backward.call(tangent(input), x, t, at::Reduction::None, p..., 0);
-      if (is_dual(target))
-        values =
-            plus(values, op.backward.call(tangent(target), x, t, at::Reduction::None, p..., 1));
-      dy = reduced(values, reduction).to(y.scalar_type());
+    record({f.backward.name, &zero_vjp, nullptr}, {&result}, edges_of({&x, &t}), {});
+    return result;
+  }
+  static variable_list of_slope(const Tensor& grad, const Tensor& slope, int64_t reduction,
+                                const BackwardContext& c) {
+    Tensor g = grad;
+    if (reduction == at::Reduction::Mean) {
+      const c10::SymFloat n = slope.sym_numel();
+      g = at::mul(as_dtype(g, real_of(g.scalar_type())), c10::Scalar(c10::SymFloat(1.0) / n));
     }
-    set_tangent(y, dy);
-    if (requires_grad(input, target) && saves_slope) {
-      Tensor slope;
-      {
-        at::AutoDispatchBelowADInplaceOrView guard;
-        const Tensor one = at::ones({}, input.options());
-        slope = op.backward.redispatch(ks & c10::after_autograd_keyset, one, input, target,
-                                       at::Reduction::Sum, p..., 0);
-      }
-      record(label.c_str(), &zero_vjp, {slope}, {input, target}, {}, {});
-      record(label.c_str(), &slope_vjp, {y}, {input, target}, {{slope}}, {reduction});
-    } else if (requires_grad(input, target)) {
-      std::vector<Save> saves{{input}, {target}};
-      std::vector<c10::IValue> attributes{static_cast<int64_t>(row), reduction};
-      (add(p, saves, attributes), ...);
-      record(label.c_str(), &forward_vjp<P...>, {y}, {input, target}, std::move(saves),
-             std::move(attributes));
-    }
-    return y;
+    variable_list result(2);
+    result[kInput] = at::mul(slope, g);
+    if (c.wants(kTarget)) result[kTarget] = at::neg(result[kInput]);
+    return result;
   }
 };
 
+// Of out = reduced gradient g * d[wrt](x, t) / n: linear in g; to x and t by the second
+// derivatives.
 template <class... P>
-struct BackwardAutograd {
-  size_t row;
-  std::string label;
-  explicit BackwardAutograd(size_t row)
-      : row(row), label("fastops::" + std::string(name_of(row)) + "_backward") {}
-  Tensor operator()(DispatchKeySet ks, const Tensor& grad, const Tensor& input,
-                    const Tensor& target, int64_t reduction, P... p, int64_t wrt) {
-    (check_constant(label, p), ...);
-    const auto& op = ops<P...>(row);
-    Tensor dx;
-    {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      dx = op.backward.redispatch(ks & c10::after_autograd_keyset, grad, input, target, reduction,
-                                  p..., wrt);
-    }
-    Tensor dual;
-    const Tensor g = primal(grad), x = primal(input), t = primal(target);
-    if (is_dual(grad)) dual = op.backward.call(tangent(grad), x, t, reduction, p..., wrt);
+struct BackwardDerivative {
+  using Family = fastops::Family<P...>;
+  enum { kGrad, kInput, kTarget };
+
+  static Tensor jvp(const Family& f, const Tensor&, const DualTensor& g, const DualTensor& x,
+                    const DualTensor& t, int64_t reduction, const Given<P>&... p, int64_t wrt) {
+    (check_constant(f.name, p), ...);
+    Tensor result;
+    if (g.moves())
+      result = f.backward.call(g.tangent, x.value, t.value, reduction, plain(p)..., wrt);
     for (int64_t then = 0; then < 2; ++then) {
-      const Tensor& of = then == 0 ? input : target;
-      if (!is_dual(of)) continue;
-      Tensor value = at::mul(at::mul(op.second.call(x, t, p..., wrt, then), tangent(of)), g);
-      if (reduction == at::Reduction::Mean) value = value / x.sym_numel();
-      dual = plus(dual, value);
+      const DualTensor& of = then == 0 ? x : t;
+      if (!of.moves()) continue;
+      const Tensor second = f.second.call(x.value, t.value, plain(p)..., wrt, then);
+      Tensor value = at::mul(at::mul(second, of.tangent), g.value);
+      if (reduction == at::Reduction::Mean) value = value / x.value.sym_numel();
+      result = sum_of_defined(result, value);
     }
-    set_tangent(dx, dual);
-    if (requires_grad(grad, input, target)) {
-      std::vector<Save> saves{{grad}, {input}, {target}};
-      std::vector<c10::IValue> attributes{static_cast<int64_t>(row), reduction};
-      (add(p, saves, attributes), ...);
-      attributes.emplace_back(wrt);
-      record(label.c_str(), &backward_vjp<P...>, {dx}, {grad, input, target}, std::move(saves),
-             std::move(attributes));
-    }
-    return dx;
+    return result;
   }
-};
-
-template <class... P>
-struct SecondAutograd {
-  size_t row;
-  std::string label;
-  explicit SecondAutograd(size_t row)
-      : row(row), label("fastops::" + std::string(name_of(row)) + "_second") {}
-  Tensor operator()(DispatchKeySet ks, const Tensor& input, const Tensor& target, P... p,
-                    int64_t first, int64_t then) {
-    (check_constant(label, p), ...);
-    TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(input) && !is_dual(target), "forward-mode derivative of ",
-                                label, " is not implemented");
-    Tensor out;
-    {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      out = ops<P...>(row).second.redispatch(ks & c10::after_autograd_keyset, input, target, p...,
-                                             first, then);
-    }
-    if (requires_grad(input, target)) record_not_implemented(label.c_str(), out, {input, target});
-    return out;
+  static void save(const Family& f, Saved& s, const Tensor&, const Tensor& g, const Tensor& x,
+                   const Tensor& t, int64_t reduction, P... p, int64_t wrt) {
+    (check_constant(f.name, p), ...);
+    for (const Tensor* saved : {&g, &x, &t}) s.input(*saved);
+    s.value(reduction);
+    (save_parameter(s, p), ...);
+    s.value(wrt);
   }
-};
-
-// Under autocast the loss is float32, though input and target are read as they are.
-template <class... P, DispatchKey key>
-Tensor autocast(const Ops<P...>& op, std::integral_constant<DispatchKey, key>, const Tensor& input,
-                const Tensor& target, int64_t reduction, P... p) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  return op.forward.call(input, target, reduction, /*upcast=*/true, p...);
-}
-template <DispatchKey key, class... P>
-struct Autocast {
-  size_t row;
-  explicit Autocast(size_t row) : row(row) {}
-  Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool, P... p) {
-    return autocast<P...>(ops<P...>(row), std::integral_constant<DispatchKey, key>{}, input, target,
-                          reduction, p...);
+  static variable_list vjp(const variable_list& grads, const BackwardContext& c) {
+    const int64_t wrt = c.values.back().toInt();
+    return with_parameters<P...>(c, [&](const Family& f, int64_t reduction, const auto&... p) {
+      const Tensor &g = c.saved[kGrad], &x = c.saved[kInput], &t = c.saved[kTarget], &v = grads[0];
+      variable_list result(3);
+      if (c.wants(kGrad))
+        result[kGrad] =
+            reduced(f.backward.call(v, x, t, at::Reduction::None, p..., wrt), reduction);
+      for (int64_t then = 0; then < 2; ++then) {
+        if (!c.wants(kInput + then)) continue;
+        Tensor value = at::mul(at::mul(f.second.call(x, t, p..., wrt, then), v), g);
+        if (reduction == at::Reduction::Mean) value = value / x.sym_numel();
+        result[kInput + then] = value;
+      }
+      return result;
+    });
   }
 };
 
 // ------------------------------------------------------------------------------------------------
 // registration
 
-template <class... P>
-void define(torch::Library& m, size_t row, const LossKernel& r) {
-  const std::string n = r.name, params = *r.params ? std::string(", ") + r.params : "";
-  std::string
-      given;  // the parameters without defaults, which cannot stand before arguments that have none
+// Calls f.operator()<parameters>(number, kernel) for the losses of the table.
+template <class F>
+void each_kernel(F f) {
+  size_t i = 0;
+  for (const LossKernel& k : rows(c10::DeviceType::CPU)) {
+    if (k.values == nullptr) continue;  // "sum", which is no loss
+    const int scalars = count_params(k.params), tensors = count_tensors(k.params);
+    TORCH_INTERNAL_ASSERT(scalars + tensors <= 1, "a loss with more than one parameter: ", k.name);
+    if (tensors) {
+      f.template operator()<const Tensor&>(i, k);
+    } else if (scalars) {
+      f.template operator()<double>(i, k);
+    } else {
+      f.template operator()<>(i, k);
+    }
+    ++i;
+  }
+}
+
+// By number; they live as long as the process.
+constinit std::vector<const void*> families;
+
+// "float beta=1.0" -> "float beta": what has a default cannot stand before what has none.
+std::string without_defaults(const std::string& params) {
+  std::string given;
   for (size_t at = 0, end; at < params.size();
        at = std::min(params.find(',', end), params.size())) {
     end = params.find('=', at);
     given += params.substr(at, end - at);
   }
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  const std::string first = count_tensors(r.params) ? ", int reduction, bool upcast"
-                                                    : ", int reduction=1, bool upcast=False";
-  m.def((n + "(Tensor input, Tensor target" + first + params + ") -> Tensor").c_str(), tags);
-  m.def((n + "_backward(Tensor grad, Tensor input, Tensor target, int reduction" + given +
-         ", int wrt) -> Tensor")
-            .c_str(),
-        tags);
-  m.def((n + "_second(Tensor input, Tensor target" + given + ", int first, int then) -> Tensor")
-            .c_str(),
-        tags);
-  const auto impl = [&](const std::string& name, DispatchKey key, torch::CppFunction f) {
-    m.impl(name.c_str(), torch::dispatch(key, std::move(f)));
-  };
-  for (const auto key : {DispatchKey::CPU, DispatchKey::CUDA}) {
-    if (key == DispatchKey::CUDA && !cuda_built()) continue;
-    impl(n, key, torch::CppFunction(Forward<P...>(row)));
-    impl(n + "_backward", key, torch::CppFunction(BackwardOp<P...>(row)));
-    impl(n + "_second", key, torch::CppFunction(Second<P...>(row)));
-  }
-  impl(n, DispatchKey::Autograd, torch::CppFunction(ForwardAutograd<P...>(row)));
-  impl(n + "_backward", DispatchKey::Autograd, torch::CppFunction(BackwardAutograd<P...>(row)));
-  impl(n + "_second", DispatchKey::Autograd, torch::CppFunction(SecondAutograd<P...>(row)));
-  impl(n, DispatchKey::AutocastCPU,
-       torch::CppFunction(Autocast<DispatchKey::AutocastCPU, P...>(row)));
-  impl(n, DispatchKey::AutocastCUDA,
-       torch::CppFunction(Autocast<DispatchKey::AutocastCUDA, P...>(row)));
+  return given;
 }
 
 template <class... P>
-void bind(pybind11::module_& m, size_t row, const LossKernel& r) {
-  def(m, r.name, [row](const Tensor& input, const Tensor& target, int64_t reduction, P... p) {
-    return ops<P...>(row).forward.call(input, target, reduction, false, p...);
+void define(torch::Library& m, size_t row, const LossKernel& k) {
+  auto& f = *new Family<P...>{k.name, k.saves_slope, {}, {}, {}};
+  families.push_back(&f);
+  const std::string n = k.name, params = *k.params ? std::string(", ") + k.params : "",
+                    given = without_defaults(params),
+                    first = count_tensors(k.params) ? ", int reduction, bool upcast"
+                                                    : ", int reduction=1, bool upcast=False";
+  Registration(m, f.forward, n, "(Tensor input, Tensor target" + first + params + ") -> Tensor")
+      .kernel(Forward<P...>(row))
+      .template derivative<ForwardDerivative<P...>>(f)
+      .template autocast_upcasts<3>();
+  Registration(
+      m, f.backward, n + "_backward",
+      "(Tensor grad, Tensor input, Tensor target, int reduction" + given + ", int wrt) -> Tensor")
+      .kernel(BackwardOp<P...>(row))
+      .template derivative<BackwardDerivative<P...>>(f);
+  Registration(m, f.second, n + "_second",
+               "(Tensor input, Tensor target" + given + ", int first, int then) -> Tensor")
+      .kernel(Second<P...>(row))
+      .not_differentiable();
+}
+
+template <class... P>
+void bind(pybind11::module_& m, const Family<P...>& f) {
+  def(m, f.name, [&f](const Tensor& input, const Tensor& target, int64_t reduction, P... p) {
+    return f.forward.call(input, target, reduction, false, p...);
   });
-}
-
-template <class F>
-void each_row(F f) {
-  size_t i = 0;
-  for (const LossKernel& r : rows(c10::DeviceType::CPU)) {
-    if (r.values == nullptr) continue;  // "sum", which is no loss
-    const int scalars = count_params(r.params), tensors = count_tensors(r.params);
-    TORCH_INTERNAL_ASSERT(scalars + tensors <= 1, "a loss with more than one parameter: ", r.name);
-    if (tensors) {
-      f.template operator()<const Tensor&>(i, r);
-    } else if (scalars) {
-      f.template operator()<double>(i, r);
-    } else {
-      f.template operator()<>(i, r);
-    }
-    ++i;
-  }
-  TORCH_INTERNAL_ASSERT(i <= kMaxRows);
-}
-
-TORCH_LIBRARY_FRAGMENT(fastops, m) {
-  each_row([&]<class... P>(size_t i, const LossKernel& r) { define<P...>(m, i, r); });
 }
 
 }  // namespace
@@ -531,8 +432,14 @@ Tensor sum_of(const Tensor& values, double scale, const Tensor& divisor) {
   return total(all.data[all.size - 1], values, Tensor(), scale, divisor, Parameters("sum", values));
 }
 
+void register_losses(torch::Library& m) {
+  each_kernel([&]<class... P>(size_t i, const LossKernel& k) { define<P...>(m, i, k); });
+}
+
 void bind_losses(pybind11::module_& m) {
-  each_row([&]<class... P>(size_t i, const LossKernel& r) { bind<P...>(m, i, r); });
+  each_kernel([&]<class... P>(size_t i, const LossKernel&) {
+    bind(m, *static_cast<const Family<P...>*>(families[i]));
+  });
 }
 
 }  // namespace fastops

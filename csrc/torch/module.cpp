@@ -6,6 +6,7 @@
 #include "bind.h"
 #include "layout.h"
 #include "pool.h"
+#include "register.h"
 
 namespace py = pybind11;
 
@@ -13,13 +14,24 @@ namespace py = pybind11;
 extern "C" __attribute__((used, visibility("default"))) const char fastops_built_for[] =
     "fastops built for torch " FASTOPS_TORCH_VERSION "\n";
 
+TORCH_LIBRARY_FRAGMENT(fastops, m) {
+  using namespace fastops;
+  register_elementwise(m);
+  register_fused(m);
+  register_losses(m);
+  register_softmax(m);
+  register_cross_entropy(m);
+  register_dropout(m);
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastops;
   m.doc() = "Kernels of fastops. Use fastops.functional, fastops.nn and fastops.optim.";
   bind_elementwise(m);
   bind_fused(m);
   bind_losses(m);
-  bind_rows(m);
+  bind_softmax(m);
+  bind_cross_entropy(m);
   bind_dropout(m);
   bind_optimizers(m);
   resolve_negations_in_place();

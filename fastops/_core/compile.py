@@ -48,14 +48,16 @@ def _polyfills() -> None:
         inplace(name)
     plain("bias_dropout_add")
     plain("cross_entropy")
-    cross_entropy_lse = overload("cross_entropy_lse")
+    cross_entropy_forward = overload("cross_entropy_forward")
 
     def with_lse(
         input, target, weight, reduction, ignore_index, label_smoothing, z_loss, return_lse
     ):
-        return cross_entropy_lse(
-            input, target, weight, reduction, ignore_index, label_smoothing, False, z_loss, return_lse
-        )[:2]  # fmt: skip
+        loss, _, lse, _ = cross_entropy_forward(
+            input, target, weight, reduction, ignore_index, label_smoothing, False, None, 1.0,
+            z_loss, return_lse, False,
+        )  # fmt: skip
+        return loss, lse
 
     substitute(_C.cross_entropy_lse)(with_lse)
     cross_entropy = overload("cross_entropy")

@@ -82,21 +82,36 @@ def _fakes() -> None:
         return input.new_empty(shape, dtype=real(input, upcast))
 
     fake("cross_entropy")(cross_entropy)
-    fake("cross_entropy_forward")(lambda input, *rest: (cross_entropy(input, *rest), like(input)))
 
-    def with_lse(
-        input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False
-    ):
+    def lse_of(input, target):
         each = cross_entropy(input, target, reduction=NONE)
-        lse = each.new_empty(each.shape, dtype=real(input, True))
-        return cross_entropy(input, target, reduction=reduction, upcast=upcast), lse
+        return each.new_empty(each.shape, dtype=real(input, True))
 
-    @fake("cross_entropy_lse")
-    def _(input, target, *rest):
-        rest = (*rest, *(None, MEAN, -100, 0.0, False, 0.0, True, False)[len(rest) :])
-        return *with_lse(input, target, *rest[:5]), like(input) if rest[7] else input.new_empty(0)
+    def factor(input, reduction):  # what float16 cannot hold is not yet in the gradient of a mean
+        has = input.dtype == torch.float16 and reduction == MEAN and input.numel() > 0
+        return input.new_empty(() if has else 0, dtype=real(input, True))
 
-    fake("cross_entropy_")(lambda input, target, *rest: with_lse(input, target, *rest[:5]))
+    @fake("cross_entropy_forward")
+    def _(
+        input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False,
+        second_target=None, lam=1.0, z_loss=0.0, return_lse=False, with_grad=True,
+    ):  # fmt: skip
+        loss = cross_entropy(input, target, reduction=reduction, upcast=upcast)
+        nothing = input.new_empty(0)
+        has_lse = return_lse or z_loss != 0
+        return (
+            loss,
+            like(input) if with_grad else nothing,
+            lse_of(input, target) if has_lse else nothing.to(real(input, True), copy=True),
+            factor(input, reduction if with_grad else NONE),
+        )
+
+    @fake("cross_entropy_")
+    def _(
+        input, target, weight=None, reduction=MEAN, ignore_index=-100, smoothing=0.0, upcast=False, *rest
+    ):  # fmt: skip
+        loss = cross_entropy(input, target, reduction=reduction, upcast=upcast)
+        return loss, lse_of(input, target), factor(input, reduction)
 
     def contiguous(input, *rest):
         return input.new_empty(input.shape)
@@ -104,6 +119,20 @@ def _fakes() -> None:
     for name in rows_of("fused"):
         fake(name)(contiguous if ROWS[name][1] else lambda input, other: like(input))
         fake(f"{name}_")(lambda self, other: None)
+        if ROWS[name][1]:
+            fake(f"{name}_backward")(
+                lambda grad, input, bias, with_bias=True: (
+                    contiguous(input), input.new_empty(bias.shape if with_bias else 0)
+                )
+            )  # fmt: skip
+
+    fake("relu_dropout_backward")(lambda output, grad, p: like(output))
+
+    @fake("bias_dropout_add_backward")
+    def _(grad, p, seed, with_bias=True):
+        rows = with_bias and grad.dim() > 1 and grad.numel() > 0
+        dx = contiguous(grad) if rows else like(grad)
+        return dx, grad.new_empty(grad.shape[-1:] if with_bias else 0)
 
     fake("relu_dropout")(lambda input, p, seed: like(input))
     fake("relu_dropout_")(lambda self, p, seed: None)

@@ -145,15 +145,14 @@ def _vmaps() -> None:
         calls = calls_of(info, complete(dims), *complete(args))
         return torch.stack([overload("cross_entropy")(*c) for c in calls]), 0
 
+    def stacked(results):
+        """Of several calls that each return several tensors."""
+        each = tuple(torch.stack(values) for values in zip(*results, strict=True))
+        return each, (0,) * len(each)
+
     def cross_entropy_forward_rule(info, dims, *args):
         calls = calls_of(info, complete(dims), *complete(args))
-        loss, grad = zip(*(overload("cross_entropy_forward")(*c) for c in calls), strict=True)
-        return (torch.stack(loss), torch.stack(grad)), (0, 0)
-
-    def cross_entropy_lse_rule(info, dims, *args):
-        calls = calls_of(info, complete(dims), *complete(args))
-        each = zip(*(overload("cross_entropy_lse")(*c) for c in calls), strict=True)
-        return tuple(torch.stack(values) for values in each), (0, 0, 0)
+        return stacked([overload("cross_entropy_forward")(*c) for c in calls])
 
     def complete(given):
         """Arguments (or their batch dimensions, which are then not looked at) left at their defaults are not passed on."""
@@ -162,7 +161,6 @@ def _vmaps() -> None:
 
     batched("cross_entropy", cross_entropy_rule)
     batched("cross_entropy_forward", cross_entropy_forward_rule)
-    batched("cross_entropy_lse", cross_entropy_lse_rule)
 
     def dropout_rule(info, dims, input, p, seed):
         call = overload("dropout")
@@ -184,12 +182,11 @@ def _vmaps() -> None:
 
         def rule(info, dims, *args):
             each = [at_front(a, d, info.batch_size) for a, d in zip(args, dims, strict=True)]
-            return torch.stack(
-                [
-                    call(*(a[k] if isinstance(a, Tensor) else a for a in each))
-                    for k in range(info.batch_size)
-                ]
-            ), 0
+            results = [
+                call(*(a[k] if isinstance(a, Tensor) else a for a in each))
+                for k in range(info.batch_size)
+            ]
+            return (torch.stack(results), 0) if isinstance(results[0], Tensor) else stacked(results)
 
         batched(name, rule)
 
@@ -235,11 +232,14 @@ def _vmaps() -> None:
     for name in rows_of("fused"):
         if ROWS[name][1]:
             by_row(name)
+            one_by_one(f"{name}_backward")
         else:
             batched(name, elementwise_rule(name))
             batched(f"{name}_", joined(name))
     one_by_one("relu_dropout")
+    batched("relu_dropout_backward", elementwise_rule("relu_dropout_backward"))
     one_by_one("bias_dropout_add")
+    one_by_one("bias_dropout_add_backward")
 
 
 _vmaps()

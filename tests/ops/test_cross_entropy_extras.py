@@ -142,11 +142,12 @@ def test_compile(name, inplace, backend):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("args", [(), (WEIGHT.float(), 0, 4, 0.1, True, 0.1), (None, 2, 4, 0.0, False, 0.1, False, True)])  # fmt: skip
+@pytest.mark.parametrize("args", [(), (WEIGHT.float(), 0, 4, 0.1, True, None, 1.0, 0.1, True), (None, 2, 4, 0.0, False, None, 1.0, 0.1, False, False)])  # fmt: skip
 def test_opcheck(args, requires_grad):
     x = randn(N, C).float().requires_grad_(requires_grad)
-    torch.library.opcheck(overload("cross_entropy_lse"), (x, LABELS, *args))
-    if len(args) < 7 and not requires_grad:
+    torch.library.opcheck(overload("cross_entropy_forward"), (x, LABELS, *args))
+    if not requires_grad:
+        args = (*args[:5], *args[7:8])  # no second target
         torch.library.opcheck(overload("cross_entropy_"), (x, LABELS, *args))
 
 

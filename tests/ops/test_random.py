@@ -68,6 +68,26 @@ def test_large_permuted_tensor():
     assert torch.equal(y, dropout(x, 0.5, SEED))
 
 
+@pytest.mark.parametrize("dims", [8, 9, 12])
+@pytest.mark.parametrize("name", ["dropout", "relu_dropout"])
+def test_any_number_of_permuted_dimensions(name, dims):
+    """However they are permuted: of neighbors that stay together many may be, of others none need be left."""
+    x = torch.randn([2] * dims)
+    orders = [list(range(dims))[::-1], [*range(1, dims, 2), *range(0, dims, 2)]]
+    call, single = overload(name), overload(f"{name}_")
+    for order in orders:
+        permuted = x.permute(order)
+        y = call(permuted, 0.4, SEED)
+        assert torch.equal(y, call(permuted.contiguous(), 0.4, SEED))
+        assert y.stride() == torch.empty_like(permuted).stride()
+        inplace = x.clone().permute(order)
+        single(inplace, 0.4, SEED)
+        assert torch.equal(inplace, y) and inplace.stride() == permuted.stride()
+        leaf = permuted.clone().requires_grad_()
+        getattr(F, name)(leaf, 0.4).sum().backward()
+        assert leaf.grad.stride() == leaf.stride()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_mask_does_not_depend_on_threads(threads):
     x = torch.randn(300_001)

@@ -196,8 +196,14 @@ def opcheck_inputs():
             "cross_entropy_forward",
             (x, labels, weight, reduction, 5, 0.1, False, labels.flip(0), 0.3),
         )
+    yield "cross_entropy_forward", (x.half(), labels, weight.half(), 1)  # with a factor
     yield "dropout", (x, 0.3, seed)
     yield "dropout_", (x, 0.3, seed)
+    yield "relu_dropout_backward", (x.relu(), t, 0.3)
+    for with_bias in (True, False):
+        yield "bias_dropout_add_backward", (t, 0.3, seed, with_bias)
+        for row in (r for r, (kind, params) in ROWS.items() if kind == "fused" and params):
+            yield f"{row}_backward", (t, x, x[0] + 1, with_bias)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +239,55 @@ def test_autocast(case, dtype):
     torch.testing.assert_close(y.double(), exact.double(), rtol=2e-2, atol=2e-2)
     y.sum().backward()
     assert half.tensors[0].grad.dtype == dtype
+
+
+# What is linear in `grad`, and the positions of what is differentiated.
+BACKWARDS = {
+    "bias_gelu_backward": lambda g, x, b: (g, x, b),
+    "bias_gelu_tanh_backward": lambda g, x, b: (g, x, b),
+    "bias_dropout_add_backward": lambda g, x, b: (g, 0.3, torch.tensor(7)),
+    "relu_dropout_backward": lambda g, x, b: (x.relu(), g, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BACKWARDS))
+@pytest.mark.parametrize("shape", [(3, 4), (4,), (2, 3, 4)], ids=str)
+def test_backward_ops_are_differentiable(name, shape):
+    """Both modes, batched, and under torch.func, as what they are the gradient of."""
+    make = lambda *s: torch.randn(s, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    args = (make(*shape), make(*shape), make(shape[-1]))
+    function = lambda *ts: overload(name)(*BACKWARDS[name](*ts))  # noqa: E731
+    torch.autograd.gradcheck(
+        function, args, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )  # fmt: skip
+    found = function(*args)
+    if isinstance(found, tuple):
+        assert found[0].data_ptr() != found[1].data_ptr()
+        torch.testing.assert_close(found[1], found[0].reshape(-1, shape[-1]).sum(0))
+
+
+@pytest.mark.parametrize("name", ["bias_gelu", "relu_dropout", "bias_dropout_add"])
+def test_compiled_models_run_the_backward_ops(name):
+    """A backward that is an op of its own is what the compiler sees, and what export keeps."""
+    seen = []
+
+    def compiler(graph, _):
+        seen.extend(str(n.target) for n in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    x, b = torch.randn(5, 6, requires_grad=True), torch.randn(6, requires_grad=True)
+    calls = {
+        "bias_gelu": lambda: fastops.functional.bias_gelu(x, b),
+        "relu_dropout": lambda: fastops.functional.relu_dropout(x, 0.3),
+        "bias_dropout_add": lambda: fastops.functional.bias_dropout_add(x, b, x, 0.3),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(calls[name], fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    compiled().sum().backward()
+    assert f"fastops.{name}_backward.default" in seen
 
 
 def test_saved_tensor_hooks_and_checkpoint():
