@@ -178,10 +178,10 @@ void check_inplace(const at::Tensor& self, bool requires_grad) {
   torch::autograd::check_inplace(self, requires_grad);
 }
 
-void record_not_implemented(const char* name, const at::Tensor& output,
+void record_not_implemented(const char* name, at::ArrayRef<const at::Tensor*> outputs,
                             at::ArrayRef<const at::Tensor*> inputs) {
   auto node = make_node<torch::autograd::NotImplemented>(name, edges_of(inputs));
-  torch::autograd::set_history(output, node);
+  for (const at::Tensor* out : outputs) torch::autograd::set_history(*out, node);
 }
 
 }  // namespace fastops

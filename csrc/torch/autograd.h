@@ -120,8 +120,8 @@ void check_inplace(const at::Tensor& self, bool requires_grad);
 // What an in-place op owes to those who have saved the tensor.
 inline void bump_version(const at::Tensor& self) { torch::autograd::impl::bump_version(self); }
 
-// Makes a later backward through `output` raise "derivative for <name> is not implemented".
-void record_not_implemented(const char* name, const at::Tensor& output,
+// Makes a later backward through `outputs` raise "derivative for <name> is not implemented".
+void record_not_implemented(const char* name, at::ArrayRef<const at::Tensor*> outputs,
                             at::ArrayRef<const at::Tensor*> inputs);
 
 }  // namespace fastops

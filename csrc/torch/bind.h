@@ -31,6 +31,7 @@ class Unlocked {
 
 void bind_elementwise(pybind11::module_& m);
 void bind_fused(pybind11::module_& m);
+void bind_gates(pybind11::module_& m);
 void bind_losses(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);

@@ -83,14 +83,17 @@ at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarT
       sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt));
 }
 
-namespace {
+at::Tensor output_strided(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  if (!x.is_cpu()) return at::empty_strided(sizes, strides, x.options());
+  return on_cpu(sizes, strides, x.scalar_type(), c10::multiply_integers(sizes) * x.element_size());
+}
+
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), s = a.strides(), t = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1 && s[d] != t[d]) return false;
   return true;
 }
-}  // namespace
 
 at::Tensor matching(const at::Tensor& t, const at::Tensor& like) {
   if (t.numel() == 0 || same_order(t, like)) return t;

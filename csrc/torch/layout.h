@@ -25,12 +25,17 @@ inline at::Tensor resolved(const at::Tensor& x) {
 // writes into other memory. Called once, when all ops are there.
 void resolve_negations_in_place();
 
+// Whether two tensors of one shape have their elements in one order in memory.
+bool same_order(const at::Tensor& a, const at::Tensor& b);
+
 // t in the memory order of `like` (dense, of t's shape): t itself, or a copy.
 at::Tensor matching(const at::Tensor& t, const at::Tensor& like);
 
 // An uninitialised tensor with the shape, strides, device and dtype of x (which is dense); large
 // ones on CPU come from the pool.
 at::Tensor output_like(const at::Tensor& x);
+// The same with sizes and strides of its own.
+at::Tensor output_strided(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides);
 // An uninitialised contiguous tensor where x is.
 at::Tensor output_beside(const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype);
 

@@ -18,6 +18,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
   using namespace fastops;
   register_elementwise(m);
   register_fused(m);
+  register_gates(m);
   register_losses(m);
   register_softmax(m);
   register_cross_entropy(m);
@@ -29,6 +30,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Kernels of fastops. Use fastops.functional, fastops.nn and fastops.optim.";
   bind_elementwise(m);
   bind_fused(m);
+  bind_gates(m);
   bind_losses(m);
   bind_softmax(m);
   bind_cross_entropy(m);
@@ -47,6 +49,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     const Tables& t = tables(c10::DeviceType::CPU);
     for (const auto& r : t.elementwise) rows.emplace_back("map", r.name, r.params);
     for (const auto& r : t.fused) rows.emplace_back("fused", r.name, r.broadcast ? "bias" : "");
+    for (const auto& r : t.gate) rows.emplace_back("gate", r.name, "");
     for (const auto& r : t.loss) rows.emplace_back("reduce", r.name, r.params);
     for (const auto& r : t.softmax) rows.emplace_back("softmax", r.name, "");
     for (const auto& r : t.cross_entropy) rows.emplace_back("cross_entropy", r.name, "");

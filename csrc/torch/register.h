@@ -221,15 +221,15 @@ struct VersionKernel<R(at::Tensor&, A...)> {
 // Of an op that is not differentiated: who tries to is told so.
 template <class Signature>
 struct UndifferentiatedKernel;
-template <class... A>
-struct UndifferentiatedKernel<at::Tensor(A...)> {
-  const Op<at::Tensor(A...)>* op;
-  at::Tensor operator()(c10::DispatchKeySet ks, A... a) const {
+template <class R, class... A>
+struct UndifferentiatedKernel<R(A...)> {
+  const Op<R(A...)>* op;
+  R operator()(c10::DispatchKeySet ks, A... a) const {
     TORCH_CHECK_NOT_IMPLEMENTED(!call_args::any_dual(a...), "forward-mode derivative of ", op->name,
                                 " is not implemented");
-    at::Tensor y = op->below_autograd(ks, a...);
+    R y = op->below_autograd(ks, a...);
     if (call_args::any_requires_grad(a...))
-      record_not_implemented(op->name, y, call_args::pointers(a...));
+      record_not_implemented(op->name, call_args::outputs(y), call_args::pointers(a...));
     return y;
   }
 };
@@ -326,6 +326,7 @@ class Registration {
 // What module.cpp calls: each kind defines its ops. In this order, as some use those of others.
 void register_elementwise(torch::Library& m);
 void register_fused(torch::Library& m);
+void register_gates(torch::Library& m);
 void register_losses(torch::Library& m);
 void register_softmax(torch::Library& m);
 void register_cross_entropy(torch::Library& m);
