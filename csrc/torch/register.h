@@ -26,6 +26,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "autocast.h"
@@ -274,7 +275,7 @@ class Registration {
                const std::string& schema, std::vector<at::Tag> tags = {})
       : m_(m), op_(op), name_(name) {
     tags.push_back(at::Tag::pt2_compliant_tag);
-    m.def((name + schema).c_str(), tags);
+    m.def((name + schema).c_str(), std::as_const(tags));
     op = Op<Signature>::of(name);
   }
 
