@@ -8,6 +8,7 @@ the dispatcher's op itself: the rules that it has for all of them are better tha
     ReLUFunction(x)  GELUFunction(x)  GELUTanhFunction(x)  LeakyReLUFunction(x, negative_slope)  ... (elementwise)
     MSELossFunction(input, target, reduction)  SmoothL1LossFunction(input, target, reduction, beta)  ... (losses)
     BinaryCrossEntropyWithLogitsPosWeightFunction(input, target, reduction, pos_weight)
+    GLUFunction(a, b)  GLUPackedFunction(x, dim)  SwiGLUFunction(gate, up)  SwiGLUPackedFunction(x, dim)
     SoftmaxFunction(x, dim)  LogSoftmaxFunction(x, dim)  DropoutFunction(x, p, seed)
     CrossEntropyFunction(input, target, weight, reduction, ignore_index, label_smoothing)
 
@@ -28,7 +29,8 @@ from ._core.registry import ROWS, overload
 
 __all__: list[str] = []
 _WORDS = {
-    w.lower(): w for w in ("ReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "MSE", "L1")
+    w.lower(): w
+    for w in ("ReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "GLU", "SwiGLU", "MSE", "L1")
 } | {"logsigmoid": "LogSigmoid"}
 
 
@@ -137,6 +139,10 @@ def _fused(row: str):
     return _recorded(row, 2)
 
 
+def _gate(row: str):
+    return _recorded(row, 1 if row.endswith("_packed") else 2)
+
+
 def _random(row: str):
     op = overload(row)
     tensors = len([a for a in op._schema.arguments if str(a.type) == "Tensor"]) - 1  # but the seed
@@ -157,6 +163,7 @@ def _random(row: str):
 _KINDS = {
     "map": _map,
     "fused": _fused,
+    "gate": _gate,
     "reduce": _reduce,
     "softmax": _softmax,
     "cross_entropy": _cross_entropy,

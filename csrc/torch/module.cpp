@@ -49,7 +49,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     const Tables& t = tables(c10::DeviceType::CPU);
     for (const auto& r : t.elementwise) rows.emplace_back("map", r.name, r.params);
     for (const auto& r : t.fused) rows.emplace_back("fused", r.name, r.broadcast ? "bias" : "");
-    for (const auto& r : t.gate) rows.emplace_back("gate", r.name, "");
+    for (const auto& r : t.gate) {
+      rows.emplace_back("gate", r.name, "");
+      rows.emplace_back("gate", std::string(r.name) + "_packed", "");
+    }
     for (const auto& r : t.loss) rows.emplace_back("reduce", r.name, r.params);
     for (const auto& r : t.softmax) rows.emplace_back("softmax", r.name, "");
     for (const auto& r : t.cross_entropy) rows.emplace_back("cross_entropy", r.name, "");

@@ -41,7 +41,7 @@ def _polyfills() -> None:
     for name in rows_of("map"):
         plain(name)
         inplace(name)
-    for name in rows_of("softmax"):
+    for name in (*rows_of("softmax"), *rows_of("gate")):
         plain(name)
     for name in (*rows_of("fused"), "relu_dropout"):
         plain(name)

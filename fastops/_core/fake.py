@@ -126,6 +126,35 @@ def _fakes() -> None:
                 )
             )  # fmt: skip
 
+    def as_one(*tensors):
+        """A result of tensors of one shape: in their layout where that is dense and the same, else contiguous."""
+        first = tensors[0]
+        alike = all(t.stride() == first.stride() for t in tensors)
+        return (
+            like(first) if alike and like(first).stride() == first.stride() else contiguous(first)
+        )
+
+    def halved(x, dim):
+        """As large as half of x along dim, in the memory order of x."""
+        x, dim = like(x), dim % x.dim()
+        sizes, strides = list(x.shape), list(x.stride())
+        span = sizes[dim] * strides[dim]
+        sizes[dim] //= 2
+        strides = [s // 2 if d != dim and span and s >= span else s for d, s in enumerate(strides)]
+        return x.new_empty_strided(sizes, strides)
+
+    for name in rows_of("gate"):
+        if name.endswith("_packed"):
+            fake(name)(lambda input, dim=-1: halved(input, dim))
+            fake(f"{name}_backward")(lambda input, grad, dim: like(input))
+            fake(f"{name}_tangent")(lambda input, along, dim: halved(input, dim))
+            fake(f"{name}_second")(lambda input, grad, along, dim: like(input))
+        else:
+            for end in ("", "_tangent"):
+                fake(name + end)(as_one)
+            for end in ("_backward", "_second"):
+                fake(name + end)(lambda *tensors: (as_one(*tensors), as_one(*tensors)))
+
     fake("relu_dropout_backward")(lambda output, grad, p: like(output))
 
     @fake("bias_dropout_add_backward")

@@ -31,6 +31,10 @@ def reference_of(name: str) -> Callable[..., Any]:
     except ValueError:  # a builtin: there are those of the public function
         accepted = list(op.signature.parameters)
     reference = op.reference
+    if op.kind == "gate":  # of the halves of one tensor, or of two that are put together
+        if row.endswith("_packed"):
+            return lambda input, dim=-1: reference(input, dim=dim)
+        return lambda a, b: reference(torch.cat((a, b), -1), dim=-1)
     defaults = {n: p.default for n, p in op.signature.parameters.items()}
     extras = {n: p.default for n, p in op.signature.parameters.items() if n not in accepted}
 

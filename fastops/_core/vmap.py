@@ -76,6 +76,34 @@ def _vmaps() -> None:
         batched(f"{name}_second", elementwise_rule(f"{name}_second"))
         batched(f"{name}_", inplace_rule(f"{name}_"))
 
+    def gates(name):
+        for end in ("", "_backward", "_tangent", "_second"):
+            batched(
+                name + end, (packed_rule if name.endswith("_packed") else pair_rule)(name + end)
+            )
+
+    def pair_rule(name):
+        call = overload(name)
+
+        def rule(info, dims, *args):
+            found = call(*all_at_front(info, dims, *args))
+            return found, 0 if isinstance(found, Tensor) else (0,) * len(found)
+
+        return rule
+
+    def packed_rule(name):
+        call = overload(name)
+
+        def rule(info, dims, *args):
+            *tensors, dim = args if not isinstance(args[-1], Tensor) else (*args, -1)
+            at = [at_front(t, d, info.batch_size) for t, d in zip(tensors, dims, strict=False)]
+            return call(*at, dim + 1 if dim >= 0 else dim), 0
+
+        return rule
+
+    for name in rows_of("gate"):
+        gates(name)
+
     def losses(name):
         forward, backward = overload(name), overload(f"{name}_backward")
         second = overload(f"{name}_second")

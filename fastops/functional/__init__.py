@@ -7,10 +7,11 @@ function of the same meaning. The files are one for each kind of kernel, private
 
 import torch.nn.functional as _torchs
 
-from . import _cross_entropy, _dropout, _elementwise, _loss, _softmax
+from . import _cross_entropy, _dropout, _elementwise, _gate, _loss, _softmax
 from ._cross_entropy import *  # noqa: F403
 from ._dropout import *  # noqa: F403
 from ._elementwise import *  # noqa: F403
+from ._gate import *  # noqa: F403
 from ._loss import *  # noqa: F403
 from ._softmax import *  # noqa: F403
 
@@ -18,6 +19,7 @@ __all__: list[str] = []
 __all__ += _cross_entropy.__all__
 __all__ += _dropout.__all__
 __all__ += _elementwise.__all__
+__all__ += _gate.__all__
 __all__ += _loss.__all__
 __all__ += _softmax.__all__
 

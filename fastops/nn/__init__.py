@@ -64,6 +64,27 @@ class AlphaDropout(torch.nn.AlphaDropout):
         return F.alpha_dropout(input, self.p, self.training, self.inplace)
 
 
+class GLU(torch.nn.GLU):
+    """:func:`fastops.functional.glu` as a module; arguments of :class:`torch.nn.GLU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.glu(input, self.dim)
+
+
+class SwiGLU(torch.nn.Module):
+    """:func:`fastops.functional.swiglu` as a module: of two tensors, or of the halves of one along `dim`."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        return F.swiglu(gate, up, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
 class NLLLoss(torch.nn.NLLLoss):
     """:func:`fastops.functional.nll_loss` as a module; arguments of :class:`torch.nn.NLLLoss`."""
 
@@ -146,12 +167,16 @@ for _op in OPS.values():
     if _op.kind == "map" and (_module := module_of(_op.name, _op.signature, F)) is not None:
         globals()[_module.__name__] = _module
 
-MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    cls.__mro__[1]: cls  # torch.nn's class -> ours
+_CLASSES = [
+    cls
     for cls in list(vars().values())
     if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == __name__
+]
+# torch.nn's class -> ours
+MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    cls.__mro__[1]: cls for cls in _CLASSES if cls.__mro__[1] is not torch.nn.Module
 }
-__all__ = sorted(cls.__name__ for cls in MODULES.values())
+__all__ = sorted(cls.__name__ for cls in _CLASSES)
 
 
 def __getattr__(name: str):

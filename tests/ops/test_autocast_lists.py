@@ -3,7 +3,7 @@ softmax in bfloat16, its CUDA autocast does not."""
 
 import pytest
 import torch
-from cases import FAST, cases, ids
+from cases import FAST, cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ONE_EACH = [

@@ -74,7 +74,9 @@ def gradients(function, name, count, kwargs, change, what, in_place):
     try:
         return torch.autograd.grad(total, leaves)
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error) or "not supported" in str(error), error
+        assert "modified by an inplace operation" in str(error) or "not supported" in str(error), (
+            error
+        )
         return None
 
 
@@ -114,7 +116,9 @@ def test_l1_loss_keeps_its_slope(reduction, dtype):
     """All that torch keeps of the two tensors is their difference: as many bytes."""
     x, t = (randn(8, 16, seed=k).to(dtype).requires_grad_() for k in range(2))
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s.nbytes) or s, lambda s: s):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda s: kept.append(s.nbytes) or s, lambda s: s
+    ):
         loss = OPS["l1_loss"].function(x, t, reduction=reduction)
     assert sum(kept) == x.nbytes
     # Its gradient is one of the graph: a gradient of it is 0, as torch's is.
