@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 from .. import _C
 from .registry import OPS, overload
 from .usable import tensors_of
