@@ -60,7 +60,7 @@ class Workload:
     """
 
     shapes: tuple[Shape, ...]
-    passes: Mapping[str, int]
+    passes: Mapping[str, float]
     narrow: Shape
     compiled: Shape | None = None
     probabilities: bool = False
@@ -94,6 +94,13 @@ WORKLOADS: dict[str, Workload] = {
     "fused": Workload(
         shapes=((128, 1024), (4096, 1024), (4096, 4096)),
         passes={FORWARD: 3, BOTH: 6},
+        narrow=(4096, 1024),
+        compiled=(4096, 1024),
+    ),
+    # The result is half as large as the input, whose gradient is as large as that.
+    "gate": Workload(
+        shapes=((128, 1024), (4096, 1024), (4096, 4096)),
+        passes={FORWARD: 1.5, BOTH: 4},
         narrow=(4096, 1024),
         compiled=(4096, 1024),
     ),
@@ -245,7 +252,7 @@ def function_cases(name: str, kind: str) -> Iterator[Case]:
                 shapes=(shape,),
                 dtype=dtype,
                 mode=mode,
-                floor=(work.passes[mode] + read_too) * prod(shape) * dtype.itemsize,
+                floor=int((work.passes[mode] + read_too) * prod(shape)) * dtype.itemsize,
                 arguments=arguments,
                 variant=variant,
                 probabilities=work.probabilities or read_too,

@@ -106,7 +106,7 @@ def example_inputs(
         elif name in ("input", "target"):
             values = normal(*shape)
             inputs[name] = values.sigmoid() if probabilities and op.kind == "reduce" else values
-        elif name in ("other", "residual"):
+        elif name in ("gate", "other", "residual"):
             inputs[name] = normal(*shape)
         elif name == "bias":
             inputs[name] = normal(shape[-1])

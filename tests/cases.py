@@ -225,6 +225,22 @@ def fused_cases(op: Op) -> Iterator[Case]:
             yield Case(op, f"{op.name}-{layout}{label}", (x, other), kwargs)
 
 
+def gate_cases(op: Op) -> Iterator[Case]:
+    inputs = {
+        "empty": (randn(0, 4), 1),
+        "odd": (randn(7, 26), 1),
+        "lines": (randn(33, 66), -1),
+        "first": (randn(6, 35), 0),
+        "channels_last": (randn(2, 6, 5, 7).to(memory_format=torch.channels_last), 1),
+        "transposed": (randn(16, 9).t(), 1),
+        "strided": (randn(8, 60)[:, ::3], 1),
+        "offset": (randn(101)[1:], 0),
+        "expanded": (randn(5, 1).expand(5, 6), 1),
+    }
+    for name, (x, dim) in inputs.items():
+        yield Case(op, f"{op.name}-{name}", (x,), {"dim": dim})
+
+
 SAMPLES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "cross_entropy": cross_entropy_cases,
     "softmax": softmax_cases,
@@ -233,6 +249,7 @@ SAMPLES: dict[str, Callable[[Op], Iterator[Case]]] = {
 KINDS: dict[str, Callable[[Op], Iterator[Case]]] = {
     "map": map_cases,
     "fused": fused_cases,
+    "gate": gate_cases,
     "reduce": reduce_cases,
 }
 

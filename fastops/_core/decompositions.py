@@ -69,7 +69,7 @@ def _cross_entropy(
 def decompositions() -> dict[Any, Callable]:
     """The table: op -> a function of torch's ops."""
     table: dict[Any, Callable] = {}
-    for name in (*rows_of("map"), *rows_of("softmax"), *rows_of("fused")):
+    for name in (*rows_of("map"), *rows_of("softmax"), *rows_of("fused"), *rows_of("gate")):
         table[overload(name)] = reference_of(name)
     for name in rows_of("reduce"):
         if name != "sum":

@@ -21,7 +21,14 @@ from .usable import tensors_of, unusable_because
 
 #: What csrc/cpu compiles in: the elements that a thread takes at least, by kind; the bytes from which on a result comes from
 #: the pool. For fastops.explain; a test compares them with the sources.
-GRAIN = {"map": 16384, "fused": 16384, "reduce": 16384, "rows": 16384, "random": 4096}
+GRAIN = {
+    "map": 16384,
+    "fused": 16384,
+    "gate": 16384,
+    "reduce": 16384,
+    "rows": 16384,
+    "random": 4096,
+}
 POOL_MINIMUM = 128 << 10
 
 

@@ -35,7 +35,7 @@ def test_launches_are_on_the_current_stream_of_the_tensors_device(case):
 
 
 # Launches of ours, beside what torch's autograd adds: forward, and backward where there is one of ours.
-LAUNCHES = {"map": (1, 1), "fused": (1, 1), "reduce": (1, 1), "softmax": (1, 1), "log_softmax": (1, 1)}  # fmt: skip
+LAUNCHES = {"map": (1, 1), "fused": (1, 1), "gate": (1, 1), "reduce": (1, 1), "softmax": (1, 1), "log_softmax": (1, 1)}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
@@ -48,7 +48,9 @@ def test_launches_per_op(case):
     torch.autograd.grad(y, leaves(there)[:1], torch.ones_like(y))
     backward = len(DEVICE.launches())
     expected = LAUNCHES.get(case.op.name) or LAUNCHES.get(case.op.kind)
-    if case.op.name == "cross_entropy":  # divisor, rows, sum of the losses; the gradient is handed on
+    if (
+        case.op.name == "cross_entropy"
+    ):  # divisor, rows, sum of the losses; the gradient is handed on
         expected = (3, 1)
     assert (forward, backward) == expected
 

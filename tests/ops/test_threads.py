@@ -46,6 +46,9 @@ def calls_of_kind(name, dtype):
             yield "tanh", lambda x: function(x, approximate="tanh"), (x,)
         if "inplace" in parameters:
             yield "inplace", lambda x: function(x * 1, inplace=True), (x,)
+    elif kind == "gate":
+        for dim in (0, 1, 2):
+            yield str(dim), lambda x, d=dim: function(x, dim=d), (torch.cat((x, t), dim),)
     elif kind == "fused":
         yield "", function, (x, t[0, 0] if "bias" in parameters else t)
     elif kind == "reduce":

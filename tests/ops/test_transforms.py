@@ -231,7 +231,7 @@ def test_autocast(case, dtype):
     half = case.to(dtype).leaves()
     with torch.autocast("cpu", dtype=dtype):
         y = half()
-    if case.op.kind in ("map", "fused"):
+    if case.op.kind in ("map", "fused", "gate"):
         assert y.dtype == dtype
         return
     exact = case.to(dtype).to(torch.float64)(case.op.reference)
@@ -381,9 +381,9 @@ def test_meta_and_fake():
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_function_classes(name):
     """fastops.autograd's Functions give the gradients, and gradients of gradients, of fastops.functional."""
-    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    t = torch.randn(5, 7, dtype=torch.float64)
-    labels = torch.tensor([1, 0, 6, 2, 3])
+    x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(6, 7, dtype=torch.float64)
+    labels = torch.tensor([1, 0, 6, 2, 3, 4])
     F, A = fastops.functional, fastops.autograd
     pairs = {
         "softmax": (lambda: A.SoftmaxFunction.apply(x, 1), lambda: F.softmax(x, 1)),
@@ -415,6 +415,8 @@ def test_function_classes(name):
             )
         cls = getattr(A, A.class_name(row))
         params = parameters(row, t[0].abs())
+        if OPS[name].kind == "gate":
+            params = [0] if row.endswith("_packed") else [t]
         if OPS[name].kind == "reduce":
             within = INPUTS.get(name, lambda v: v)
             given = {"pos_weight": t[0].abs()} if "Tensor" in ROWS[row][1] else {}
@@ -448,7 +450,7 @@ def test_function_classes_under_torch_func(name):
     seed = torch.tensor(5)
     rest = {
         "map": params, "fused": [t[0] if ROWS[name][1] else t], "reduce": [t, 1, *params], "softmax": [1],
-        "cross_entropy": [t, None, 1, -100, 0.1],
+        "cross_entropy": [t, None, 1, -100, 0.1], "gate": [1] if name.endswith("_packed") else [t],
         "random": [t[0], t, 0.5, seed] if name == "bias_dropout_add" else [0.5, seed],
     }[kind]  # fmt: skip
     apply = getattr(fastops.autograd, fastops.autograd.class_name(name)).apply

@@ -111,7 +111,14 @@ def one_call(op, lazy):
     """The result and the gradients of a call; the tensor number `lazy`, the last of which flows back, is a view whose
     negation is left to be done."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"input": (4, 6), "target": (4, 6), "other": (4, 6), "residual": (4, 6), "bias": (6,)}
+    shapes = {
+        "input": (4, 6),
+        "gate": (4, 6),
+        "target": (4, 6),
+        "other": (4, 6),
+        "residual": (4, 6),
+        "bias": (6,),
+    }
     names = [n for n in op.signature.parameters if n in shapes]
     tensors = [torch.rand(shapes[n], dtype=torch.float64, generator=g) - 0.5 for n in names]
     if "target" in names:
