@@ -92,6 +92,22 @@ class BiasGELUTanhFunction(Function):
     @classmethod
     def apply(cls, input: Tensor, bias: Tensor, /) -> Tensor: ...  # type: ignore[override]
 
+class GLUFunction(Function):
+    @classmethod
+    def apply(cls, a: Tensor, b: Tensor, /) -> Tensor: ...  # type: ignore[override]
+
+class GLUPackedFunction(Function):
+    @classmethod
+    def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
+
+class SwiGLUFunction(Function):
+    @classmethod
+    def apply(cls, a: Tensor, b: Tensor, /) -> Tensor: ...  # type: ignore[override]
+
+class SwiGLUPackedFunction(Function):
+    @classmethod
+    def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
+
 class MSELossFunction(Function):
     @classmethod
     def apply(cls, input: Tensor, target: Tensor, reduction: int = 1, /) -> Tensor: ...  # type: ignore[override]

@@ -89,7 +89,7 @@ def nn_stub() -> str:
     lines += ["def __getattr__(name: str) -> Any: ...", ""]
     for name in fastops.nn.__all__:
         cls = getattr(fastops.nn, name)
-        lines.append(f"class {name}(torch.nn.{name}):")
+        lines.append(f"class {name}(torch.nn.{cls.__mro__[1].__name__}):")
         if "__init__" in vars(cls):
             own = [p for p in inspect.signature(cls).parameters.values() if p.annotation is not p.empty]
             for p in own:

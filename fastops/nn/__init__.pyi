@@ -50,6 +50,9 @@ class ELU(torch.nn.ELU):
 class GELU(torch.nn.GELU):
     pass
 
+class GLU(torch.nn.GLU):
+    pass
+
 class Hardsigmoid(torch.nn.Hardsigmoid):
     pass
 
@@ -109,6 +112,10 @@ class Softplus(torch.nn.Softplus):
 
 class Softsign(torch.nn.Softsign):
     pass
+
+class SwiGLU(torch.nn.Module):
+    dim: int
+    def __init__(self, *args: Any, dim: int = -1, **kwargs: Any) -> None: ...
 
 class Tanh(torch.nn.Tanh):
     pass
