@@ -120,6 +120,7 @@ print(kills)
 '''
 
 
+@pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
     def run(script, folder, timeout):
         command = [sys.executable, "-c", script, str(folder), repr(RECIPE)]
