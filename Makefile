@@ -21,9 +21,10 @@ CLANG_FORMAT = $(BIN)/clang-format
 test: build
 	$(PYTEST) -n $(JOBS) --dist loadfile $(ARGS)
 
-# Under two minutes on two cores: every op and optimizer once, and what is easily broken.
+# Under two minutes on two cores: every op and optimizer once, and what is easily broken. tests/cuda is not collected, as
+# that alone compiles the emulated kernels.
 quick: build
-	$(PYTEST) -n $(JOBS) --dist loadfile -m quick $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist loadfile -m quick --ignore tests/cuda $(ARGS)
 
 # What the docs promise of other packages: accelerate, Hugging Face's Trainer, Lightning, timm, Keras, the site, mypy.
 # Here a package that is missing is an error.

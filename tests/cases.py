@@ -16,6 +16,8 @@ from fastops._core.registry import OPS, Op
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FAST = torch.float32
+# For parametrize: float32 is the dtype of the quick tests.
+QUICK_DTYPES = [pytest.param(d, marks=pytest.mark.quick) if d is FAST else d for d in DTYPES]
 NO_CUDA = why_not("cuda")
 # The devices of @pytest.mark.parametrize. conftest.py leaves out what is marked cuda where there is no GPU.
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .. import memory
 from . import processes
 from .data import count_cores
 from .errors import ConfigError
@@ -32,6 +33,21 @@ def find_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
     return device
+
+
+def serve_memory(backend: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """A block in which torch's CPU tensors come from fastops' pool, without page faults.
+
+    Not on the back end torch, which is compared with fastops, and not where another library has
+    replaced torch's allocator.
+    """
+    serve = getattr(memory, "serve_torch", None)
+    if backend == "torch" or device.type != "cpu" or serve is None:
+        return contextlib.nullcontext()
+    try:
+        return serve()
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def choose_amp(name: str, device: torch.device) -> tuple[str, str]:

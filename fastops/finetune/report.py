@@ -132,8 +132,8 @@ summary {{ cursor: pointer; font-weight: 600 }}
 """
 
 LEGEND = (
-    "Accuracy: mean ± standard deviation over the seeds, lowest and highest; all test images, after "
-    "the last step. s/run: training one network, without evaluation. ms/step: median. Peak MB: how "
+    "Accuracy: mean ± standard deviation over the seeds, lowest and highest; all test images, "
+    "once. s/run: training one network, without evaluation. ms/step: median. Peak MB: how "
     "far the memory in use rose."
 )
 

@@ -30,7 +30,7 @@ from .data import (
     iterate,
     take,
 )
-from .devices import find_device
+from .devices import find_device, serve_memory
 from .errors import ConfigError, FineTuneError
 from .measure import PeakMemory, clock
 from .metrics import compute_metrics
@@ -96,7 +96,8 @@ def fit(
     """
     run = Run(mode, seed, backend)
     device = find_device(config.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, serve_memory(backend, device):
         memory = PeakMemory(device)
         network, model = prepare(config, collection, format, weights, mode, seed, backend)
         images = take(collection.train, chosen)

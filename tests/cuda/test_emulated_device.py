@@ -10,6 +10,8 @@ import pytest
 from emulation import device
 from emulation.build import ROOT
 
+pytestmark = pytest.mark.slow
+
 # What only a GPU can answer for: an assertion that ends its process, and 12 GB of its memory.
 NOT_HERE = ["test_a_target_out_of_range_stops_the_device", "test_beyond_31_bits"]
 

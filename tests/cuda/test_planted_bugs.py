@@ -6,6 +6,8 @@ import re
 import pytest
 from emulation.build import ROOT, VARIANTS, build, run
 
+pytestmark = pytest.mark.slow
+
 ORDER = "^the result depends on the order of threads"
 RACE = "ThreadSanitizer: data race"
 NAN = "^NaN in the result"

@@ -11,6 +11,8 @@ import pytest
 import fastops.autograd
 import fastops.functional
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]

@@ -16,6 +16,8 @@ from PIL import Image
 
 from fastops.__main__ import main, make_parser
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SECTION = re.search(r"^## Fine-tuning\n(.*?)^## ", README, re.M | re.S)[1]

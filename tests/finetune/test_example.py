@@ -16,6 +16,7 @@ from fastops.finetune import finetune
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_recipe_to_copy_equals_the_command(tmp_path):
     for part, count in (("train", 4), ("val", 2), ("test", 2)):
         draw_pictures(tmp_path / "data" / part, count=count, size=(50, 40))

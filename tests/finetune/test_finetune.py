@@ -458,7 +458,11 @@ def test_averages_in_the_optimizers_sweep_are_those_beside_it(
 def test_fine_tuned_network_can_be_fine_tuned_again(tmp_path, small_test):
     first = finetune(quick(tmp_path, modes=("full",)))
     weights = str(first.folder / "checkpoints" / "full.pt")
-    finetune(quick(tmp_path / "run", modes=("features",), weights=weights))
+    second = finetune(quick(tmp_path / "run", modes=("features",), weights=weights))
+    old = torch.load(weights, weights_only=True)["model"]
+    new = torch.load(second.folder / "checkpoints" / "features.pt", weights_only=True)["model"]
+    moved = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert moved == {"fc"}  # the rest is what the first run left
 
 
 def test_unfinished_file_leaves_the_old_one(tmp_path):

@@ -20,6 +20,7 @@ def command(*arguments, encoding, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_every_command_with_names_of_any_bytes(tmp_path, encoding):
     odd = os.fsdecode(b"caf\xe9")

@@ -11,6 +11,8 @@ import torch
 
 from fastops.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SAME = ["--quiet", "--seeds=1", "--steps=6", "--shots=4", "--threads=1"]
 RECIPES = {

@@ -21,6 +21,8 @@ from fastops.__main__ import main
 from fastops.finetune import ConfigError, OutputError, finetune, resume
 from fastops.finetune.storage import make_run_folder
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {
     "modes": ("full", "last"), "seeds": 1, "steps": 40, "shots": 4, "batch_size": 8, "ema": 0.9, "mixup": 0.2,
     "dropout": 0.2, "augment": True, "schedule": "gradual", "l1": 1e-4, "max_grad_norm": 1.0, "accumulate": 2,
@@ -120,6 +122,7 @@ print(kills)
 '''
 
 
+@pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
     def run(script, folder, timeout):
         command = [sys.executable, "-c", script, str(folder), repr(RECIPE)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from finetuning import draw_pictures, quick
 
+from fastops import memory
 from fastops.finetune import finetune
 from fastops.finetune.augmentation import Augmented, Mixture, draw_mixture, training_transform
 from fastops.finetune.cutting import CutNetwork
@@ -135,3 +136,20 @@ def test_the_head_learns_first(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", watched)
     finetune(quick(tmp_path, data=tmp_path / "data", modes=("full",), steps=10))
     assert [len(names) for names in seen] == [1, 1] + [5] * 8 and seen[0] == ["head"]
+
+
+@pytest.mark.parametrize("backend", ["fastops", "torch"])
+def test_memory_is_served_while_fastops_trains(tmp_path, small_test, monkeypatch, backend):
+    served = []
+    step = Trainer.step
+
+    def watched(self, *batch):
+        served.append(memory.pool_info().get("serves_torch", False))
+        return step(self, *batch)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    before = memory.pool_info().get("serves_torch", False)
+    finetune(quick(tmp_path, modes=("full",), backend=backend))
+    can = hasattr(memory, "serve_torch")
+    assert served == [(backend == "fastops" and can) or before] * 3
+    assert memory.pool_info().get("serves_torch", False) == before

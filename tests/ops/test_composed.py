@@ -8,6 +8,8 @@ from torch import nn
 import fastops.functional as ours
 import fastops.nn
 
+pytestmark = pytest.mark.quick
+
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

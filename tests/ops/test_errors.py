@@ -9,6 +9,8 @@ from torch.func import grad, jvp
 import fastops
 from fastops._core.registry import OPS, overload
 
+pytestmark = pytest.mark.quick
+
 F = fastops.functional
 
 

@@ -11,6 +11,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastops
 from fastops._core.registry import overload
 
+pytestmark = pytest.mark.quick
+
 F = fastops.functional
 SEED = torch.tensor(0x1234_5678_9ABC_DEF)
 dropout, relu_dropout, bias_dropout_add = map(

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 import fastops
 from fastops._core.registry import OPS
 
+pytestmark = pytest.mark.slow
+
 BUDGET = int(os.environ.get("FASTOPS_FUZZ", 0))
 FUZZ = settings(
     max_examples=BUDGET or 25, derandomize=not BUDGET, deadline=None, database=None,

@@ -15,6 +15,8 @@ from instruction_sets import ISAS, available, need
 
 import fastops
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

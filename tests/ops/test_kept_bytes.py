@@ -8,6 +8,8 @@ from cases import Case, cases, ids
 
 import fastops.functional as F
 
+pytestmark = pytest.mark.quick
+
 ALL = [
     c
     for c in cases()

@@ -6,6 +6,8 @@ import torch
 
 import fastops.functional as F
 
+pytestmark = pytest.mark.slow
+
 ROWS = 64  # of the calls whose results are small
 LENGTHS = (10007, 8200)
 

@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastops.functional as ours
 
+pytestmark = pytest.mark.quick
+
 inf, nan = float("inf"), float("nan")
 
 

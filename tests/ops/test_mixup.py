@@ -9,6 +9,8 @@ from torch.func import grad, hessian, jvp, vmap
 
 import fastops.functional as ours
 
+pytestmark = pytest.mark.quick
+
 LAM = 0.3
 WEIGHT = randn(13, seed=4).abs() + 0.1
 INPUTS = {

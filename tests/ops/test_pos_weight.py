@@ -9,6 +9,8 @@ from torch.func import grad, vmap
 import fastops
 import fastops.functional as ours
 
+pytestmark = pytest.mark.quick
+
 mine, theirs = ours.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits
 
 

@@ -10,6 +10,8 @@ from cases import DTYPES, LAYOUTS
 import fastops
 from fastops._core.registry import overload
 
+pytestmark = pytest.mark.quick
+
 F = fastops.functional
 dropout = overload("dropout")
 SEED = torch.tensor(0x1234_5678_9ABC_DEF)

@@ -14,6 +14,8 @@ from instruction_sets import ISAS, available, need
 import fastops
 from fastops._core.registry import COMPOSED, OPS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 F = fastops.functional
 THREADS = (1, 2, 3)

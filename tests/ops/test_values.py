@@ -4,7 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES, INPUTS, Case, assert_as_accurate, cases, gradients, ids, roomy
+from cases import (
+    INPUTS,
+    QUICK_DTYPES,
+    Case,
+    assert_as_accurate,
+    cases,
+    gradients,
+    ids,
+    roomy,
+)
 
 from fastops._core.registry import OPS, ROWS, overload, parameters_of
 
@@ -12,7 +21,7 @@ ALL = cases()
 ROOMY = [case for case in ALL if roomy(case)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL, ids=ids(ALL))
 def test_as_accurate_as_torch(case, dtype):
     rounded = case.to(dtype)

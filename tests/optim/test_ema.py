@@ -12,6 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastops.optim
 
+pytestmark = pytest.mark.quick
+
 DECAY = 0.9
 
 

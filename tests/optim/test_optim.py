@@ -16,6 +16,8 @@ from torch import nn
 
 import fastops.optim
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(params=PAIRS, ids=NAMES)
 def pair(request):

@@ -16,6 +16,8 @@ from torch import nn
 
 import fastops.optim
 
+pytestmark = pytest.mark.quick
+
 CONFIGURATIONS = {
     "Adam": {},
     "Adam amsgrad": {"amsgrad": True},

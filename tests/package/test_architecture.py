@@ -13,6 +13,8 @@ import fastops
 from fastops import functional
 from fastops._core.registry import COMPOSED, OPS, ROWS, overload
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 

@@ -13,6 +13,8 @@ import torch
 import fastops
 from fastops._core.registry import OPS
 
+pytestmark = pytest.mark.slow
+
 CALLS = int(os.environ.get("FASTOPS_LEAK_CALLS", 100))
 LARGE = 40_000  # elements: above what the interpreter's lock is kept for, and cut into parts for several threads
 

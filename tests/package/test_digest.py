@@ -10,6 +10,8 @@ import torch
 
 from tools import digest
 
+pytestmark = pytest.mark.quick
+
 
 def written(path, *options):
     command = [sys.executable, "tools/digest.py", "write", path, *options]

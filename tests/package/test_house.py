@@ -7,6 +7,8 @@ import pytest
 
 import fastops
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.M))

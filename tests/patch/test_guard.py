@@ -187,7 +187,9 @@ def test_the_table_of_sizes_binds_a_check():
         bound(input=torch.zeros(n), other=1)
     assert calls == ["torch", "torch", "ours", "ours"]
     assert set(by_torch.SMALLEST) <= set(OPS)
-    assert by_torch.bound("relu", F.relu, TF.relu) is F.relu  # what is not in the table pays nothing
+    assert (
+        by_torch.bound("relu", F.relu, TF.relu) is F.relu
+    )  # what is not in the table pays nothing
 
 
 def test_the_table_of_sizes_is_explained(monkeypatch):

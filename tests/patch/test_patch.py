@@ -17,6 +17,8 @@ from torch import nn
 import fastops
 from fastops.patching.modules import attached
 
+pytestmark = pytest.mark.quick
+
 
 class Own(nn.ReLU):
     def forward(self, x):
