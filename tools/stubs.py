@@ -62,7 +62,12 @@ def stub() -> str:
     return "\n".join([HEAD, *functions, *classes, ""])
 
 
-OF_SCHEMA = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "float": "float", "int": "int"}
+OF_SCHEMA = {
+    "Tensor": "Tensor",
+    "Optional[Tensor]": "Tensor | None",
+    "float": "float",
+    "int": "int",
+}
 
 
 def autograd_stub() -> str:
@@ -77,27 +82,29 @@ def autograd_stub() -> str:
             default = f" = {a.default_value!r}" if a.has_default_value() else ""
             written.append(f"{a.name}: {OF_SCHEMA[str(a.type)]}{default}")
         given = ", ".join(["cls", *written, "/"])
-        lines += [f"class {name}(Function):", "    @classmethod"]
+        lines += [f"class {name}(Function):", f'    """{getattr(autograd, name).__doc__}"""']
+        lines += ["    @classmethod"]
         lines += [f"    def apply({given}) -> Tensor: ...  # type: ignore[override]"]
     return "\n".join(lines) + "\n"
 
 
 def nn_stub() -> str:
-    """fastops.nn: the classes, and torch.nn's names."""
+    """fastops.nn: the classes, and torch.nn's names. With docstrings, which the reference is made from."""
     lines = [WRITTEN + "from typing import Any", "", "import torch", ""]
     lines += ["MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]]", ""]
     lines += ["def __getattr__(name: str) -> Any: ...", ""]
     for name in fastops.nn.__all__:
         cls = getattr(fastops.nn, name)
-        lines.append(f"class {name}(torch.nn.{cls.__mro__[1].__name__}):")
+        base = cls.__mro__[1].__name__
+        lines += [f"class {name}(torch.nn.{base}):", f'    """{cls.__doc__}"""']
         if "__init__" in vars(cls):
-            own = [p for p in inspect.signature(cls).parameters.values() if p.annotation is not p.empty]
+            own = [
+                p for p in inspect.signature(cls).parameters.values() if p.annotation is not p.empty
+            ]
             for p in own:
                 lines.append(f"    {p.name}: {p.annotation}")
             given = ", ".join(f"{p.name}: {p.annotation} = {p.default!r}" for p in own)
             lines.append(f"    def __init__(self, *args: Any, {given}, **kwargs: Any) -> None: ...")
-        else:
-            lines.append("    pass")
     return "\n".join(lines) + "\n"
 
 

@@ -8,18 +8,21 @@ MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]]
 def __getattr__(name: str) -> Any: ...
 
 class AlphaDropout(torch.nn.AlphaDropout):
-    pass
+    """:func:`fastops.functional.alpha_dropout` as a module; arguments of :class:`torch.nn.AlphaDropout`."""
 
 class BCELoss(torch.nn.BCELoss):
-    pass
+    """:func:`fastops.functional.binary_cross_entropy` as a module; arguments of :class:`torch.nn.BCELoss`."""
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
-    pass
+    """:func:`fastops.functional.binary_cross_entropy_with_logits` as a module; arguments of :class:`torch.nn.BCEWithLogitsLoss`."""
 
 class CELU(torch.nn.CELU):
-    pass
+    """:func:`fastops.functional.celu` as a module; arguments of :class:`torch.nn.CELU`."""
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """:func:`fastops.functional.cross_entropy` as a module; arguments of :class:`torch.nn.CrossEntropyLoss`, and the
+    function's return_lse, z_loss and inplace_backward."""
+
     return_lse: bool
     z_loss: float
     inplace_backward: bool
@@ -33,89 +36,89 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ) -> None: ...
 
 class Dropout(torch.nn.Dropout):
-    pass
+    """:func:`fastops.functional.dropout` as a module; arguments of :class:`torch.nn.Dropout`."""
 
 class Dropout1d(torch.nn.Dropout1d):
-    pass
+    """:func:`fastops.functional.dropout1d` as a module; arguments of :class:`torch.nn.Dropout1d`."""
 
 class Dropout2d(torch.nn.Dropout2d):
-    pass
+    """:func:`fastops.functional.dropout2d` as a module; arguments of :class:`torch.nn.Dropout2d`."""
 
 class Dropout3d(torch.nn.Dropout3d):
-    pass
+    """:func:`fastops.functional.dropout3d` as a module; arguments of :class:`torch.nn.Dropout3d`."""
 
 class ELU(torch.nn.ELU):
-    pass
+    """:func:`fastops.functional.elu` as a module; arguments of :class:`torch.nn.ELU`."""
 
 class GELU(torch.nn.GELU):
-    pass
+    """:func:`fastops.functional.gelu` as a module; arguments of :class:`torch.nn.GELU`."""
 
 class GLU(torch.nn.GLU):
     pass
 
 class Hardsigmoid(torch.nn.Hardsigmoid):
-    pass
+    """:func:`fastops.functional.hardsigmoid` as a module; arguments of :class:`torch.nn.Hardsigmoid`."""
 
 class Hardswish(torch.nn.Hardswish):
-    pass
+    """:func:`fastops.functional.hardswish` as a module; arguments of :class:`torch.nn.Hardswish`."""
 
 class Hardtanh(torch.nn.Hardtanh):
-    pass
+    """:func:`fastops.functional.hardtanh` as a module; arguments of :class:`torch.nn.Hardtanh`."""
 
 class HuberLoss(torch.nn.HuberLoss):
-    pass
+    """:func:`fastops.functional.huber_loss` as a module; arguments of :class:`torch.nn.HuberLoss`."""
 
 class L1Loss(torch.nn.L1Loss):
-    pass
+    """:func:`fastops.functional.l1_loss` as a module; arguments of :class:`torch.nn.L1Loss`."""
 
 class LeakyReLU(torch.nn.LeakyReLU):
-    pass
+    """:func:`fastops.functional.leaky_relu` as a module; arguments of :class:`torch.nn.LeakyReLU`."""
 
 class LogSigmoid(torch.nn.LogSigmoid):
-    pass
+    """:func:`fastops.functional.logsigmoid` as a module; arguments of :class:`torch.nn.LogSigmoid`."""
 
 class LogSoftmax(torch.nn.LogSoftmax):
-    pass
+    """:func:`fastops.functional.log_softmax` as a module; arguments of :class:`torch.nn.LogSoftmax`."""
 
 class MSELoss(torch.nn.MSELoss):
-    pass
+    """:func:`fastops.functional.mse_loss` as a module; arguments of :class:`torch.nn.MSELoss`."""
 
 class Mish(torch.nn.Mish):
-    pass
+    """:func:`fastops.functional.mish` as a module; arguments of :class:`torch.nn.Mish`."""
 
 class NLLLoss(torch.nn.NLLLoss):
-    pass
+    """:func:`fastops.functional.nll_loss` as a module; arguments of :class:`torch.nn.NLLLoss`."""
 
 class ReLU(torch.nn.ReLU):
-    pass
+    """:func:`fastops.functional.relu` as a module; arguments of :class:`torch.nn.ReLU`."""
 
 class ReLU6(torch.nn.ReLU6):
-    pass
+    """:func:`fastops.functional.relu6` as a module; arguments of :class:`torch.nn.ReLU6`."""
 
 class SELU(torch.nn.SELU):
-    pass
+    """:func:`fastops.functional.selu` as a module; arguments of :class:`torch.nn.SELU`."""
 
 class SiLU(torch.nn.SiLU):
-    pass
+    """:func:`fastops.functional.silu` as a module; arguments of :class:`torch.nn.SiLU`."""
 
 class Sigmoid(torch.nn.Sigmoid):
-    pass
+    """:func:`fastops.functional.sigmoid` as a module; arguments of :class:`torch.nn.Sigmoid`."""
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
-    pass
+    """:func:`fastops.functional.smooth_l1_loss` as a module; arguments of :class:`torch.nn.SmoothL1Loss`."""
 
 class Softmax(torch.nn.Softmax):
-    pass
+    """:func:`fastops.functional.softmax` as a module; arguments of :class:`torch.nn.Softmax`."""
 
 class Softplus(torch.nn.Softplus):
-    pass
+    """:func:`fastops.functional.softplus` as a module; arguments of :class:`torch.nn.Softplus`."""
 
 class Softsign(torch.nn.Softsign):
-    pass
+    """:func:`fastops.functional.softsign` as a module; arguments of :class:`torch.nn.Softsign`."""
 
 class SwiGLU(torch.nn.Module):
     dim: int
     def __init__(self, *args: Any, dim: int = -1, **kwargs: Any) -> None: ...
 
 class Tanh(torch.nn.Tanh):
-    pass
+    """:func:`fastops.functional.tanh` as a module; arguments of :class:`torch.nn.Tanh`."""

@@ -137,6 +137,18 @@ def test_version_is_in_one_place():
     assert f"## {fastops.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_a_wheel_holds_every_package():
+    from setuptools import find_packages
+
+    text = (ROOT / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^packages = \[(.*?)\]", text, re.M | re.S)
+    packages = re.findall(r'"([\w.]+)"', listed)
+    assert sorted(packages) == sorted(find_packages(str(ROOT), include=["fastops*"]))
+    for folder in {p.parent for p in (ROOT / "fastops").rglob("*.pyi")}:  # and every stub
+        package = ".".join(folder.relative_to(ROOT).parts)
+        assert re.search(rf'^"?{re.escape(package)}"? = \[.*"\*\.pyi"', text, re.M), package
+
+
 def test_no_private_words():
     """No path of a developer's machine, no registry host."""
     pattern = re.compile(

@@ -120,7 +120,7 @@ def test_every_forward_op_decomposes_to_what_it_computes():
         torch.testing.assert_close(decomposed(*given), op(*given), msg=name)
 
 
+@pytest.mark.integration("onnxscript")
 def test_onnx(net):
-    pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript")
     program = torch.onnx.export(net, (X,), dynamo=True)
     assert not [n for n in program.model.graph if n.domain == "fastops"]
