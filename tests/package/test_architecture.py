@@ -138,12 +138,13 @@ def test_version_is_in_one_place():
 
 
 def test_a_wheel_holds_every_package():
-    from setuptools import find_packages
+    from setuptools import find_namespace_packages
 
     text = (ROOT / "pyproject.toml").read_text()
     (listed,) = re.findall(r"^packages = \[(.*?)\]", text, re.M | re.S)
     packages = re.findall(r'"([\w.]+)"', listed)
-    assert sorted(packages) == sorted(find_packages(str(ROOT), include=["fastops*"]))
+    found = find_namespace_packages(str(ROOT), include=["fastops*"], exclude=["*__pycache__*"])
+    assert sorted(packages) == sorted(found)
     for folder in {p.parent for p in (ROOT / "fastops").rglob("*.pyi")}:  # and every stub
         package = ".".join(folder.relative_to(ROOT).parts)
         assert re.search(rf'^"?{re.escape(package)}"? = \[.*"\*\.pyi"', text, re.M), package
