@@ -4,10 +4,10 @@ Memory fresh from the system costs a page fault per page. Results of fastops of 
 earlier results gave back, and after `serve_torch()` so do all of torch's CPU tensors: convolutions, embeddings,
 gradients. A tensor from the pool is an ordinary tensor.
 
-What is idle is bounded three ways. In use and idle together stay within a 64th of the most that was in use lately (a
-peak that does not come back is forgotten after eight to sixteen times its size has been allocated). No more than `limit`
-bytes are idle. And idle memory goes back to the system while less than an eighth of the machine's or the control
-group's memory is left.
+Idle memory is bounded in three ways. What is in use and idle together exceeds the most that was in use lately by a
+64th at most; a peak that does not come back is forgotten once eight to sixteen times its size have been allocated. No more
+than `limit` bytes are idle. And nothing stays idle when the machine or the process's control group has less than 1 GiB
+left (or an eighth of its memory, if that is less).
 
 Environment variables: FASTOPS_CPU_POOL_LIMIT (bytes) sets the limit at start, and 0 switches the pool off;
 FASTOPS_SERVE_TORCH=1 calls `serve_torch()` when fastops is imported.

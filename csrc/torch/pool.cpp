@@ -34,6 +34,8 @@ constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLeastMove = size_t{128} << 10;
 // How much is handed out, at most, between two looks at what is left of the control group.
 constexpr size_t kLook = size_t{64} << 20;
+// With less than this left (or an eighth of a small machine or control group), nothing stays idle.
+constexpr size_t kReserve = size_t{1} << 30;
 
 char* map_pages(size_t size) {
   // Huge pages are aligned: ask for more, give back both ends.
@@ -83,7 +85,7 @@ void move_pages(char* from, char* to, size_t size, size_t page) noexcept {
   unmap_pages(from, size);
 }
 
-// What stands in the place of torch's CPU allocator.
+// Takes the place of torch's CPU allocator.
 c10::Allocator* torch_allocator();
 
 // Memory is a set of spans of pages, each in use or idle. A request gets the smallest idle span
@@ -365,23 +367,24 @@ class Pool final : public c10::Allocator {
 
   size_t recent_peak() const noexcept { return std::max(peak_, last_peak_); }
 
-  // What may be idle when `more` bytes come on top of what is in use. All that the pool holds stays
-  // within a 64th of the most that was in use lately: a training step needs its peak again and
-  // again, and nearly all of it is idle in between. Every other peak is forgotten when eight to
-  // sixteen times its size have been handed out since.
+  // What may be idle when `more` bytes come on top of what is in use. All that the pool holds
+  // exceeds the most that was in use lately by a 64th at most: a training step needs its peak again
+  // and again, and nearly all of it is idle in between. A peak that does not come back is forgotten
+  // once eight to sixteen times its size have been handed out.
   size_t allowed_idle(size_t more) const noexcept {
     const size_t used = in_use_ + more;
     const size_t peak = std::max(recent_peak(), used);
     return std::min(limit_, peak + peak / 64 - used);
   }
 
-  // Gives idle memory back where the machine or a control group is nearly full. A look costs some
-  // 20 us, as much as the faults of 300 KB.
+  // Gives idle memory back when the machine or a control group is nearly full. A look takes some
+  // 20 us, as long as the page faults of 300 KB.
   void look_at_pressure(size_t size) noexcept {
     unlooked_ += size;
     if (idle_ == 0 || unlooked_ < std::min(kLook, limit_ / 2)) return;
     unlooked_ = 0;
-    const size_t wanted = memory_.total() / 8 + size, left = memory_.available();
+    const size_t wanted = std::min(memory_.total() / 8, kReserve) + size;
+    const size_t left = memory_.available();
     if (left < wanted) shrink(idle_ - std::min(idle_, wanted - left));
   }
 
