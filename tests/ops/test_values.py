@@ -132,8 +132,7 @@ def test_every_magnitude(name, dtype):
         torch.testing.assert_close(far[1][:, 0], expected, rtol=1e-14, atol=1e-30)
         x = x[small]
     ours, theirs, exact = (
-        derivatives(f, v)
-        for f, v in ((op.function, x), (op.reference, x), (op.exact, x.double()))
+        derivatives(f, v) for f, v in ((op.function, x), (op.reference, x), (op.exact, x.double()))
     )
     size = x.double().abs().clamp(min=1)[:, None]
     for mine, other, exactly, by in zip(ours, theirs, exact, (size, 1, 1), strict=True):
