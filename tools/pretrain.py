@@ -65,7 +65,7 @@ def make_subset(train: InMemory, test: InMemory) -> dict[str, InMemory]:
 
 
 def write_sheet(folder: Path, parts: dict[str, InMemory]) -> None:
-    """Pack 28 x 28 grey images into one contact sheet, 100 a row, sorted by part and class.
+    """Pack 28 x 28 gray images into one contact sheet, 100 a row, sorted by part and class.
 
     Args:
         folder: gets fashion-mnist.png, which any viewer shows, and fashion-mnist.json, which
@@ -116,7 +116,7 @@ def pretrain(images: InMemory, epochs: int) -> SmallResNet:
     for batch in progress:
         pixels, turns = distort(images.images[batch], generator)
         target = images.labels[batch] * TURNS + turns
-        inputs = SHIPPED_FORMAT.normalise(pixels).contiguous(memory_format=torch.channels_last)
+        inputs = SHIPPED_FORMAT.normalize(pixels).contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(model(inputs), target, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -132,7 +132,7 @@ def measure(model: SmallResNet, images: InMemory) -> float:
     right = 0
     for start in range(0, len(images), 500):
         pixels, labels = images.images[start : start + 500], images.labels[start : start + 500]
-        answers = model(SHIPPED_FORMAT.normalise(pixels)).softmax(1).view(len(labels), -1, TURNS)
+        answers = model(SHIPPED_FORMAT.normalize(pixels)).softmax(1).view(len(labels), -1, TURNS)
         right += int((answers.sum(2).argmax(1) == labels).sum())
     return right / len(images)
 

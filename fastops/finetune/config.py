@@ -47,7 +47,7 @@ DATA, NETWORK, RECIPE, MACHINE, OUTPUT = (
 class FineTuneConfig:
     """One fine-tuning experiment: every mode, with every seed, on every back end.
 
-    None stands for what suits the data; `resolved` fills it in and says why. The command's
+    None stands for what suits the data; the plan of a run fills it in and says why. The command's
     --help and the guide have a line for each field.
     """
 

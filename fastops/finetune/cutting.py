@@ -45,7 +45,7 @@ class CutNetwork:
         images = images.to(self.device, non_blocking=True)
         if images.dtype != torch.uint8:
             return images
-        pixels = self.format.normalise(self.format.center(images))
+        pixels = self.format.normalize(self.format.center(images))
         if mixture is not None:
             pixels = mixture.mix(pixels)
         pixels = pixels.contiguous(memory_format=torch.channels_last)

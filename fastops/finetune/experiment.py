@@ -21,7 +21,7 @@ from .progress import PROGRESS, load_progress, save_progress
 from .report import write_report, write_text
 from .run import Run
 from .storage import check_run_folder, complete_file, make_run_folder, remove_unfinished
-from .summary import best_arm, compare_backends, describe_keeping, format_table, summarise
+from .summary import best_arm, compare_backends, describe_keeping, format_table, summarize
 from .surroundings import usual_state
 from .text import any_terminal
 
@@ -35,7 +35,7 @@ class Result:
         folder: the run's folder, None for a dry run.
         classes: names of the classes.
         runs: one for each mode, back end and seed.
-        summary: one row of figures for each mode and back end (see report.summarise).
+        summary: one row of figures for each mode and back end (see summary.summarize).
         description: what was done, in sentences.
     """
 
@@ -193,7 +193,7 @@ def carry_out(plan: Plan, show: bool, resumed: Path | None) -> Result:
             journal.close()
         # Ctrl-C and a failed run leave the report of what was finished.
         if result.runs:
-            result.summary = summarise(result.runs)
+            result.summary = summarize(result.runs)
         if result.runs and writes:
             try:
                 runs, summary = result.runs, result.summary

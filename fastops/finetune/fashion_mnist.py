@@ -95,7 +95,7 @@ def read_sheet(part: str) -> InMemory:
 
 
 def fit_format(images: InMemory, format: InputFormat) -> InMemory:
-    """Grey images as the network takes them: channels repeated, resized with antialiasing."""
+    """Gray images as the network takes them: channels repeated, resized with antialiasing."""
     pixels = images.images
     if format.size != pixels.shape[-1]:
         size = [format.size, format.size]

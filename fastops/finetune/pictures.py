@@ -26,7 +26,7 @@ TRANSPOSITIONS = {
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a network takes: images (channels, size, size), normalised by `mean` and `std`.
+    """What a network takes: images (channels, size, size), normalized by `mean` and `std`.
 
     Pictures are kept as squares of `resize` pixels; the middle of them is tested, and training
     crops them at random. None for `size`.
@@ -49,7 +49,7 @@ class InputFormat:
             return images
         return transforms.center_crop(images, [self.size, self.size])
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (N, C, H, W) to float32, zero mean and unit variance over the data set."""
         mean = images.new_tensor(self.mean, dtype=torch.float32).view(1, -1, 1, 1)
         std = images.new_tensor(self.std, dtype=torch.float32).view(1, -1, 1, 1)

@@ -52,7 +52,7 @@ class Classifier:
         """Softmax over the classes, float32 (N, classes), for uint8 images (N, C, size, size)."""
         device = next(self.model.parameters()).device
         with evaluating(self.model):
-            inputs = self.format.normalise(self.format.center(pixels.to(device)))
+            inputs = self.format.normalize(self.format.center(pixels.to(device)))
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             return self.model(inputs).softmax(1).cpu()
 

@@ -38,7 +38,7 @@ def name_arm(arm: Arm, arms: Sequence[Arm]) -> str:
     return mode if len({b for _, b in arms}) == 1 else f"{mode} ({backend})"
 
 
-def summarise(runs: Sequence[Run]) -> list[dict]:
+def summarize(runs: Sequence[Run]) -> list[dict]:
     """One row of figures for each arm: accuracy over its seeds, means of the rest."""
     rows = []
     arms = group_runs(runs)
@@ -118,7 +118,7 @@ def describe_keeping(rows: Sequence[dict]) -> str:
 def compare_backends(runs: Sequence[Run]) -> list[str]:
     """For each mode that ran on both back ends, a sentence: losses, accuracy and time."""
     sentences = []
-    rows = {(row["mode"], row["backend"]): row for row in summarise(runs)}
+    rows = {(row["mode"], row["backend"]): row for row in summarize(runs)}
     arms = group_runs(runs)
     for mode in dict.fromkeys(run.mode for run in runs):
         if (mode, "torch") not in arms or (mode, "fastops") not in arms:

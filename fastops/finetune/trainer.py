@@ -147,7 +147,7 @@ class Trainer:
     the break (on the same machine, with the same number of threads).
 
     Several processes each take their part of a batch that is so many times as large. Gradients and
-    losses are those of the whole batch; BatchNorm normalises by a process's own part, as one
+    losses are those of the whole batch; BatchNorm normalizes by a process's own part, as one
     process does with `accumulate`, and its running statistics are the mean of all processes'.
     """
 

@@ -112,7 +112,7 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["features", "full", "frozen-norm", "uneven"])
 def test_two_processes_are_one_with_the_batch_of_both(two, name, tmp_path):
-    """Without frozen norms one that computes its batch in two parts, each normalised by itself."""
+    """Without frozen norms one that computes its batch in two parts, each normalized by itself."""
     both = losses(two[0] / name)
     more = ["--accumulate=2"] if name == "full" else []
     if name == "uneven":  # seven images for one process, eight for the other
