@@ -307,11 +307,11 @@ def test_inputs_that_are_no_probabilities(n, reduction):
     for dtype in DTYPES:
         for at in (0, n // 2, n - 1):
             for value in (-0.125, 1.125, inf, -inf, nan):
-                wrong = x.to(dtype)
+                wrong = x.to(dtype, copy=True)
                 wrong[at] = value
                 with pytest.raises(RuntimeError, match="should be between 0 and 1"):
                     ours.binary_cross_entropy(wrong, t.to(dtype), reduction=reduction)
-        odd = t.to(dtype)
+        odd = t.to(dtype, copy=True)
         odd[-1] = nan
         result = ours.binary_cross_entropy(x.to(dtype), odd, reduction=reduction)
         assert result.isnan().sum() == 1
