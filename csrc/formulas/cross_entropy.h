@@ -63,9 +63,12 @@ struct CrossEntropyRow {
   }
   FASTOPS_FN void add(T by, T depth, T mass) { add(by, depth, mass, by * mass); }
   FASTOPS_FN void add_z_loss(Real<T> z) {
-    if (z == Real<T>(0)) return;  // 0 times the square may be NaN
-    loss = loss + CrossEntropy::z_loss(lse, T(z));
-    total = total + CrossEntropy::z_slope(lse, T(z));
+    T slope = c<T>(0);
+    if (z != Real<T>(0)) {  // 0 times the square may be NaN
+      loss = loss + CrossEntropy::z_loss(lse, T(z));
+      slope = CrossEntropy::z_slope(lse, T(z));
+    }
+    total = total + slope;
   }
 };
 
