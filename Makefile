@@ -15,7 +15,7 @@ PYTHON_CODE := fastops tests bench tools docs setup.py
 CPP_CODE = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(BIN)/clang-format
 
-.PHONY: test quick integrations finetune bench build env lint format stubs dist sdist wheels docs clean cuda-report \
+.PHONY: test quick integrations finetune bench bench-steps build env lint format stubs dist sdist wheels docs clean cuda-report \
 	sanitize gpu zoo abuse
 
 test: build
@@ -37,6 +37,11 @@ finetune: build
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)
+
+# Whole training steps, in an hour or two: ARGS="--models resnet18 --dtypes float32 --steps 5" for less.
+bench-steps: build
+	$(PIP) timm transformers
+	$(BIN)/python -m bench steps --json bench/steps.json --chart docs/images/steps.png $(ARGS)
 
 build: env
 	MAX_JOBS=$(JOBS) $(BIN)/python setup.py -q build_ext --inplace

@@ -1,4 +1,7 @@
-"""The command: python -m bench [--filter TEXT] [--quick] [--device cpu|cuda] [--json FILE] ..."""
+"""The command: python -m bench [--filter TEXT] [--quick] [--device cpu|cuda] [--json FILE] ...
+
+`python -m bench steps` is another: whole training steps (bench/steps).
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m bench",
         description="Verify every op of fastops against torch, then time the two side by side.",
-        epilog="exit code: 0 all right, 1 a row is wrong, 2 bad arguments",
+        epilog="`steps` as the first argument times whole training steps instead; exit code: 0 all right, 1 a row is wrong, "
+        "2 bad arguments",
     )
     parser.add_argument(
         "--filter",
@@ -191,7 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: every row is right, though some may be slow. 1: a row is wrong. 2: bad arguments. 130: Ctrl-C.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["steps"]:
+            from .steps import command  # its imports are no business of the other command
+
+            return command.main(arguments[1:])
         return run(make_parser().parse_args(arguments))
     except UsageError as error:
         print(f"python -m bench: error: {error}", file=sys.stderr)

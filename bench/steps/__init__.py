@@ -1,0 +1,1 @@
+"""Whole training steps of known models: `python -m bench steps`."""
