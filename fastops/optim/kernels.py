@@ -12,6 +12,8 @@ from .. import _C
 
 def number(group: dict[str, Any], value: Any) -> Any:
     """An option as the kernels take it: a float, or a tensor on a GPU as it is where the host must not wait for it."""
+    if type(value) is float:
+        return value
     if (
         isinstance(value, Tensor)
         and value.is_cuda
@@ -58,10 +60,6 @@ _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def _reader(option: str) -> Callable[[dict[str, Any]], Any]:
-    return _READERS.get(option) or (lambda group: float(group[option]))
-
-
 class Kernel:
     """An entry of the table.
 
@@ -77,11 +75,11 @@ class Kernel:
         self.index = index
         self.states = [sys.intern(name) for name in states]
         self.scalar_states = [sys.intern(name) for name in scalar_states]
-        self._readers = [_reader(option) for option in options]
+        self._options = [(option, _READERS.get(option)) for option in options]
 
     def options_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What the kernel takes of a parameter group, in its order."""
-        return tuple([read(group) for read in self._readers])
+        return tuple([read(group) if read else float(group[name]) for name, read in self._options])
 
 
 KERNELS = {name: Kernel(k, *rest) for k, (name, *rest) in enumerate(_C.optimizer_kernels())}

@@ -17,6 +17,9 @@ CONFIGURATIONS = {
     "AdamW": {"weight_decay": 0.1},
     "RMSprop": {},
     "RMSprop centered": {"centered": True, "momentum": 0.5, "eps": 1e-3},
+    "Adadelta": {},
+    "Adamax": {},
+    "RAdam": {"betas": (0.9, 0.9)},
 }
 every = pytest.mark.parametrize("name", CONFIGURATIONS)
 
