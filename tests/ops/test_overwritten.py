@@ -64,6 +64,8 @@ def gradients(function, name, count, kwargs, change, what, in_place):
     y = function(*given, *rest, **kwargs)
     if what == "result":
         y = change(y)
+        if not in_place and kwargs.get("inplace") is False:
+            given[0] = y  # in place they are one tensor
     else:
         if not in_place and kwargs.get("inplace") is False:
             given[0] = y  # in place it is the result
