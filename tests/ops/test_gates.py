@@ -47,6 +47,8 @@ def packed_reference(name):
 def test_halves(name, layout, dtype):
     make, dim = LAYOUTS[layout]
     x = make().to(dtype)
+    if dtype == torch.float16:
+        x = x.clamp(-100, 100) if layout == "large" else x  # whose products it can hold
     leaf, theirs, exact = (t.detach().requires_grad_() for t in (x, x, x.double()))
     y = PACKED[name](leaf, dim)
     reference = torch.nn.functional.glu if name == "glu" else packed_reference(name)
