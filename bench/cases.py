@@ -71,19 +71,19 @@ MI = 1 << 20
 
 WORKLOADS: dict[str, Workload] = {
     # Backward reads the upstream gradient and what was saved, and writes a gradient: three passes more.
-    "map": Workload(
+    "elementwise": Workload(
         shapes=((16,), (4096,), (MI,), (16 * MI,)),
         passes={FORWARD: 2, BOTH: 5},
         narrow=(MI,),
     ),
     # Nothing is kept for backward but the two inputs, which it reads again to write a gradient.
-    "reduce": Workload(
+    "loss": Workload(
         shapes=((65536,), (16 * MI,)),
         passes={FORWARD: 2, BOTH: 5},
         narrow=(MI,),
         compiled=(16 * MI,),
     ),
-    "rows": Workload(
+    "softmax": Workload(
         shapes=((128, 1024), (4096, 4096)),
         passes={FORWARD: 2, BOTH: 5},
         narrow=(1024, 1024),
@@ -105,7 +105,7 @@ WORKLOADS: dict[str, Workload] = {
         compiled=(4096, 1024),
     ),
     # The mask is made again, not read: backward is two passes.
-    "random": Workload(
+    "dropout": Workload(
         shapes=((128, 1024), (4096, 1024), (4096, 4096)),
         passes={FORWARD: 2, BOTH: 4},
         narrow=(4096, 1024),
@@ -116,7 +116,7 @@ WORKLOADS: dict[str, Workload] = {
 # Lines for single ops, looked up before their kind's.
 WORKLOADS |= {
     "gelu": replace(
-        WORKLOADS["map"],
+        WORKLOADS["elementwise"],
         compiled=(MI,),
         variants={"": {}, "tanh": {"approximate": "tanh"}},
     ),
@@ -125,9 +125,9 @@ WORKLOADS |= {
         passes={FORWARD: 2, BOTH: 5},
         variants={"": {}, "tanh": {"approximate": "tanh"}},
     ),
-    "relu_dropout": replace(WORKLOADS["random"], passes={FORWARD: 2, BOTH: 5}),
-    "bias_dropout_add": replace(WORKLOADS["random"], passes={FORWARD: 3, BOTH: 5}),
-    "binary_cross_entropy": replace(WORKLOADS["reduce"], probabilities=True),
+    "relu_dropout": replace(WORKLOADS["dropout"], passes={FORWARD: 2, BOTH: 5}),
+    "bias_dropout_add": replace(WORKLOADS["dropout"], passes={FORWARD: 3, BOTH: 5}),
+    "binary_cross_entropy": replace(WORKLOADS["loss"], probabilities=True),
     "cross_entropy": Workload(
         shapes=((128, 1000), (4096, 1000), (512, 32000), (256, 128256)),
         passes={FORWARD: 1, BOTH: 2},
@@ -232,6 +232,13 @@ OPTIMIZERS: dict[str, OptimizerWorkload] = {
         states=2,
         beyond={"max_grad_norm": 1.0, "ema_decay": 0.999},
     ),
+    "Adagrad": OptimizerWorkload({"lr": 1e-2}, states=1),
+    "Adadelta": OptimizerWorkload({"lr": 1.0}, states=2),
+    "Adamax": OptimizerWorkload({"lr": 2e-3}, states=2),
+    "NAdam": OptimizerWorkload({"lr": 2e-3}, states=2),
+    "RAdam": OptimizerWorkload({"lr": 1e-3}, states=2),
+    "Rprop": OptimizerWorkload({"lr": 1e-2}, states=2),
+    "ASGD": OptimizerWorkload({"lr": 1e-2}, states=1),
 }
 
 QUICK_BYTES = 64 * MI  # --quick leaves out the cases that move more

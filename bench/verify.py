@@ -125,5 +125,5 @@ def verify(case: Case, device: str) -> None:
         Wrong: our result is not torch's.
         Skipped: the case cannot run here.
     """
-    checks = {"random": verify_random, STEP: verify_optimizer, MODEL: verify_model}
+    checks = {"dropout": verify_random, STEP: verify_optimizer, MODEL: verify_model}
     checks.get(case.kind, verify_function)(case, device)

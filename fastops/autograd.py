@@ -25,7 +25,7 @@ from . import _C
 from ._core.arguments import not_a_tensor
 from ._core.by_torch import BY_TORCH, DISABLED
 from ._core.fallback import reference_of
-from ._core.registry import ROWS, overload
+from ._core.registry import KERNELS, overload
 
 __all__: list[str] = []
 _WORDS = {
@@ -34,14 +34,14 @@ _WORDS = {
 } | {"logsigmoid": "LogSigmoid"}
 
 
-def class_name(row: str) -> str:
-    """The name of the Function of a row: "gelu_tanh" is GELUTanhFunction."""
-    return "".join(_WORDS.get(w, w.capitalize()) for w in row.split("_")) + "Function"
+def class_name(kernel: str) -> str:
+    """The name of the Function of a kernel: "gelu_tanh" is GELUTanhFunction."""
+    return "".join(_WORDS.get(w, w.capitalize()) for w in kernel.split("_")) + "Function"
 
 
-def _map(row: str):
-    forward_op, backward_op = overload(row), overload(f"{row}_backward")
-    from_output = _C.from_output(row)
+def _elementwise(kernel: str):
+    forward_op, backward_op = overload(kernel), overload(f"{kernel}_backward")
+    from_output = _C.from_output(kernel)
 
     def forward(ctx, x, *params):
         y = forward_op(x, *params)
@@ -55,12 +55,14 @@ def _map(row: str):
     return forward, backward
 
 
-def _reduce(row: str):
-    forward_op, backward_op = overload(row), overload(f"{row}_backward")
+def _loss(kernel: str):
+    forward_op, backward_op = overload(kernel), overload(f"{kernel}_backward")
 
     def forward(ctx, x, target, reduction, *params):
         if any(ctx.needs_input_grad[2:]):
-            raise NotImplementedError(f"fastops::{row}: no gradient flows to a weight; detach it")
+            raise NotImplementedError(
+                f"fastops::{kernel}: no gradient flows to a weight; detach it"
+            )
         # Of the parameters, one may be a tensor.
         ctx.save_for_backward(x, target, *(p for p in params if isinstance(p, torch.Tensor)))
         ctx.rest = [reduction, *(None if isinstance(p, torch.Tensor) else p for p in params)]
@@ -78,8 +80,8 @@ def _reduce(row: str):
     return forward, backward
 
 
-def _softmax(row: str):
-    forward_op, backward_op = overload(row), overload(f"{row}_backward")
+def _softmax(kernel: str):
+    forward_op, backward_op = overload(kernel), overload(f"{kernel}_backward")
 
     def forward(ctx, x, dim):
         y = forward_op(x, dim)
@@ -93,9 +95,9 @@ def _softmax(row: str):
     return forward, backward
 
 
-def _recorded(row: str, tensors: int):
+def _recorded(kernel: str, tensors: int):
     """Of an op whose own graph, from leaves that stand for its first `tensors` inputs, is what is saved."""
-    op = overload(row)
+    op = overload(kernel)
 
     def forward(ctx, *args):
         leaves = [
@@ -131,23 +133,23 @@ def _recorded(row: str, tensors: int):
     return forward, backward
 
 
-def _cross_entropy(row: str):
-    return _recorded(row, 2)
+def _cross_entropy(kernel: str):
+    return _recorded(kernel, 2)
 
 
-def _fused(row: str):
-    return _recorded(row, 2)
+def _fused(kernel: str):
+    return _recorded(kernel, 2)
 
 
-def _gate(row: str):
-    return _recorded(row, 1 if row.endswith("_packed") else 2)
+def _gate(kernel: str):
+    return _recorded(kernel, 1 if kernel.endswith("_packed") else 2)
 
 
-def _random(row: str):
-    op = overload(row)
+def _dropout(kernel: str):
+    op = overload(kernel)
     tensors = len([a for a in op._schema.arguments if str(a.type) == "Tensor"]) - 1  # but the seed
-    if row != "dropout":  # which is linear, and its own derivative
-        return _recorded(row, tensors)
+    if kernel != "dropout":  # which is linear, and its own derivative
+        return _recorded(kernel, tensors)
 
     def forward(ctx, x, p, seed):
         ctx.save_for_backward(seed)
@@ -161,13 +163,13 @@ def _random(row: str):
 
 
 _KINDS = {
-    "map": _map,
+    "elementwise": _elementwise,
     "fused": _fused,
     "gate": _gate,
-    "reduce": _reduce,
+    "loss": _loss,
     "softmax": _softmax,
     "cross_entropy": _cross_entropy,
-    "random": _random,
+    "dropout": _dropout,
 }
 
 
@@ -187,16 +189,16 @@ class _OpFunction(Function):
             raise refused from error
 
 
-def _op(row: str, kind: str):
-    op = overload(row)
-    if kind != "reduce":
+def _op(kernel: str, kind: str):
+    op = overload(kernel)
+    if kind != "loss":
         return op
     return lambda x, target, reduction, *params: op(x, target, reduction, False, *params)
 
 
-def _refusal(name: str, row: str):
+def _refusal(name: str, kernel: str):
     """torch's error where an argument of apply() that has to be a tensor is none."""
-    arguments = [a for a in overload(row)._schema.arguments if a.name != "upcast"]
+    arguments = [a for a in overload(kernel)._schema.arguments if a.name != "upcast"]
     tensors = [(k, a.name) for k, a in enumerate(arguments) if str(a.type) == "Tensor"]
 
     def refusal(*args):
@@ -208,34 +210,34 @@ def _refusal(name: str, row: str):
     return refusal
 
 
-def _by_torch(row: str, kind: str):
-    if kind != "random":
-        return lambda *args: reference_of(row)(*args)
+def _by_torch(kernel: str, kind: str):
+    if kind != "dropout":
+        return lambda *args: reference_of(kernel)(*args)
 
     def seeded(*args):
         *rest, seed = args
         generator = torch.Generator(args[0].device).manual_seed(int(seed))
-        return BY_TORCH[row](*rest, generator=generator)
+        return BY_TORCH[kernel](*rest, generator=generator)
 
     return seeded
 
 
-for _row, (_kind, _) in ROWS.items():
-    if _kind not in _KINDS or _row == "sum":
+for _kernel, (_kind, _) in KERNELS.items():
+    if _kind not in _KINDS or _kernel == "sum":
         continue
-    _forward, _backward = _KINDS[_kind](_row)
-    _name = class_name(_row)
+    _forward, _backward = _KINDS[_kind](_kernel)
+    _name = class_name(_kernel)
     globals()[_name] = type(
         _name,
         (_OpFunction,),
         {
-            "__doc__": f"fastops::{_row} as a torch.autograd.Function; see the module's docstring.",
+            "__doc__": f"fastops::{_kernel} as a torch.autograd.Function; see the module's docstring.",
             "__module__": __name__,
             "forward": staticmethod(_forward),
             "backward": staticmethod(_backward),
-            "_op": staticmethod(_op(_row, _kind)),
-            "_refusal": staticmethod(_refusal(_name, _row)),
-            "_by_torch": staticmethod(_by_torch(_row, _kind)),
+            "_op": staticmethod(_op(_kernel, _kind)),
+            "_refusal": staticmethod(_refusal(_name, _kernel)),
+            "_by_torch": staticmethod(_by_torch(_kernel, _kind)),
         },
     )
     __all__.append(_name)

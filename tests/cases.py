@@ -98,7 +98,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def map_cases(op: Op) -> Iterator[Case]:
+def elementwise_cases(op: Op) -> Iterator[Case]:
     for kwargs in [{}, *ARGUMENTS.get(op.name, [])]:
         label = "".join(f",{k}={v}" for k, v in kwargs.items())
         for layout, make in LAYOUTS.items():
@@ -113,7 +113,7 @@ WEIGHTS: dict[str, Callable[[Tensor], tuple[int, ...]]] = {
 }
 
 
-def reduce_cases(op: Op) -> Iterator[Case]:
+def loss_cases(op: Op) -> Iterator[Case]:
     within = INPUTS.get(op.name)
     weighted = "pos_weight" in op.signature.parameters
     for kwargs in [{}, *ARGUMENTS.get(op.name, [])]:
@@ -249,10 +249,10 @@ SAMPLES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "log_softmax": softmax_cases,
 }
 KINDS: dict[str, Callable[[Op], Iterator[Case]]] = {
-    "map": map_cases,
+    "elementwise": elementwise_cases,
     "fused": fused_cases,
     "gate": gate_cases,
-    "reduce": reduce_cases,
+    "loss": loss_cases,
 }
 
 

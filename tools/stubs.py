@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import fastops.nn  # noqa: E402
 import fastops.optim  # noqa: E402
 from fastops import _C, autograd  # noqa: E402
-from fastops._core.registry import ROWS, overload  # noqa: E402
+from fastops._core.registry import KERNELS, overload  # noqa: E402
 
 WRITTEN = "# Written by tools/stubs.py (`make stubs`).\n"
 STUB = ROOT / "fastops" / "_C.pyi"
@@ -74,7 +74,7 @@ def autograd_stub() -> str:
     """fastops.autograd: a Function for every row, whose apply() takes the arguments of the row's schema."""
     lines = [WRITTEN + "from torch import Tensor", "from torch.autograd import Function", ""]
     lines += ["def class_name(row: str) -> str: ..."]
-    names = {autograd.class_name(row): row for row in ROWS}
+    names = {autograd.class_name(row): row for row in KERNELS}
     for name in autograd.__all__:
         arguments = [a for a in overload(names[name])._schema.arguments if a.name != "upcast"]
         written = []

@@ -38,12 +38,25 @@ void bind_cross_entropy(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_optimizers(pybind11::module_& m);
 
-// What fastops/_op.py makes of (name, arguments) of a call that was refused; NotImplemented where
-// it has nothing better.
-void set_hand_over(pybind11::function f);
-pybind11::object hand_over(const char* name, const pybind11::tuple& arguments);
+// What fastops/_core/fallback.py makes of (name, arguments) of a call that was refused;
+// NotImplemented where it has nothing better. `knows_only_torch` is asked of calls with tensors
+// whose class dispatches in Python: whether it takes no ops but torch's.
+void set_fallback(pybind11::function fallback, pybind11::function knows_only_torch);
+pybind11::object fallback(const char* name, const pybind11::tuple& arguments);
+bool knows_only_torch(const pybind11::tuple& arguments);
+
+template <class... A>
+bool any_dispatches_in_python(const A&... a) {
+  const auto one = []<class T>(const T& t) {
+    if constexpr (std::is_same_v<T, at::Tensor>)
+      return t.defined() && t.key_set().has(c10::DispatchKey::Python);
+    return false;
+  };
+  return (one(a) || ...);
+}
+
 // Adds f to the module as `name`. Where it raises NotImplementedError (a dtype, a layout, a device
-// or a kind of tensor that has no kernels) the call goes to hand_over: that costs a call that is
+// or a kind of tensor that has no kernels) the call goes to the fallback: that costs a call that is
 // not refused nothing.
 template <class F, class R, class... A, class... Extra>
 void def(pybind11::module_& m, const std::string& name, F f, R (F::*)(A...) const,
@@ -51,24 +64,28 @@ void def(pybind11::module_& m, const std::string& name, F f, R (F::*)(A...) cons
   m.def(
       name.c_str(),
       [name = kept(name), f](A... a) -> R {
-        const auto handed_over = [&](auto refuse) -> R {
-          const pybind11::object result = hand_over(name, pybind11::make_tuple(a...));
+        const auto fall_back = [&](auto refuse) -> R {
+          const pybind11::object result = fallback(name, pybind11::make_tuple(a...));
           if (result.is(pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented)))
             refuse();
           return result.cast<R>();
         };
+        if (any_dispatches_in_python(a...) && knows_only_torch(pybind11::make_tuple(a...)))
+          return fall_back([&] {
+            TORCH_CHECK_NOT_IMPLEMENTED(false, name, " has no function of torch to fall back to");
+          });
         try {
           const Unlocked unlocked(a...);
           return f(a...);
         } catch (const c10::NotImplementedError&) {
-          return handed_over([] { throw; });
+          return fall_back([] { throw; });
         } catch (python_error& error) {  // of a kernel in Python
           error.persist();
           if (!PyErr_GivenExceptionMatches(error.type, PyExc_NotImplementedError)) throw;
-          return handed_over([] { throw; });
+          return fall_back([] { throw; });
         } catch (const pybind11::error_already_set& error) {  // of a shape function
           if (!error.matches(PyExc_NotImplementedError)) throw;
-          return handed_over([] { throw; });
+          return fall_back([] { throw; });
         }
       },
       extra...);

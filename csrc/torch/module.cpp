@@ -38,27 +38,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_optimizers(m);
   resolve_negations_in_place();
 
-  m.def("set_hand_over", &set_hand_over);
+  m.def("set_fallback", &set_fallback);
   m.def("cpu_capability", [] { return std::string(cpu_capability()); });
   m.def("cuda_built", &cuda_built);
   m.def("torch_version", [] { return std::string(FASTOPS_TORCH_VERSION); });
 
-  // (kind, name, params) of every row
-  m.def("rows", [] {
-    std::vector<std::tuple<std::string, std::string, std::string>> rows;
+  // (kind, name, params) of every kernel
+  m.def("kernels", [] {
+    std::vector<std::tuple<std::string, std::string, std::string>> kernels;
     const Tables& t = tables(c10::DeviceType::CPU);
-    for (const auto& r : t.elementwise) rows.emplace_back("map", r.name, r.params);
-    for (const auto& r : t.fused) rows.emplace_back("fused", r.name, r.broadcast ? "bias" : "");
+    for (const auto& r : t.elementwise) kernels.emplace_back("elementwise", r.name, r.params);
+    for (const auto& r : t.fused) kernels.emplace_back("fused", r.name, r.broadcast ? "bias" : "");
     for (const auto& r : t.gate) {
-      rows.emplace_back("gate", r.name, "");
-      rows.emplace_back("gate", std::string(r.name) + "_packed", "");
+      kernels.emplace_back("gate", r.name, "");
+      kernels.emplace_back("gate", std::string(r.name) + "_packed", "");
     }
-    for (const auto& r : t.loss) rows.emplace_back("reduce", r.name, r.params);
-    for (const auto& r : t.softmax) rows.emplace_back("softmax", r.name, "");
-    for (const auto& r : t.cross_entropy) rows.emplace_back("cross_entropy", r.name, "");
-    for (const auto& r : t.dropout) rows.emplace_back("random", r.name, "");
-    for (const auto& r : t.optimizer) rows.emplace_back("step", r.name, "");
-    return rows;
+    for (const auto& r : t.loss) kernels.emplace_back("loss", r.name, r.params);
+    for (const auto& r : t.softmax) kernels.emplace_back("softmax", r.name, "");
+    for (const auto& r : t.cross_entropy) kernels.emplace_back("cross_entropy", r.name, "");
+    for (const auto& r : t.dropout) kernels.emplace_back("dropout", r.name, "");
+    for (const auto& r : t.optimizer) kernels.emplace_back("optimizer", r.name, "");
+    return kernels;
   });
 
   m.def("pool_info", [] {

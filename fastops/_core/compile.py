@@ -11,7 +11,7 @@ import torch
 
 from .. import _C
 from .fallback import reference_of
-from .registry import overload, rows_of
+from .registry import kernels_of, overload
 from .usable import refused, tensors_of
 
 
@@ -38,12 +38,12 @@ def _polyfills() -> None:
 
         substitute(getattr(_C, f"{name}_"))(polyfill)
 
-    for name in rows_of("map"):
+    for name in kernels_of("elementwise"):
         plain(name)
         inplace(name)
-    for name in (*rows_of("softmax"), *rows_of("gate")):
+    for name in (*kernels_of("softmax"), *kernels_of("gate")):
         plain(name)
-    for name in (*rows_of("fused"), "relu_dropout"):
+    for name in (*kernels_of("fused"), "relu_dropout"):
         plain(name)
         inplace(name)
     plain("bias_dropout_add")
@@ -82,7 +82,7 @@ def _polyfills() -> None:
 
         substitute(getattr(_C, name))(polyfill)
 
-    for name in rows_of("reduce"):
+    for name in kernels_of("loss"):
         if name != "sum":
             loss(name)
 

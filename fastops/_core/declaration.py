@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 
-def body_of(function: Any, rows: Mapping[str, dict[str, Any]] | None) -> Any:
+def body_of(function: Any, kernels: Mapping[str, dict[str, Any]] | None) -> Any:
     """The function that a declaration stands for. It is text and not a closure since the tests of a call's arguments cost
     as much as a small kernel."""
     name, parameters = function.__name__, list(inspect.signature(function).parameters)
     input, rest = parameters[0], parameters[1:]
     inplace = "inplace" in rest
-    chosen = [n for n in rest if rows and any(n in fixed for fixed in rows.values())]
+    chosen = [n for n in rest if kernels and any(n in fixed for fixed in kernels.values())]
     given = ", ".join([input, *(n for n in rest if n not in ("inplace", *chosen))])
     lines = [
         f"def {name}({', '.join(parameters)}):",
@@ -24,15 +24,15 @@ def body_of(function: Any, rows: Mapping[str, dict[str, Any]] | None) -> Any:
         f"        return handle_torch_function({name}, ({input},), {', '.join([input, *(f'{n}={n}' for n in rest)])})",
         "    try:",
     ]
-    for row, fixed in (rows or {name: {}}).items():
+    for kernel, fixed in (kernels or {name: {}}).items():
         test = [f"{n} == {fixed.get(n, function.__defaults__[rest.index(n)])!r}" for n in chosen]
         indent = "        "
         if test:
             lines.append(f"{indent}if {' and '.join(test)}:")
             indent += "    "
-        call = f"_C.{row}({given})"
+        call = f"_C.{kernel}({given})"
         lines.append(
-            f"{indent}return {f'_C.{row}_({given}) if inplace else ' if inplace else ''}{call}"
+            f"{indent}return {f'_C.{kernel}_({given}) if inplace else ' if inplace else ''}{call}"
         )
     lines += [
         "    except TypeError as error:",
@@ -40,7 +40,7 @@ def body_of(function: Any, rows: Mapping[str, dict[str, Any]] | None) -> Any:
     ]
     for n in chosen:
         values = [
-            fixed.get(n, function.__defaults__[rest.index(n)]) for fixed in (rows or {}).values()
+            fixed.get(n, function.__defaults__[rest.index(n)]) for fixed in (kernels or {}).values()
         ]
         lines.append(
             f'    raise RuntimeError(f"{n} argument must be either {" or ".join(values)}, got {{{n}!r}}.")'

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fallback import reference_of
-from .registry import overload, rows_of
+from .registry import kernels_of, overload
 
 
 def _wide(x: Tensor, upcast: bool) -> Tensor:
@@ -69,9 +69,14 @@ def _cross_entropy(
 def decompositions() -> dict[Any, Callable]:
     """The table: op -> a function of torch's ops."""
     table: dict[Any, Callable] = {}
-    for name in (*rows_of("map"), *rows_of("softmax"), *rows_of("fused"), *rows_of("gate")):
+    for name in (
+        *kernels_of("elementwise"),
+        *kernels_of("softmax"),
+        *kernels_of("fused"),
+        *kernels_of("gate"),
+    ):
         table[overload(name)] = reference_of(name)
-    for name in rows_of("reduce"):
+    for name in kernels_of("loss"):
         if name != "sum":
             table[overload(name)] = _loss(name)
     table[overload("cross_entropy")] = _cross_entropy

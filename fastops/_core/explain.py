@@ -16,18 +16,19 @@ from .. import _C, functional, memory
 from ..patching.calls import NAMES
 from ..patching.modules import attached
 from .by_torch import DISABLED, DISABLED_REASON, SMALLEST
-from .registry import COMPOSED, OPS, ROWS
+from .registry import COMPOSED, KERNELS, OPS
 from .usable import tensors_of, unusable_because
 
 #: What csrc/cpu compiles in: the elements that a thread takes at least, by kind; the bytes from which on a result comes from
 #: the pool. For fastops.explain; a test compares them with the sources.
 GRAIN = {
-    "map": 16384,
+    "elementwise": 16384,
     "fused": 16384,
     "gate": 16384,
-    "reduce": 16384,
-    "rows": 16384,
-    "random": 4096,
+    "loss": 16384,
+    "softmax": 16384,
+    "cross_entropy": 16384,
+    "dropout": 4096,
 }
 POOL_MINIMUM = 128 << 10
 
@@ -38,7 +39,7 @@ class Explanation:
 
     call: str  #: the function and what it was given
     runs: str  #: ``"fastops"``, ``"torch"``, or ``"nothing"`` where the input is the result
-    kernels: tuple[tuple[str, str], ...]  #: (kind, row) of the kernels in the order they run
+    kernels: tuple[tuple[str, str], ...]  #: (kind, name) of each, in the order they run
     device: str  #: ``"cpu"``, ``"cuda"``
     instruction_set: str | None  #: of CPU kernels: ``"AVX512"``, ``"AVX2"``, ``"DEFAULT"``
     parallel: bool  #: whether the call takes more than one thread
@@ -48,7 +49,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = {"runs": self.runs}
         if self.kernels:
-            names = ", ".join(f"{row} ({kind})" for kind, row in self.kernels)
+            names = ", ".join(f"{name} ({kind})" for kind, name in self.kernels)
             on = f"CPU, {self.instruction_set}" if self.instruction_set else self.device.upper()
             lines["runs"] = f"{self.runs}: {names}; {on}"
             if self.device == "cpu":
@@ -224,24 +225,24 @@ def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
         composed = name in COMPOSED or not torchs
         why_torch = "it is torch's to compute" if composed else _handed_over(tensors, kwargs)
         return _torchs(title, args, kwargs, why_torch)
-    rows = tuple((_kind(row), row) for row in (_row(called) for called, _ in kernels))
+    found = tuple((_kind(kernel), kernel) for kernel in (_kernel(called) for called, _ in kernels))
     why = []
-    expected = OPS[name].rows if name in OPS else ()
+    expected = OPS[name].kernels if name in OPS else ()
     if name in COMPOSED:
         why.append("made of other functions of ours and torch's, in more than one pass")
-    elif not any(row.removesuffix("_") in expected for _, row in rows):
+    elif not any(kernel.removesuffix("_") in expected for _, kernel in found):
         why.append(
             "shapes, dtypes or layouts that the one kernel does not take: in more than one pass"
         )
     given = next(a for a in kernels[-1][1] if isinstance(a, Tensor))
-    kind, row = rows[-1]
+    kind, _ = found[-1]
     device = given.device.type
     if not given.is_contiguous():
         dense = torch.ops.aten.is_non_overlapping_and_dense.default(given)
         why.append("the memory order is kept" if dense else "not dense: copied first")
     if device != "cpu":
         return Explanation(
-            _title(title, args, kwargs), "fastops", rows, device, None, False, False, tuple(why)
+            _title(title, args, kwargs), "fastops", found, device, None, False, False, tuple(why)
         )
     parallel, reason = _threads(kind, given, kernels[-1][1])
     why.append(reason)
@@ -249,19 +250,18 @@ def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
     size = 0 if in_place else result.numel() * result.element_size()
     pool = size >= POOL_MINIMUM and bool(memory.pool_info()["enabled"])
     why.append(_pooled(in_place, size, pool))
-    return Explanation(_title(title, args, kwargs), "fastops", rows, device, _C.cpu_capability(), parallel, pool, tuple(why))  # fmt: skip
+    return Explanation(_title(title, args, kwargs), "fastops", found, device, _C.cpu_capability(), parallel, pool, tuple(why))  # fmt: skip
 
 
-def _row(called: str) -> str:
-    """The row that a C function runs: its own name's, or for what is more than a row that of the row it is of."""
-    if called.removesuffix("_") in ROWS:
+def _kernel(called: str) -> str:
+    """The kernel that a C function runs: that of its own name, or for what is more than a kernel of the one it is of."""
+    if called.removesuffix("_") in KERNELS:
         return called
-    return max((row for row in ROWS if called.startswith(row)), key=len)
+    return max((kernel for kernel in KERNELS if called.startswith(kernel)), key=len)
 
 
-def _kind(row: str) -> str:
-    kind = ROWS[row.removesuffix("_")][0]
-    return "rows" if kind in ("softmax", "cross_entropy") else kind
+def _kind(kernel: str) -> str:
+    return KERNELS[kernel.removesuffix("_")][0]
 
 
 def _threads(kind: str, given: Tensor, args: tuple) -> tuple[bool, str]:
@@ -269,7 +269,7 @@ def _threads(kind: str, given: Tensor, args: tuple) -> tuple[bool, str]:
     threads = torch.get_num_threads()
     if threads == 1:
         return False, "torch.get_num_threads() is 1"
-    if kind == "rows":
+    if kind in ("softmax", "cross_entropy"):
         dim = (
             args[1] if len(args) == 2 else min(1, given.dim() - 1)
         )  # softmax(x, dim), cross_entropy(x, target ...)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registry import ROWS, rows_of
+from .registry import KERNELS, kernels_of
 from .usable import refused, tensors_of
 
 NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction.get_enum
@@ -41,7 +41,7 @@ def like(x: Tensor) -> Tensor:
 
 
 def _fakes() -> None:
-    for name in rows_of("map"):
+    for name in kernels_of("elementwise"):
         fake(name)(lambda input, *params: like(input))
         fake(f"{name}_")(lambda self, *params: None)
         fake(f"{name}_backward")(lambda saved, grad, *params: like(saved))
@@ -57,7 +57,7 @@ def _fakes() -> None:
         x = x.to(real(x, upcast))
         return x if reduction == NONE else x.new_empty(())
 
-    for name in rows_of("reduce"):
+    for name in kernels_of("loss"):
         if name == "sum":
             continue
         fake(name)(loss)
@@ -68,7 +68,7 @@ def _fakes() -> None:
             lambda input, target, *rest: like(input).to(torch.result_type(input, target))
         )
 
-    for name in rows_of("softmax"):
+    for name in kernels_of("softmax"):
         fake(name)(lambda input, dim: like(input))
         fake(f"{name}_backward")(lambda grad, output, dim: like(output))
 
@@ -116,10 +116,10 @@ def _fakes() -> None:
     def contiguous(input, *rest):
         return input.new_empty(input.shape)
 
-    for name in rows_of("fused"):
-        fake(name)(contiguous if ROWS[name][1] else lambda input, other: like(input))
+    for name in kernels_of("fused"):
+        fake(name)(contiguous if KERNELS[name][1] else lambda input, other: like(input))
         fake(f"{name}_")(lambda self, other: None)
-        if ROWS[name][1]:
+        if KERNELS[name][1]:
             fake(f"{name}_backward")(
                 lambda grad, input, bias, with_bias=True: (
                     contiguous(input), input.new_empty(bias.shape if with_bias else 0)
@@ -134,20 +134,32 @@ def _fakes() -> None:
             like(first) if alike and like(first).stride() == first.stride() else contiguous(first)
         )
 
-    def halved(x, dim):
+    def halved(name, x, dim):
         """As large as half of x along dim, in the memory order of x."""
-        x, dim = like(x), dim % x.dim()
+        torch._check(x.dim() > 0, lambda: f"{name} does not support 0-dimensional tensors")
+        d = dim if dim >= 0 else dim + x.dim()
+        if not 0 <= d < x.dim():
+            raise IndexError(
+                f"Dimension out of range (expected to be in range of [{-x.dim()}, {x.dim() - 1}], but got {dim})"
+            )
+        x, dim = like(x), d
         sizes, strides = list(x.shape), list(x.stride())
+        torch._check(
+            sizes[dim] % 2 == 0,
+            lambda: (
+                f"{name}: Halving dimension must be even, but dimension {dim} is size {sizes[dim]}"
+            ),
+        )
         span = sizes[dim] * strides[dim]
         sizes[dim] //= 2
         strides = [s // 2 if d != dim and span and s >= span else s for d, s in enumerate(strides)]
         return x.new_empty_strided(sizes, strides)
 
-    for name in rows_of("gate"):
+    for name in kernels_of("gate"):
         if name.endswith("_packed"):
-            fake(name)(lambda input, dim=-1: halved(input, dim))
+            fake(name)(lambda input, dim=-1, name=name: halved(name, input, dim))
             fake(f"{name}_backward")(lambda input, grad, dim: like(input))
-            fake(f"{name}_tangent")(lambda input, along, dim: halved(input, dim))
+            fake(f"{name}_tangent")(lambda input, along, dim, name=name: halved(name, input, dim))
             fake(f"{name}_second")(lambda input, grad, along, dim: like(input))
         else:
             for end in ("", "_tangent"):

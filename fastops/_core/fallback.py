@@ -21,20 +21,20 @@ REDUCTIONS = ("none", "mean", "sum")  # by torch.nn._reduction.get_enum
 @cache
 def reference_of(name: str) -> Callable[..., Any]:
     """The torch function that computes what the C function `name` does, of the same arguments."""
-    row = name.removesuffix("_")
-    op = next(o for o in OPS.values() if row in o.rows)
-    fixed: dict[str, Any] = {**op.rows[row], **({"inplace": True} if name != row else {})}
-    if row == "dropout":  # the one C function whose arguments are those of the public function
+    kernel = name.removesuffix("_")
+    op = next(o for o in OPS.values() if kernel in o.kernels)
+    fixed: dict[str, Any] = {**op.kernels[kernel], **({"inplace": True} if name != kernel else {})}
+    if kernel == "dropout":  # the one C function whose arguments are those of the public function
         names = list(op.signature.parameters)
     else:
-        names = [a.name for a in overload(row)._schema.arguments if a.name != "upcast"]
+        names = [a.name for a in overload(kernel)._schema.arguments if a.name != "upcast"]
     try:
         accepted = list(inspect.signature(op.reference).parameters)
     except ValueError:  # a builtin: there are those of the public function
         accepted = list(op.signature.parameters)
     reference = op.reference
     if op.kind == "gate":  # of the halves of one tensor, or of two that are put together
-        if row.endswith("_packed"):
+        if kernel.endswith("_packed"):
             return lambda input, dim=-1: reference(input, dim=dim)
         return lambda a, b: reference(torch.cat((a, b), -1), dim=-1)
     defaults = {n: p.default for n, p in op.signature.parameters.items()}
@@ -80,4 +80,11 @@ def fallback(name: str, args: tuple[Any, ...]) -> Any:
     return reference_of(name)(*args)
 
 
-_C.set_hand_over(fallback)
+def knows_only_torch(args: tuple[Any, ...]) -> bool:
+    """Whether a tensor of these is of a class that has rules for torch's own ops, forward and backward: DTensor. _C asks where
+    a class dispatches in Python."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(t, module.DTensor) for t in tensors_of(args))
+
+
+_C.set_fallback(fallback, knows_only_torch)

@@ -37,13 +37,13 @@ class Op:
     reference: Callable[..., Tensor]
     exact: Callable[..., Tensor]
     signature: inspect.Signature
-    # The rows of the kernels' tables behind it, and the arguments that each of them stands for.
-    rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    # The kernels behind it, by their names in csrc's tables, and the arguments that each of them stands for.
+    kernels: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 PUBLIC = "fastops.functional"  # where the functions are, whichever file declares them
 OPS: dict[str, Op] = {}
-ROWS: dict[str, tuple[str, str]] = {name: (kind, params) for kind, name, params in _C.rows()}
+KERNELS: dict[str, tuple[str, str]] = {name: (kind, params) for kind, name, params in _C.kernels()}
 
 
 def op(
@@ -51,12 +51,12 @@ def op(
     kind: str,
     reference: Callable[..., Tensor],
     exact: Callable[..., Tensor] | None = None,
-    rows: Mapping[str, dict[str, Any]] | None = None,
+    kernels: Mapping[str, dict[str, Any]] | None = None,
 ):
-    """Enters the decorated function into `OPS`. `rows` defaults to the one row of the function's own name."""
+    """Enters the decorated function into `OPS`. `kernels` defaults to the one of the function's own name."""
 
     def enter(function):
-        return _entered(tensors_checked(function), kind, reference, exact, rows)
+        return _entered(tensors_checked(function), kind, reference, exact, kernels)
 
     return enter
 
@@ -65,26 +65,28 @@ def elementwise(
     *,
     reference: Callable[..., Tensor],
     exact: Callable[..., Tensor] | None = None,
-    rows: Mapping[str, dict[str, Any]] | None = None,
+    kernels: Mapping[str, dict[str, Any]] | None = None,
 ):
     """Enters an elementwise function of one tensor, of which the declaration is the whole: its body is written here.
 
-    The parameters are those of the kernel, in order, and `inplace` where there is an in-place form. Of several `rows`, which
-    one is run is the value of the one parameter that they differ in.
+    The parameters are those of the kernel, in order, and `inplace` where there is an in-place form. Of several `kernels`,
+    which one is run is the value of the one parameter that they differ in.
     """
 
     def enter(function):
-        return _entered(body_of(function, rows), "map", reference, exact, rows)
+        return _entered(body_of(function, kernels), "elementwise", reference, exact, kernels)
 
     return enter
 
 
-def _entered(function, kind, reference, exact, rows):
+def _entered(function, kind, reference, exact, kernels):
     name = function.__name__
     function.__module__ = PUBLIC
     used = bound(name, function, reference)
     signature = inspect.signature(function)
-    OPS[name] = Op(name, kind, used, reference, exact or reference, signature, rows or {name: {}})
+    OPS[name] = Op(
+        name, kind, used, reference, exact or reference, signature, kernels or {name: {}}
+    )
     return used
 
 
@@ -113,13 +115,13 @@ def composed(function):
     return entered
 
 
-def parameters_of(row: str) -> list[tuple[str, float]]:
-    """The parameters of a row and their defaults, as its schema declares them."""
-    return [(n, float(v)) for n, v in re.findall(r"float (\w+)=([-\w.]+)", ROWS[row][1])]
+def parameters_of(kernel: str) -> list[tuple[str, float]]:
+    """The parameters of a kernel and their defaults, as its schema declares them."""
+    return [(n, float(v)) for n, v in re.findall(r"float (\w+)=([-\w.]+)", KERNELS[kernel][1])]
 
 
-def rows_of(kind: str) -> list[str]:
-    return [name for name, (k, _) in ROWS.items() if k == kind]
+def kernels_of(kind: str) -> list[str]:
+    return [name for name, (k, _) in KERNELS.items() if k == kind]
 
 
 def overload(name: str) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .fake import MEAN, NONE
-from .registry import ROWS, overload, rows_of
+from .registry import KERNELS, kernels_of, overload
 
 
 def at_front(x, dim, size):
@@ -70,7 +70,7 @@ def reduced(values: Tensor, reduction: int) -> Tensor:
 
 
 def _vmaps() -> None:
-    for name in rows_of("map"):
+    for name in kernels_of("elementwise"):
         batched(name, elementwise_rule(name))
         batched(f"{name}_backward", elementwise_rule(f"{name}_backward"))
         batched(f"{name}_second", elementwise_rule(f"{name}_second"))
@@ -101,7 +101,7 @@ def _vmaps() -> None:
 
         return rule
 
-    for name in rows_of("gate"):
+    for name in kernels_of("gate"):
         gates(name)
 
     def losses(name):
@@ -129,7 +129,7 @@ def _vmaps() -> None:
         batched(f"{name}_backward", backward_rule)
         batched(f"{name}_second", second_rule)
 
-    for name in rows_of("reduce"):
+    for name in kernels_of("loss"):
         if name != "sum":
             losses(name)
 
@@ -154,7 +154,7 @@ def _vmaps() -> None:
         batched(name, rule)
         batched(f"{name}_backward", backward_rule)
 
-    for name in rows_of("softmax"):
+    for name in kernels_of("softmax"):
         softmaxes(name)
 
     def calls_of(info, dims, input, target, weight, *rest):
@@ -257,8 +257,8 @@ def _vmaps() -> None:
 
         return rule
 
-    for name in rows_of("fused"):
-        if ROWS[name][1]:
+    for name in kernels_of("fused"):
+        if KERNELS[name][1]:
             by_row(name)
             one_by_one(f"{name}_backward")
         else:

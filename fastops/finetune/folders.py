@@ -208,7 +208,9 @@ def load_folder(
     found, notes = find_parts(folder)
     if found:
         testing = found.get("test") or found["val"]
-        folders = [found["train"], testing] + [found["val"]] * ("test" in found and "val" in found)
+        folders = [found["train"], testing]
+        if "test" in found and "val" in found:
+            folders.append(found["val"])
         listings = [list_pictures(part) for part in folders]
         classes = listings[0].classes
         for part, listing in zip(folders, listings, strict=True):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .config import parse_mode
 from .errors import ConfigError
 from .networks import head_of
 
@@ -47,29 +48,6 @@ class Backbone(nn.Module):
         finally:
             handle.remove()
         return features[0]
-
-
-def parse_mode(mode: str) -> tuple[str, int]:
-    """Split a mode into its name and the number of stages it trains beside the head.
-
-    "features" trains none, "last" one, "last:N" N; -1 stands for the whole network ("full" and
-    "scratch").
-
-    Raises:
-        ConfigError: not a mode.
-    """
-    name, _, number = mode.partition(":")
-    if mode in ("full", "scratch"):
-        return mode, -1
-    if mode == "features":
-        return mode, 0
-    if name == "last" and (mode == name or (number.isascii() and number.isdigit())):
-        count = int(number or 1)
-        if count:
-            return name, count
-    raise ConfigError(
-        f"unknown mode {mode!r}: choose from features, last, last:N (N >= 1), full, scratch"
-    )
 
 
 def is_chain(model: nn.Module) -> bool:

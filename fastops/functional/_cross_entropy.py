@@ -16,7 +16,7 @@ from .._core.usable import refused
 __all__ = ["cross_entropy", "mixup_cross_entropy", "nll_loss"]
 
 
-@op(kind="rows", reference=F.cross_entropy)
+@op(kind="cross_entropy", reference=F.cross_entropy)
 def cross_entropy(
     input: Tensor,
     target: Tensor,

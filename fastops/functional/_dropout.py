@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-@op(kind="random", reference=F.dropout)
+@op(kind="dropout", reference=F.dropout)
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -200,7 +200,7 @@ def _check_p(p: float) -> None:
 
 
 @op(
-    kind="random",
+    kind="dropout",
     reference=lambda input, p=0.5, training=True, inplace=False, generator=None: F.dropout(
         F.relu(input), p, training
     ),
@@ -233,7 +233,7 @@ def relu_dropout(
 
 
 @op(
-    kind="random",
+    kind="dropout",
     reference=lambda input, bias, residual, p=0.5, training=True, generator=None: (
         residual + F.dropout(input + bias, p, training)
     ),

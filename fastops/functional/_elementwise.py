@@ -68,7 +68,7 @@ def _exact_gelu(input, approximate="none"):
 @elementwise(
     reference=F.gelu,
     exact=_exact_gelu,
-    rows={"gelu": {}, "gelu_tanh": {"approximate": "tanh"}},
+    kernels={"gelu": {}, "gelu_tanh": {"approximate": "tanh"}},
 )
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """input * Phi(input), with Phi the cumulative distribution function of the normal distribution.
@@ -96,7 +96,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """
 
 
-@op(kind="map", reference=F.hardtanh)
+@op(kind="elementwise", reference=F.hardtanh)
 def hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
@@ -166,7 +166,7 @@ def _exact_celu(input, alpha=1.0, inplace=False):
     return alpha * F.elu(input / alpha)
 
 
-@op(kind="map", reference=F.celu, exact=_exact_celu)
+@op(kind="elementwise", reference=F.celu, exact=_exact_celu)
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """input where positive, else alpha * (exp(input / alpha) - 1).
 
@@ -353,7 +353,7 @@ def add_relu(input: Tensor, other: Tensor, inplace: bool = False) -> Tensor:
     kind="fused",
     reference=lambda input, bias, approximate="none": F.gelu(input + bias, approximate=approximate),
     exact=lambda input, bias, approximate="none": _exact_gelu(input + bias, approximate),
-    rows={"bias_gelu": {}, "bias_gelu_tanh": {"approximate": "tanh"}},
+    kernels={"bias_gelu": {}, "bias_gelu_tanh": {"approximate": "tanh"}},
 )
 def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     """gelu(input + bias) in one pass, and in one pass backward, in which the bias's gradient is summed as well: what

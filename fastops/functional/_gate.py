@@ -16,7 +16,7 @@ from .._core.registry import op
 __all__ = ["glu", "swiglu"]
 
 
-@op(kind="gate", reference=F.glu, rows={"glu": {}, "glu_packed": {}})
+@op(kind="gate", reference=F.glu, kernels={"glu": {}, "glu_packed": {}})
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     """The first half of input times the sigmoid of the second (Dauphin et al., 2017).
 
@@ -45,7 +45,7 @@ def _swiglu(gate, up=None, dim=-1):
     return F.silu(gate) * up
 
 
-@op(kind="gate", reference=_swiglu, rows={"swiglu": {}, "swiglu_packed": {}})
+@op(kind="gate", reference=_swiglu, kernels={"swiglu": {}, "swiglu_packed": {}})
 def swiglu(gate: Tensor, up: Tensor | None = None, dim: int = -1) -> Tensor:
     """silu(gate) * up, as in the feed-forward layers of language models (`Shazeer, 2020
     <https://arxiv.org/abs/2002.05202>`_).

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-@op(kind="reduce", reference=F.mse_loss)
+@op(kind="loss", reference=F.mse_loss)
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -101,7 +101,7 @@ def _not_ours(input, target):
     return not (input.is_floating_point() or target.is_floating_point())
 
 
-@op(kind="reduce", reference=F.l1_loss)
+@op(kind="loss", reference=F.l1_loss)
 def l1_loss(
     input: Tensor,
     target: Tensor,
@@ -129,7 +129,7 @@ def l1_loss(
     return _C.l1_loss(input, target, _reduction.get_enum(reduction))
 
 
-@op(kind="reduce", reference=F.smooth_l1_loss)
+@op(kind="loss", reference=F.smooth_l1_loss)
 def smooth_l1_loss(
     input: Tensor,
     target: Tensor,
@@ -164,7 +164,7 @@ def smooth_l1_loss(
     return kernel(input, target, _reduction.get_enum(reduction), *params)
 
 
-@op(kind="reduce", reference=F.huber_loss)
+@op(kind="loss", reference=F.huber_loss)
 def huber_loss(
     input: Tensor,
     target: Tensor,
@@ -205,7 +205,7 @@ def _exact_binary_cross_entropy(input, target, reduction="mean"):
 
 
 @op(
-    kind="reduce",
+    kind="loss",
     reference=F.binary_cross_entropy,
     exact=_exact_binary_cross_entropy,
 )
@@ -260,9 +260,9 @@ def binary_cross_entropy(
 
 
 @op(
-    kind="reduce",
+    kind="loss",
     reference=F.binary_cross_entropy_with_logits,
-    rows={
+    kernels={
         "binary_cross_entropy_with_logits": {},
         "binary_cross_entropy_with_logits_pos_weight": {},
     },

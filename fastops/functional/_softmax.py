@@ -17,7 +17,7 @@ def _softmax_dim(name: str, ndim: int, stacklevel: int) -> int:
     return F._get_softmax_dim(name, ndim, stacklevel + 2)  # type: ignore[attr-defined]
 
 
-@op(kind="rows", reference=F.softmax)
+@op(kind="softmax", reference=F.softmax)
 def softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -46,7 +46,7 @@ def softmax(
     return _C.softmax(input.to(dtype=dtype), dim).to(dtype=dtype)  # whatever autocast asks for
 
 
-@op(kind="rows", reference=F.log_softmax)
+@op(kind="softmax", reference=F.log_softmax)
 def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Tensor:

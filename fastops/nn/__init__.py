@@ -164,7 +164,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 for _op in OPS.values():
-    if _op.kind == "map" and (_module := module_of(_op.name, _op.signature, F)) is not None:
+    if _op.kind == "elementwise" and (_module := module_of(_op.name, _op.signature, F)) is not None:
         globals()[_module.__name__] = _module
 
 _CLASSES = [

@@ -78,8 +78,8 @@ def _fill_calls() -> None:
     for name, entry in OPS.items():
         if (theirs := getattr(TF, name, None)) is None or entry.kind == "fused":
             continue
-        _call(name, entry.function, theirs, 2 if entry.kind == "reduce" else 1)
-        if entry.kind == "map":
+        _call(name, entry.function, theirs, 2 if entry.kind == "loss" else 1)
+        if entry.kind == "elementwise":
             for place in (torch, Tensor):
                 if (same := getattr(place, name, None)) is not None:
                     _call(name, entry.function, same)

@@ -32,32 +32,32 @@ def test_every_op_is_in_the_table():
     if STALE:
         pytest.skip(f"{STALE} have changed since the table was made")
     found = Counter(line["kernel"].partition("<")[0] for line in LINES)
-    losses = len(rows("reduce")) - 1  # without "sum"
+    losses = len(rows("loss")) - 1  # without "sum"
     expected = {
         # Activations: forward, backward, second. Losses: values, each first derivative, all second ones.
         # What is fused with an addition; dropouts, and the backward of the one that its output tells;
         # a saved gradient times a factor. All for each dtype.
         "elementwise_kernel": 4
         * (
-            3 * len(rows("map"))
+            3 * len(rows("elementwise"))
             + 4 * losses
             + sum(1 + row.broadcast for row in rows("fused"))
             + 4 * len(rows("gate"))  # forward, backward, tangent, second
-            + len(rows("random"))
+            + len(rows("dropout"))
             + 1
             + 1
         ),
-        "chunk_kernel": 4 * len(rows("reduce")),
+        "chunk_kernel": 4 * len(rows("loss")),
         # Dtypes of parameters and states; each also extended (rounding, numbers of the device).
-        "step_kernel": sum(2 * (7 if row.states else 4) for row in rows("step")),
-        "derive_kernel": 2 * len(rows("step")),
+        "step_kernel": sum(2 * (7 if row.states else 4) for row in rows("optimizer")),
+        "derive_kernel": 2 * len(rows("optimizer")),
         # Teams of 32, 128 and 512 threads that hold a row, or two, and blocks that do not; for one row
         # teams of 1024, which have no registers for float64.
         "softmax_kernel": (4 * 4 + 3) * len(rows("softmax")),
         "softmax_backward_kernel": 4 * 4 * len(rows("softmax")),
         "probability_kernel": 4 * 4 * len(rows("cross_entropy")),
         "cross_entropy_kernel": (4 * 4 + 3) * len(rows("cross_entropy")),
-        "strided_kernel": 2 * 4 * len(rows("random")),  # indices of 32 and 64 bits
+        "strided_kernel": 2 * 4 * len(rows("dropout")),  # indices of 32 and 64 bits
         # of packs, of single columns; dtypes
         "summed_kernel": 2 * 4 * (1 + sum(row.broadcast for row in rows("fused"))),
     }

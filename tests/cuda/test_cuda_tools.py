@@ -1,6 +1,7 @@
 """`make gpu` and `python -m bench --device cuda` without a GPU, and the report with commands that need none."""
 
 import functools
+import os
 import subprocess
 import sys
 import types
@@ -96,7 +97,9 @@ def test_steps_are_commands_that_exist(monkeypatch, tmp_path):
     assert options.device == "cuda" and options.json == tmp_path / "out.jsonl"
     chosen = gpu.steps(tmp_path)[1].command
     pytest_arguments = chosen[chosen.index("pytest") + 1 :]
-    collected = subprocess.run([sys.executable, "-m", "pytest", *pytest_arguments, "--collect-only"], cwd=gpu.ROOT, capture_output=True, text=True)  # fmt: skip
+    # Without a GPU they are not collected: under the emulated one they are.
+    command = [sys.executable, "-m", "pytest", "-p", "emulation.device", *pytest_arguments, "--collect-only"]  # fmt: skip
+    collected = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(gpu.ROOT / "tests")})  # fmt: skip
     assert collected.returncode == 0 and "test_optimizers_are_torchs" in collected.stdout
 
 

@@ -26,12 +26,12 @@ from emulation.kernel_calls import (
     every_dtype,
     everywhere,
     judged,
+    optimizer_numbers,
     random,
     real,
     reference,
-    run_step,
+    run_optimizer,
     step_by_formula,
-    step_numbers,
     step_tensors,
 )
 from emulation.library import (
@@ -58,9 +58,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ------------------------------------------------------------------------------------------------ map
 
 
-def run_map(row, which, out, inputs, params=None):
+def run_elementwise(row, which, out, inputs, params=None):
     pointers = (POINTER * 3)(*(address(x) for x in inputs))
-    call("run_map", row.index, which.encode(), DTYPES[out.dtype], I64(out.numel()), address(out), pointers, doubles(row.params if params is None else params))  # fmt: skip
+    call("run_elementwise", row.index, which.encode(), DTYPES[out.dtype], I64(out.numel()), address(out), pointers, doubles(row.params if params is None else params))  # fmt: skip
     return out
 
 
@@ -94,7 +94,7 @@ def second_by_formula(row, *inputs):
 
 
 @every_dtype
-@each_row("map")
+@each_row("elementwise")
 @pytest.mark.parametrize("n", SIZES)
 def test_map(row, dtype, n):
     x, dy, ddx = random(n, dtype, 1, 3), random(n, dtype, 2), random(n, dtype, 3)
@@ -107,9 +107,9 @@ def test_map(row, dtype, n):
 
     def run(device):
         inputs = [device.constant(t) for t in (x, s, dy, ddx)]
-        yield run_map(row, "forward", device.empty(n, dtype), inputs[:1])
-        yield run_map(row, "backward", device.empty(n, dtype), inputs[1:3])
-        yield run_map(row, "second", device.empty(n, dtype), inputs[1:])
+        yield run_elementwise(row, "forward", device.empty(n, dtype), inputs[:1])
+        yield run_elementwise(row, "backward", device.empty(n, dtype), inputs[1:3])
+        yield run_elementwise(row, "second", device.empty(n, dtype), inputs[1:])
 
     for y, dx, second in everywhere(run):
         check(y, torchs[0], true[0], dtype)
@@ -122,23 +122,25 @@ def test_map(row, dtype, n):
 
 
 @every_dtype
-@each_row("map")
+@each_row("elementwise")
 def test_map_in_place(row, dtype):
     x = random(1003, dtype, 1, 3)
     with Device() as device:
-        out_of_place = run_map(row, "forward", device.empty(1003, dtype), [device.copy(x)]).clone()
+        out_of_place = run_elementwise(
+            row, "forward", device.empty(1003, dtype), [device.copy(x)]
+        ).clone()
         buffer = device.copy(x)
-        assert torch.equal(run_map(row, "forward", buffer, [buffer]), out_of_place)
+        assert torch.equal(run_elementwise(row, "forward", buffer, [buffer]), out_of_place)
 
 
 @every_dtype
 @pytest.mark.parametrize("offsets", list(itertools.permutations((0, 1, 3), 2)), ids=str)
 def test_map_of_differently_aligned_buffers(dtype, offsets):
-    row = rows("map")[0]
+    row = rows("elementwise")[0]
     x = random(1003, dtype, 1)
     with Device() as device:
         given, out = device.copy(x, offset=offsets[0]), device.empty(1003, dtype, offset=offsets[1])
-        run_map(row, "forward", out, [given])
+        run_elementwise(row, "forward", out, [given])
         assert torch.equal(out, reference(row.name)(x, *row.params))
 
 
@@ -178,7 +180,7 @@ def test_map_beyond_31_bits():
     with folded(2 * n) as start:
         pointers = (POINTER * 3)(start)
         counters()
-        call("run_map", rows("map")[0].index, b"forward", DTYPES[torch.bfloat16], I64(n), POINTER(start), pointers, doubles([]))  # fmt: skip
+        call("run_elementwise", rows("elementwise")[0].index, b"forward", DTYPES[torch.bfloat16], I64(n), POINTER(start), pointers, doubles([]))  # fmt: skip
         assert counters().stored_bytes == 2 * n
 
 
@@ -186,8 +188,8 @@ def test_map_refuses_other_dtypes():
     with Device() as device, pytest.raises(Fault, match="unsupported dtype"):
         x = device.empty(4, torch.float32)
         call(
-            "run_map",
-            rows("map")[0].index,
+            "run_elementwise",
+            rows("elementwise")[0].index,
             b"forward",
             3,
             I64(4),
@@ -218,12 +220,12 @@ def test_broadcast_and_two_outputs(dtype, period, repeat, n):
 # ------------------------------------------------------------------------------------------------ reduce
 
 
-def run_reduce(
+def run_loss(
     row, which, out, x, t=None, grad=None, scalar=False, scale=1.0, divisor=None, workspace=None,
     w=None,
 ):  # fmt: skip
     period = 0 if w is None else w.numel()
-    call("run_reduce", row.index, which.encode(), DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(t), address(grad), ctypes.c_bool(scalar), F64(scale), address(divisor), doubles(row.params), address(workspace), address(w), I64(period))  # fmt: skip
+    call("run_loss", row.index, which.encode(), DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(t), address(grad), ctypes.c_bool(scalar), F64(scale), address(divisor), doubles(row.params), address(workspace), address(w), I64(period))  # fmt: skip
     return out
 
 
@@ -279,7 +281,7 @@ DERIVATIVES = ["values", "d0", "d1", "d00", "d01", "d11"]
 
 @every_dtype
 @pytest.mark.parametrize(
-    "row", [r for r in rows("reduce") if r.name != "sum"], ids=lambda row: row.name
+    "row", [r for r in rows("loss") if r.name != "sum"], ids=lambda row: row.name
 )
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("grad_is_scalar", [True, False])
@@ -295,9 +297,9 @@ def test_reduce_elementwise(row, dtype, n, grad_is_scalar):
         def run(device, w=w):
             vx, vt, g = (device.constant(v) for v in (x, t, grad))
             vw = None if w is None else device.constant(w)
-            yield run_reduce(row, "values", device.empty(n, dtype), vx, vt, w=vw)
+            yield run_loss(row, "values", device.empty(n, dtype), vx, vt, w=vw)
             for which in DERIVATIVES[1:]:
-                yield run_reduce(
+                yield run_loss(
                     row, which, device.empty(n, dtype), vx, vt, g, grad_is_scalar, scale, w=vw
                 )
 
@@ -307,7 +309,7 @@ def test_reduce_elementwise(row, dtype, n, grad_is_scalar):
 
 
 @every_dtype
-@each_row("reduce")
+@each_row("loss")
 @pytest.mark.parametrize("n", [1, 1000, 4096, 4097, 100_003])
 @pytest.mark.parametrize("divided", [False, True])
 def test_reduce_total(row, dtype, n, divided):
@@ -327,7 +329,7 @@ def test_reduce_total(row, dtype, n, divided):
             d = None if divisor is None else device.constant(divisor)
             vx, vt = device.constant(x), device.constant(t)
             vw = None if w is None else device.constant(w)
-            yield run_reduce(row, "total", out, vx, vt, scale=scale, divisor=d, workspace=workspace, w=vw)  # fmt: skip
+            yield run_loss(row, "total", out, vx, vt, scale=scale, divisor=d, workspace=workspace, w=vw)  # fmt: skip
 
         results = [total for (total,) in everywhere(run)]
         check(results[0], torchs.view(1), true.view(1), real(dtype))
@@ -336,12 +338,12 @@ def test_reduce_total(row, dtype, n, divided):
         )
 
 
-@each_row("reduce")
+@each_row("loss")
 def test_reduce_total_of_nothing(row):
     with Device() as device:
         x, out = device.empty(0, torch.float32), device.empty(1, torch.float32)
-        assert run_reduce(row, "total", out, x, x, scale=2.0, workspace=x).item() == 0
-        assert run_reduce(
+        assert run_loss(row, "total", out, x, x, scale=2.0, workspace=x).item() == 0
+        assert run_loss(
             row, "total", out, x, x, scale=float("inf"), workspace=x
         ).isnan()  # the mean
 
@@ -701,17 +703,17 @@ RANDOM = {
 }
 
 
-def run_random(row, out, x, seed, threshold, scale, sizes=None, strides=None, others=None):
+def run_dropout(row, out, x, seed, threshold, scale, sizes=None, strides=None, others=None):
     bias, residual = others or (None, None)
     period = I64(bias.numel() if others else 1)
     sizes, strides = sizes or [x.numel()], strides or [1]
     order_of = [(I64 * len(values))(*values) for values in (sizes, strides)]
-    call("run_random", row.index, DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(bias), address(residual), period, address(seed), ctypes.c_uint32(threshold), F64(scale), len(sizes), *order_of)  # fmt: skip
+    call("run_dropout", row.index, DTYPES[x.dtype], I64(x.numel()), address(out), address(x), address(bias), address(residual), period, address(seed), ctypes.c_uint32(threshold), F64(scale), len(sizes), *order_of)  # fmt: skip
     return out
 
 
 @every_dtype
-@each_row("random")
+@each_row("dropout")
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 def test_random(row, dtype, n, p):
@@ -729,7 +731,7 @@ def test_random(row, dtype, n, p):
     def run(device):
         s = device.constant(torch.tensor([seed]), 0)
         others = (device.constant(bias), device.constant(residual)) if row.inputs == 3 else None
-        yield run_random(
+        yield run_dropout(
             row,
             device.empty(n, dtype),
             device.constant(x),
@@ -755,7 +757,7 @@ def strips(x, strip):
 @every_dtype
 @pytest.mark.parametrize("lines, period", [(1, 64), (17, 7), (40, 16), (9, 1032)])
 def test_dropout_summed(dtype, lines, period):
-    (row,) = (r for r in rows("random") if r.name == "dropout")
+    (row,) = (r for r in rows("dropout") if r.name == "dropout")
     n, strip, threshold, shape = lines * period, STRIP, 2**30, (lines, period)
     x, seed = random(shape, dtype, 1), 12345
     keep = kept(seed, n, threshold).view(shape)
@@ -767,7 +769,7 @@ def test_dropout_summed(dtype, lines, period):
             device.empty(shape, dtype),
             device.empty((-(-lines // strip), period), real(dtype)),
         )
-        call("run_random_summed", row.index, DTYPES[dtype], I64(n), I64(period), address(y), address(device.constant(x)), address(s), ctypes.c_uint32(threshold), F64(1.25), address(sums))  # fmt: skip
+        call("run_dropout_summed", row.index, DTYPES[dtype], I64(n), I64(period), address(y), address(device.constant(x)), address(s), ctypes.c_uint32(threshold), F64(1.25), address(sums))  # fmt: skip
         yield from (y, sums)
 
     for y, sums in everywhere(run):
@@ -778,13 +780,13 @@ def test_dropout_summed(dtype, lines, period):
 @every_dtype
 @pytest.mark.parametrize("n", SIZES)
 def test_relu_dropout_backward(dtype, n):
-    (row,) = (r for r in rows("random") if r.name == "relu_dropout")
+    (row,) = (r for r in rows("dropout") if r.name == "relu_dropout")
     y, dy = random(n, dtype, 1).relu(), random(n, dtype, 2)
     wide = torch.where(y > 0, dy.to(real(dtype)) * 1.25, 0)
 
     def run(device):
         out = device.empty(n, dtype)
-        call("run_random_backward", row.index, DTYPES[dtype], I64(n), address(out), address(device.copy(y)), address(device.copy(dy)), F64(1.25))  # fmt: skip
+        call("run_dropout_backward", row.index, DTYPES[dtype], I64(n), address(out), address(device.copy(y)), address(device.copy(dy)), F64(1.25))  # fmt: skip
         yield out
 
     for (dx,) in everywhere(run):
@@ -792,7 +794,7 @@ def test_relu_dropout_backward(dtype, n):
 
 
 @every_dtype
-@pytest.mark.parametrize("row", [r for r in rows("random") if r.inputs == 1], ids=lambda r: r.name)
+@pytest.mark.parametrize("row", [r for r in rows("dropout") if r.inputs == 1], ids=lambda r: r.name)
 def test_random_in_any_layout(row, dtype):
     """The mask belongs to the logical index: here, that of (N, C, H, W) elements kept in channels_last order."""
     n, c, h, w = 3, 5, 7, 11
@@ -803,7 +805,7 @@ def test_random_in_any_layout(row, dtype):
     def run(device):
         s = device.copy(torch.tensor([99]), 0)
         strides = [c * h * w, w, 1, h * w]
-        yield run_random(
+        yield run_dropout(
             row,
             device.empty(memory.shape, dtype),
             device.copy(memory),
@@ -953,11 +955,11 @@ def test_gate(row, dtype, outer, inner):
 
 
 @pytest.mark.parametrize("dtype, state", COMBINATIONS, ids=lambda d: str(d)[6:])
-@each_row("step")
+@each_row("optimizer")
 @pytest.mark.parametrize("grad_scale", [None, 8.0])
 def test_step(row, dtype, state, grad_scale):
     sizes = [0, 1, 7, 64, 4096, 4097, 0, 10_001]
-    tensors, (numbers,) = step_tensors(row, sizes, dtype, state), step_numbers(row, 1)
+    tensors, (numbers,) = step_tensors(row, sizes, dtype, state), optimizer_numbers(row, 1)
     numbers = [numbers] * len(sizes)
     true = step_by_formula(row, tensors, numbers, torch.float64, grad_scale or 1)
     floats = step_by_formula(row, tensors, numbers, real(dtype), grad_scale or 1)
@@ -969,7 +971,7 @@ def test_step(row, dtype, state, grad_scale):
             if grad_scale is None
             else (device.copy(torch.tensor([v]), 0) for v in (grad_scale, 0.0))
         )
-        run_step(row, given, numbers, dtype, state, scale, found)
+        run_optimizer(row, given, numbers, dtype, state, scale, found)
         return [v for p, _, *states in given for v in (p, *states)]
 
     expected = [
@@ -980,35 +982,35 @@ def test_step(row, dtype, state, grad_scale):
             check(value, in_real.to(value.dtype), exact, value.dtype)
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_step_of_differently_aligned_tensors(row):
     (tensors,), numbers = (
         step_tensors(row, [5000], torch.float32, torch.float32),
-        step_numbers(row, 1),
+        optimizer_numbers(row, 1),
     )
     (expected,) = step_by_formula(row, [tensors], numbers, torch.float32, 1)
     with Device() as device:
         given = [device.copy(v, offset=k % 4) for k, v in enumerate(tensors)]
-        run_step(row, [given], numbers, torch.float32, torch.float32)
+        run_optimizer(row, [given], numbers, torch.float32, torch.float32)
         for value, other in zip([given[0], *given[2:]], expected, strict=True):
             check(value, other, other.double(), torch.float32)
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_step_does_nothing_where_an_infinity_was_found(row):
     (tensors,), numbers = (
         step_tensors(row, [100], torch.float32, torch.float32),
-        step_numbers(row, 1),
+        optimizer_numbers(row, 1),
     )
     with Device() as device:
         given = [device.copy(v) for v in tensors]
-        run_step(
+        run_optimizer(
             row, [given], numbers, torch.float32, torch.float32, None, device.copy(torch.ones(1))
         )
         assert all(torch.equal(a, b) for a, b in zip(given, tensors, strict=True))
 
 
-@each_row("step")
+@each_row("optimizer")
 @pytest.mark.parametrize(
     "count, sets, launches", [(161, 1, 1), (1000, 1, 2), (20, 20, 3), (0, 1, 0)]
 )
@@ -1016,12 +1018,12 @@ def test_step_launches(row, count, sets, launches):
     """ResNet-50 is one launch; more tensors or more different numbers than the kernel's parameters hold are several."""
     tensors, different = (
         step_tensors(row, [64] * count, torch.float32, torch.float32),
-        step_numbers(row, sets),
+        optimizer_numbers(row, sets),
     )
     numbers = [different[k % sets] for k in range(count)]
     expected = step_by_formula(row, tensors, numbers, torch.float32, 1)
     counters()
-    run_step(row, tensors, numbers, torch.float32, torch.float32)
+    run_optimizer(row, tensors, numbers, torch.float32, torch.float32)
     assert counters().launches == launches
     for (p, _, *states), (q, *others) in zip(tensors, expected, strict=True):
         for value, other in zip((p, *states), (q, *others), strict=True):
@@ -1054,13 +1056,13 @@ def assert_all_wide(seen):
 
 
 @every_dtype
-@each_row("map")
+@each_row("elementwise")
 def test_map_touches_memory_once_in_packs(row, dtype):
     nbytes = 4096 * size_of(dtype)
     with Device() as device:
         *inputs, out = (device.copy(random(4096, dtype, seed)) for seed in range(4))
         for count, which in enumerate(["forward", "backward", "second"], 1):
-            seen = traffic(partial(run_map, row, which, out, inputs[:count]))
+            seen = traffic(partial(run_elementwise, row, which, out, inputs[:count]))
             assert_floor(seen, count * nbytes, nbytes)
             assert_all_wide(seen)
 
@@ -1119,37 +1121,35 @@ def test_gates_touch_memory_once_in_packs(row, dtype):
 
 
 @every_dtype
-@each_row("map")
+@each_row("elementwise")
 def test_map_touches_memory_once_where_it_is_not_aligned(row, dtype):
     """All buffers begin one element after a boundary: a head of single elements, then packs."""
     n, size = 70_000, size_of(dtype)
     with Device(offset=1) as device:
         x, out = device.copy(random(n, dtype, 1)), device.empty(n, dtype)
-        seen = traffic(partial(run_map, row, "forward", out, [x]))
+        seen = traffic(partial(run_elementwise, row, "forward", out, [x]))
         assert seen.loaded_bytes == seen.stored_bytes == n * size
         assert seen.wide_loads * 16 >= 0.99 * n * size and seen.wide_stores == seen.wide_loads
 
 
 @every_dtype
-@pytest.mark.parametrize(
-    "row", [r for r in rows("reduce") if r.name != "sum"], ids=lambda r: r.name
-)
+@pytest.mark.parametrize("row", [r for r in rows("loss") if r.name != "sum"], ids=lambda r: r.name)
 def test_losses_touch_memory_once_in_packs(row, dtype):
     nbytes = 4096 * size_of(dtype)
     with Device() as device:
         x, t, grad, out, w = (device.copy(random(4096, dtype, seed).sigmoid()) for seed in range(5))
         more = {"w": w} if row.weighted else {}
-        seen = traffic(partial(run_reduce, row, "values", out, x, t, **more))
+        seen = traffic(partial(run_loss, row, "values", out, x, t, **more))
         assert_floor(seen, (2 + len(more)) * nbytes, nbytes)
         assert_all_wide(seen)
         for which in DERIVATIVES[1:]:
-            seen = traffic(partial(run_reduce, row, which, out, x, t, grad, **more))
+            seen = traffic(partial(run_loss, row, which, out, x, t, grad, **more))
             assert_floor(seen, (3 + len(more)) * nbytes, nbytes)
             assert_all_wide(seen)
 
 
 @every_dtype
-@each_row("reduce")
+@each_row("loss")
 @pytest.mark.parametrize("n, launches", [(4096, 1), (131_072, 2)])
 def test_sums_read_memory_once_in_packs(row, dtype, n, launches):
     dtype = real(dtype) if row.name == "sum" else dtype
@@ -1157,7 +1157,7 @@ def test_sums_read_memory_once_in_packs(row, dtype, n, launches):
     with Device() as device:
         x, t, w = (device.copy(random(n, dtype, seed).sigmoid()) for seed in range(3))
         out, workspace = device.empty(1, real(dtype)), device.empty(n // 4096, torch.float64)
-        seen = traffic(partial(run_reduce, row, "total", out, x, t, workspace=workspace, w=w))
+        seen = traffic(partial(run_loss, row, "total", out, x, t, workspace=workspace, w=w))
         nbytes = inputs * n * size_of(dtype)
         assert seen.launches == launches and seen.wide_loads * 16 == nbytes
         assert seen.loaded_bytes + seen.stored_bytes <= 1.01 * nbytes
@@ -1165,7 +1165,7 @@ def test_sums_read_memory_once_in_packs(row, dtype, n, launches):
 
 
 @every_dtype
-@each_row("random")
+@each_row("dropout")
 def test_random_touches_memory_once_in_packs(row, dtype):
     """Beside its elements a warp reads the seed, once."""
     nbytes = 1 << 20
@@ -1175,7 +1175,7 @@ def test_random_touches_memory_once_in_packs(row, dtype):
         seed, others = device.copy(torch.tensor([1])), None
         if row.inputs == 3:
             others = device.copy(random(4096, dtype, 2)), device.copy(random(n, dtype, 3))
-        seen = traffic(partial(run_random, row, out, x, seed, 2**31, 2.0, others=others))
+        seen = traffic(partial(run_dropout, row, out, x, seed, 2**31, 2.0, others=others))
         assert_floor(
             seen, row.inputs * nbytes, nbytes, side_by_side=2 if dtype is torch.float64 else 1
         )
@@ -1184,16 +1184,16 @@ def test_random_touches_memory_once_in_packs(row, dtype):
 
 
 @pytest.mark.parametrize("dtype, state", COMBINATIONS, ids=lambda d: str(d)[6:])
-@each_row("step")
+@each_row("optimizer")
 def test_step_touches_memory_once_in_packs(row, dtype, state):
     """ResNet-50's 161 tensors, each with a 64th of its elements, in one launch."""
     sizes = [max(prod(shape) // 64, 1) // 8 * 8 for shape in PARAMETERS["resnet50"]]
     total = sum(sizes)
     loaded = total * (2 * size_of(dtype) + row.states * size_of(state))
     with Device() as device:
-        *tensors, numbers = *step_tensors(row, sizes, dtype, state), step_numbers(row, 1)
+        *tensors, numbers = *step_tensors(row, sizes, dtype, state), optimizer_numbers(row, 1)
         given = [[device.copy(v) for v in each] for each in tensors]
-        seen = traffic(partial(run_step, row, given, numbers * len(sizes), dtype, state))
+        seen = traffic(partial(run_optimizer, row, given, numbers * len(sizes), dtype, state))
         assert len(given) == 161
         assert_floor(
             seen, loaded, loaded - total * size_of(dtype), size_of(state) // size_of(dtype)

@@ -7,10 +7,10 @@ from emulation.kernel_calls import (
     check,
     each_row,
     everywhere,
+    optimizer_numbers,
     random,
     real,
-    run_step,
-    step_numbers,
+    run_optimizer,
     step_tensors,
 )
 from emulation.library import DTYPES, F64, I64, POINTER, Device, address, call, counters, doubles
@@ -22,15 +22,15 @@ def run_averaged(row, tensors, numbers, averages, weight, dtype, state):
         *(address(v) for t in tensors for v in t)
     )
     kept = (POINTER * len(tensors))(*(address(v) for v in averages))
-    call("run_step_averaged", row.index, DTYPES[dtype], DTYPES[state], I64(len(tensors)), n, pointers, doubles(numbers), kept, F64(weight))  # fmt: skip
+    call("run_optimizer_averaged", row.index, DTYPES[dtype], DTYPES[state], I64(len(tensors)), n, pointers, doubles(numbers), kept, F64(weight))  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype, state", COMBINATIONS, ids=lambda d: str(d)[6:])
-@each_row("step")
+@each_row("optimizer")
 @pytest.mark.parametrize("weight", [0.1, 0.75, 1.0])
 def test_average(row, dtype, state, weight):
     sizes = [0, 1, 7, 64, 4097]
-    tensors, (numbers,) = step_tensors(row, sizes, dtype, state), step_numbers(row, 1)
+    tensors, (numbers,) = step_tensors(row, sizes, dtype, state), optimizer_numbers(row, 1)
     before = [random(n, real(dtype), 50 + k) for k, n in enumerate(sizes)]
 
     def run(device):
@@ -38,7 +38,7 @@ def test_average(row, dtype, state, weight):
         plain = [[device.copy(v) for v in t] for t in tensors]
         averages = [device.copy(v) for v in before]
         run_averaged(row, given, numbers, averages, weight, dtype, state)
-        run_step(row, plain, [numbers] * len(sizes), dtype, state)
+        run_optimizer(row, plain, [numbers] * len(sizes), dtype, state)
         for t, other in zip(given, plain, strict=True):  # the step itself is the same
             assert all(torch.equal(a, b) for a, b in zip(t, other, strict=True))
         return [v for t in given for v in t[:1]] + averages
@@ -59,14 +59,14 @@ def test_average(row, dtype, state, weight):
             )
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_traffic_of_an_average(row):
     n, dtype = 40_960, torch.float32
     with Device() as device:
         tensors = [device.copy(random(n, dtype, k).abs()) for k in range(2 + row.states)]
         average = device.copy(random(n, dtype, 9))
         counters()
-        run_averaged(row, [tensors], step_numbers(row, 1)[0], [average], 0.1, dtype, dtype)
+        run_averaged(row, [tensors], optimizer_numbers(row, 1)[0], [average], 0.1, dtype, dtype)
         seen = counters()
     assert seen.launches == 1
     assert (
@@ -76,11 +76,11 @@ def test_traffic_of_an_average(row):
     assert seen.loads == seen.wide_loads and seen.stores == seen.wide_stores
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_resnet50_is_one_launch_with_averages(row):
     dtype = torch.float32
     tensors = step_tensors(row, [64] * 161, dtype, dtype)
     averages = [random(64, dtype, k) for k in range(161)]
     counters()
-    run_averaged(row, tensors, step_numbers(row, 1)[0], averages, 0.1, dtype, dtype)
+    run_averaged(row, tensors, optimizer_numbers(row, 1)[0], averages, 0.1, dtype, dtype)
     assert counters().launches == 1

@@ -8,11 +8,11 @@ from emulation.kernel_calls import (
     check,
     each_row,
     everywhere,
+    optimizer_numbers,
     random,
     real,
-    run_step,
+    run_optimizer,
     step_by_formula,
-    step_numbers,
     step_tensors,
 )
 from emulation.library import (
@@ -47,7 +47,7 @@ def run_extended(row, tensors, dtype, state, numbers=(), seed=None, step=0, coun
     """tensors: lists of p, g and the states. With counts, numbers are made of the options on the device."""
     n = (I64 * len(tensors))(*(t[0].numel() for t in tensors))
     call(
-        "run_step_extended", row.index, DTYPES[dtype], DTYPES[state], I64(len(tensors)), n, pointers(tensors),
+        "run_optimizer_extended", row.index, DTYPES[dtype], DTYPES[state], I64(len(tensors)), n, pointers(tensors),
         doubles(numbers), None if seed is None else ctypes.byref(I64(seed)), ctypes.c_uint32(step),
         None if counts is None else (POINTER * len(counts))(*map(address, counts)),
         (BOOL * max(len(first), 1))(*first), doubles(options), (POINTER * 12)(*map(address, option_at)),
@@ -69,12 +69,12 @@ def expected_rounding(row, tensors, numbers, dtype, state, step):
 
 
 @pytest.mark.parametrize("dtype, state", ROUNDED, ids=lambda d: str(d)[6:])
-@each_row("step")
+@each_row("optimizer")
 def test_stochastic_rounding_to_the_bit(row, dtype, state):
     if state is not dtype and row.states == 0:
         return  # it has none
     sizes = [0, 1, 7, 64, 4096, 4097, 10_001]
-    tensors, (numbers,) = step_tensors(row, sizes, dtype, state), step_numbers(row, 1)
+    tensors, (numbers,) = step_tensors(row, sizes, dtype, state), optimizer_numbers(row, 1)
     expected = expected_rounding(row, tensors, numbers, dtype, state, 5)
 
     def run(device):
@@ -87,10 +87,10 @@ def test_stochastic_rounding_to_the_bit(row, dtype, state):
             assert torch.equal(value, other)
 
 
-@each_row("step")
+@each_row("optimizer")
 @pytest.mark.parametrize("offset", [1, 4, 6])
 def test_stochastic_rounding_of_tensors_at_any_address(row, offset):
-    tensors, (numbers,) = step_tensors(row, [5000], BF16, BF16), step_numbers(row, 1)
+    tensors, (numbers,) = step_tensors(row, [5000], BF16, BF16), optimizer_numbers(row, 1)
     (expected,) = expected_rounding(row, tensors, numbers, BF16, BF16, 0)
     with Device(offset=offset) as device:
         given = [[device.copy(v) for v in tensors[0]]]
@@ -103,7 +103,7 @@ def test_stochastic_rounding_is_the_cpus():
     """A step of SGD that is exact in float32, by the CPU's kernels and by CUDA's."""
     from emulation.library import rows
 
-    row = next(r for r in rows("step") if r.name == "sgd_momentum")
+    row = next(r for r in rows("optimizer") if r.name == "sgd_momentum")
     values, gradient = random(10_001, BF16, 1), random(10_001, BF16, 2)
     p = torch.nn.Parameter(values.clone())
     optimizer = fastops.optim.SGD([p], lr=2.0**-9, momentum=0.5, rounding="stochastic")
@@ -119,17 +119,17 @@ def test_stochastic_rounding_is_the_cpus():
         assert torch.equal(there[2], optimizer.state[p]["momentum_buffer"])
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_bfloat16_states_of_float32_parameters(row):
     if row.states == 0:
         return
     sizes = [0, 1, 7, 4097, 10_001]
-    tensors, (numbers,) = step_tensors(row, sizes, F32, BF16), step_numbers(row, 1)
+    tensors, (numbers,) = step_tensors(row, sizes, F32, BF16), optimizer_numbers(row, 1)
     expected = step_by_formula(row, tensors, [numbers] * len(sizes), F32, 1)
     for offset in (0, 1):
         with Device(offset=offset) as device:
             given = [[device.copy(v) for v in t] for t in tensors]
-            run_step(row, given, [numbers] * len(sizes), F32, BF16)
+            run_optimizer(row, given, [numbers] * len(sizes), F32, BF16)
             for (p, _, *states), (q, *others) in zip(given, expected, strict=True):
                 assert torch.equal(p, q)
                 for value, other in zip(states, others, strict=True):
@@ -150,7 +150,7 @@ def some_options(row):
     return [0.0 if o.startswith("bool") else 0.3 + 0.02 * k for k, o in enumerate(row.options)]
 
 
-@each_row("step")
+@each_row("optimizer")
 @pytest.mark.parametrize("dtype, state", [(F32, F32), (torch.float64, torch.float64), (BF16, BF16), (F32, BF16)], ids=lambda d: str(d)[6:])  # fmt: skip
 def test_numbers_made_on_the_device(row, dtype, state):
     """The same step as with numbers from the host, for tensors that have taken different numbers of steps, the first and
@@ -172,14 +172,14 @@ def test_numbers_made_on_the_device(row, dtype, state):
         counters()
         run_extended(row, given, dtype, state, counts=counts, first=first, options=wrong, option_at=at, workspace=workspace)  # fmt: skip
         assert counters().launches == 2
-        run_step(row, plain, numbers, dtype, state)
+        run_optimizer(row, plain, numbers, dtype, state)
         for a, b in zip(given, plain, strict=True):
             assert all(map(torch.equal, a, b))
         if row.counts:
             assert [c.item() for c in counts] == [b + 1 for b in before]
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_an_infinity_found_on_the_device(row):
     """Neither values nor step counts move."""
     tensors = step_tensors(row, [100, 5], F32, F32)
@@ -193,7 +193,7 @@ def test_an_infinity_found_on_the_device(row):
         assert not row.counts or all(c.item() == 3 for c in counts)
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_rounding_follows_the_steps_counted_on_the_device(row):
     if not row.counts:
         return
@@ -207,7 +207,7 @@ def test_rounding_follows_the_steps_counted_on_the_device(row):
         assert all(map(torch.equal, (p, *states), expected[0]))
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_weights_of_averages_beside_scalars_made_on_the_device(row):
     """Tensors that are alike in all but the weight of their average, as where some averages are begun later than others;
     more weights than one launch holds."""
@@ -225,7 +225,7 @@ def test_weights_of_averages_beside_scalars_made_on_the_device(row):
             check(average, old.lerp(p, weight), exact, F32)
 
 
-@each_row("step")
+@each_row("optimizer")
 def test_resnet50_on_the_device_is_two_launches(row):
     """One thread per tensor for the numbers, and the step; rounding adds none."""
     tensors, options = step_tensors(row, [64] * 161, BF16, BF16), some_options(row)
@@ -236,7 +236,7 @@ def test_resnet50_on_the_device_is_two_launches(row):
         run_extended(row, tensors, BF16, BF16, seed=SEED, counts=counts, first=[False] * 161, options=options, option_at=[None] * 12, workspace=workspace)  # fmt: skip
         assert counters().launches == 2
         counters()
-        run_extended(row, tensors, BF16, BF16, step_numbers(row, 1)[0], seed=SEED)
+        run_extended(row, tensors, BF16, BF16, optimizer_numbers(row, 1)[0], seed=SEED)
         assert counters().launches == 1
 
 

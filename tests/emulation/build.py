@@ -39,9 +39,9 @@ ENVIRONMENT = {
 def made_by_setup(part: str) -> list[Path]:
     """The objects of csrc/`part` as setup.py leaves them in build/, for csrc/cpu those of every instruction set; an
     AssertionError where build/ is there without a whole number of each."""
-    made = sorted(ROOT.glob(f"build/temp*/**/csrc-{part}-*.cpp/csrc/{part}/*.o"))
+    made = sorted(ROOT.glob(f"build/temp*/**/csrc-{part}-*.cpp/csrc/{part}/**/*.o"))
     stems = sorted(o.stem for o in made)
-    wanted = sorted(source.stem for source in ROOT.glob(f"csrc/{part}/*.cpp"))
+    wanted = sorted(source.stem for source in ROOT.glob(f"csrc/{part}/**/*.cpp"))
     times = len(stems) // len(wanted)
     assert times and stems == sorted(wanted * times), (
         "build/ holds an unfinished or an old build: `make clean build`"
@@ -53,9 +53,7 @@ def made_by_setup(part: str) -> list[Path]:
 def _headers() -> bytes:
     """A digest of everything but the source itself that an object is made of."""
     digest = hashlib.sha256()
-    for path in sorted(
-        [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh")]
-    ):
+    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]):
         digest.update(path.name.encode() + path.read_bytes())
     version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
     digest.update(version.splitlines()[0] + torch.__version__.encode())

@@ -101,20 +101,22 @@ def everywhere(run, placements=PLACEMENTS):
 COMBINATIONS = [(dtype, state) for dtype in DTYPES for state in dict.fromkeys((dtype, real(dtype)))]
 
 
-def run_step(row, tensors, numbers, dtype, state, grad_scale=None, found_inf=None):
+def run_optimizer(row, tensors, numbers, dtype, state, grad_scale=None, found_inf=None):
     """tensors: lists of p, g and the states."""
     n = (I64 * len(tensors))(*(t[0].numel() for t in tensors))
     pointers = (POINTER * (len(tensors) * (2 + row.states)))(
         *(address(v) for t in tensors for v in t)
     )
     values = doubles([v for each in numbers for v in each])
-    call("run_step", row.index, DTYPES[dtype], DTYPES[state], I64(len(tensors)), n, pointers, values, address(grad_scale), address(found_inf))  # fmt: skip
+    call("run_optimizer", row.index, DTYPES[dtype], DTYPES[state], I64(len(tensors)), n, pointers, values, address(grad_scale), address(found_inf))  # fmt: skip
 
 
 def step_by_formula(row, tensors, numbers, kind, grad_scale):
     """The row's formula, element by element on the host."""
     results = []
-    function = library().step_in_double if kind is torch.float64 else library().step_in_float
+    function = (
+        library().optimizer_in_double if kind is torch.float64 else library().optimizer_in_float
+    )
     for (p, g, *states), values in zip(tensors, numbers, strict=True):
         p, *states = (t.to(kind, copy=True) for t in (p, *states))
         g = g.to(kind) * (1 / grad_scale)
@@ -142,7 +144,7 @@ def step_tensors(row, sizes, dtype, state):
     ]
 
 
-def step_numbers(row, sets):
+def optimizer_numbers(row, sets):
     """Any values will do: the loops do not know what they mean, and the reference is the formula itself."""
     generator = torch.Generator().manual_seed(5)
     return [

@@ -84,15 +84,15 @@ using namespace fastops;
 extern "C" {
 
 // Row `index` of a table; null past the end.
-const char* map_name(size_t index) {
+const char* elementwise_name(size_t index) {
   return index < tables().elementwise.size ? tables().elementwise.data[index].name : nullptr;
 }
-const char* map_params(size_t index) { return tables().elementwise.data[index].params; }
-bool map_from_output(size_t index) { return tables().elementwise.data[index].from_output; }
-const char* reduce_name(size_t index) {
+const char* elementwise_params(size_t index) { return tables().elementwise.data[index].params; }
+bool elementwise_from_output(size_t index) { return tables().elementwise.data[index].from_output; }
+const char* loss_name(size_t index) {
   return index < tables().loss.size ? tables().loss.data[index].name : nullptr;
 }
-const char* reduce_params(size_t index) { return tables().loss.data[index].params; }
+const char* loss_params(size_t index) { return tables().loss.data[index].params; }
 const char* fused_name(size_t index) {
   return index < tables().fused.size ? tables().fused.data[index].name : nullptr;
 }
@@ -103,18 +103,18 @@ const char* softmax_name(size_t index) {
 const char* cross_entropy_name(size_t index) {
   return index < tables().cross_entropy.size ? tables().cross_entropy.data[index].name : nullptr;
 }
-const char* random_name(size_t index) {
+const char* dropout_name(size_t index) {
   return index < tables().dropout.size ? tables().dropout.data[index].name : nullptr;
 }
-int random_inputs(size_t index) { return tables().dropout.data[index].inputs; }
-const char* step_name(size_t index) {
+int dropout_inputs(size_t index) { return tables().dropout.data[index].inputs; }
+const char* optimizer_name(size_t index) {
   return index < tables().optimizer.size ? tables().optimizer.data[index].name : nullptr;
 }
-int step_states(size_t index) { return tables().optimizer.data[index].states; }
-int step_numbers(size_t index) { return tables().optimizer.data[index].scalars; }
+int optimizer_states(size_t index) { return tables().optimizer.data[index].states; }
+int optimizer_numbers(size_t index) { return tables().optimizer.data[index].scalars; }
 
-const char* run_map(size_t index, const char* which, int dtype, int64_t n, void* out,
-                    const void* const* in, const double* params) {
+const char* run_elementwise(size_t index, const char* which, int dtype, int64_t n, void* out,
+                            const void* const* in, const double* params) {
   const ElementwiseKernel& row = tables().elementwise.data[index];
   ElementwiseArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -146,10 +146,10 @@ bool second_in_float(const char* name, const double* params, int64_t n, const fl
   return second_formula(Activations{}, name, params, n, s, dy, ddx, out);
 }
 
-const char* run_reduce(size_t index, const char* which, int dtype, int64_t n, void* out,
-                       const void* x, const void* t, const void* grad, bool grad_is_scalar,
-                       double scale, const void* divisor, const double* params, void* workspace,
-                       const void* w, int64_t period) {
+const char* run_loss(size_t index, const char* which, int dtype, int64_t n, void* out,
+                     const void* x, const void* t, const void* grad, bool grad_is_scalar,
+                     double scale, const void* divisor, const double* params, void* workspace,
+                     const void* w, int64_t period) {
   const LossKernel& row = tables().loss.data[index];
   LossArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
@@ -307,8 +307,8 @@ const char* run_cross_entropy_probability(size_t index, int dtype, int64_t outer
   return tables().cross_entropy.data[index].forward_probability(a);
 }
 
-const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, const void* y,
-                                const void* dy, double scale) {
+const char* run_dropout_backward(size_t index, int dtype, int64_t n, void* out, const void* y,
+                                 const void* dy, double scale) {
   DropoutArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
@@ -319,9 +319,9 @@ const char* run_random_backward(size_t index, int dtype, int64_t n, void* out, c
   return tables().dropout.data[index].backward(a);
 }
 
-const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period, void* out,
-                              const void* in, const int64_t* seed, uint32_t threshold, double scale,
-                              void* sums) {
+const char* run_dropout_summed(size_t index, int dtype, int64_t n, int64_t period, void* out,
+                               const void* in, const int64_t* seed, uint32_t threshold,
+                               double scale, void* sums) {
   DropoutArgs a{};
   a.dtype = static_cast<c10::ScalarType>(dtype);
   a.n = n;
@@ -336,10 +336,10 @@ const char* run_random_summed(size_t index, int dtype, int64_t n, int64_t period
   return tables().dropout.data[index].summed(a);
 }
 
-const char* run_random(size_t index, int dtype, int64_t n, void* out, const void* in,
-                       const void* row, const void* residual, int64_t period, const int64_t* seed,
-                       uint32_t threshold, double scale, int dims, const int64_t* size,
-                       const int64_t* logical_stride) {
+const char* run_dropout(size_t index, int dtype, int64_t n, void* out, const void* in,
+                        const void* row, const void* residual, int64_t period, const int64_t* seed,
+                        uint32_t threshold, double scale, int dims, const int64_t* size,
+                        const int64_t* logical_stride) {
   DropoutArgs a{};
   a.in[1] = row;
   a.in[2] = residual;
@@ -358,9 +358,9 @@ const char* run_random(size_t index, int dtype, int64_t n, void* out, const void
 }
 
 // pointers: for each tensor p, g and the states; scalars: for each tensor those of the row.
-const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
-                     void* const* pointers, const double* scalars, const float* grad_scale,
-                     const float* found_inf) {
+const char* run_optimizer(size_t index, int dtype, int state_dtype, int64_t count, const int64_t* n,
+                          void* const* pointers, const double* scalars, const float* grad_scale,
+                          const float* found_inf) {
   const OptimizerKernel& row = tables().optimizer.data[index];
   std::vector<OptimizerTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) {
@@ -382,9 +382,9 @@ const char* run_step(size_t index, int dtype, int state_dtype, int64_t count, co
 }
 
 // The same, with a running average of every p.
-const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t count,
-                              const int64_t* n, void* const* pointers, const double* scalars,
-                              void* const* averages, double weight) {
+const char* run_optimizer_averaged(size_t index, int dtype, int state_dtype, int64_t count,
+                                   const int64_t* n, void* const* pointers, const double* scalars,
+                                   void* const* averages, double weight) {
   const OptimizerKernel& row = tables().optimizer.data[index];
   std::vector<OptimizerTensor> tensors(count);
   for (int64_t k = 0; k < count; ++k) {
@@ -403,13 +403,13 @@ const char* run_step_averaged(size_t index, int dtype, int state_dtype, int64_t 
 // The same, rounded stochastically where `seed` is given (tensor k has number k), and where
 // `counts` is given with scalars made on the device: from options[k] or *option_at[k], and the step
 // counts, floats; and with a running average of every p where `averages` is given.
-const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t count,
-                              const int64_t* n, void* const* pointers, const double* scalars,
-                              const int64_t* seed, uint32_t step, void* const* counts,
-                              const bool* first, const double* options,
-                              const double* const* option_at, void* workspace,
-                              const float* found_inf, void* const* averages,
-                              const double* weights) {
+const char* run_optimizer_extended(size_t index, int dtype, int state_dtype, int64_t count,
+                                   const int64_t* n, void* const* pointers, const double* scalars,
+                                   const int64_t* seed, uint32_t step, void* const* counts,
+                                   const bool* first, const double* options,
+                                   const double* const* option_at, void* workspace,
+                                   const float* found_inf, void* const* averages,
+                                   const double* weights) {
   const OptimizerKernel& row = tables().optimizer.data[index];
   std::vector<OptimizerTensor> tensors(count);
   std::vector<OptimizerNoise> noise(count);
@@ -445,8 +445,8 @@ const char* run_step_extended(size_t index, int dtype, int state_dtype, int64_t 
   }
   return row.step(a);
 }
-const char* step_options(size_t index) { return tables().optimizer.data[index].options; }
-bool step_counts(size_t index) { return tables().optimizer.data[index].scalar_states > 0; }
+const char* optimizer_options(size_t index) { return tables().optimizer.data[index].options; }
+bool optimizer_counts(size_t index) { return tables().optimizer.data[index].scalar_states > 0; }
 void scalars_for_step(size_t index, const double* options, double step, bool first,
                       double* scalars) {
   double states[kMaxScalarStates] = {step, 0.5, 0.5};
@@ -465,12 +465,12 @@ const char* run_norm(int dtype, int64_t count, const int64_t* n, void* const* gr
                : tables().gradient_norm.clip(
                      {chunks, sums, grad_scale, max_norm, norm, divisor, nullptr});
 }
-bool step_in_double(const char* name, const double* scalars, int64_t n, double* p, const double* g,
-                    double* const* s) {
+bool optimizer_in_double(const char* name, const double* scalars, int64_t n, double* p,
+                         const double* g, double* const* s) {
   return step_formula(Optimizers{}, name, scalars, n, p, g, s);
 }
-bool step_in_float(const char* name, const double* scalars, int64_t n, float* p, const float* g,
-                   float* const* s) {
+bool optimizer_in_float(const char* name, const double* scalars, int64_t n, float* p,
+                        const float* g, float* const* s) {
   return step_formula(Optimizers{}, name, scalars, n, p, g, s);
 }
 

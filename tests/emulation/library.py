@@ -18,7 +18,7 @@ DTYPES = {
 ORDERS = [(0, 0), (1, 0), (2, 7)]  # forward, reverse, shuffled by a seed
 COUNTERS = "launches blocks threads loads loaded_bytes wide_loads stores stored_bytes wide_stores"
 SECTORS = "load_requests store_requests loaded_sectors stored_sectors"
-KINDS = ["map", "fused", "gate", "reduce", "softmax", "cross_entropy", "random", "step"]
+KINDS = ["elementwise", "fused", "gate", "loss", "softmax", "cross_entropy", "dropout", "optimizer"]
 
 POINTER, I64, F64, BOOL, TEXT = (
     ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_char_p,
@@ -32,20 +32,24 @@ def sources():
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build("kernels", sources(), shared=True)))
-    lib.run_step_averaged.restype = lib.run_step_extended.restype = lib.run_norm.restype = TEXT
-    lib.step_options.restype = TEXT
-    lib.step_counts.restype = BOOL
+    lib.run_optimizer_averaged.restype = lib.run_optimizer_extended.restype = (
+        lib.run_norm.restype
+    ) = TEXT
+    lib.optimizer_options.restype = TEXT
+    lib.optimizer_counts.restype = BOOL
     lib.numbers_bytes.restype = I64
     lib.scalars_for_step.restype = None
-    lib.run_random_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
+    lib.run_dropout_backward.restype = lib.run_cross_entropy_probability.restype = TEXT
     lib.run_divisor.restype = lib.run_rescale.restype = lib.run_probe.restype = TEXT
     for kind in KINDS:
         getattr(lib, f"{kind}_name").restype = TEXT
         getattr(lib, f"run_{kind}").restype = TEXT
-    lib.map_params.restype = lib.reduce_params.restype = TEXT
-    lib.map_from_output.restype = lib.fused_broadcast.restype = BOOL
+    lib.elementwise_params.restype = lib.loss_params.restype = TEXT
+    lib.elementwise_from_output.restype = lib.fused_broadcast.restype = BOOL
     lib.emulation_release.restype = lib.emulation_protect.restype = BOOL
-    lib.step_in_double.restype = lib.step_in_float.restype = lib.second_in_float.restype = BOOL
+    lib.optimizer_in_double.restype = lib.optimizer_in_float.restype = (
+        lib.second_in_float.restype
+    ) = BOOL
     lib.workspace_bytes.restype = I64
     lib.emulation_allocate.restype = POINTER
     lib.emulation_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, BOOL]
@@ -66,19 +70,19 @@ def rows(kind: str) -> list[SimpleNamespace]:
     while name := getattr(lib, f"{kind}_name")(ctypes.c_size_t(len(found))):
         index = ctypes.c_size_t(len(found))
         row = SimpleNamespace(kind=kind, index=index, name=name.decode())
-        if kind in ("map", "reduce"):
+        if kind in ("elementwise", "loss"):
             declared = getattr(lib, f"{kind}_params")(index).decode()
             row.params, row.weighted = defaults(declared), "Tensor" in declared
-        if kind == "map":
-            row.from_output = lib.map_from_output(index)
+        if kind == "elementwise":
+            row.from_output = lib.elementwise_from_output(index)
         if kind == "fused":
             row.broadcast = lib.fused_broadcast(index)
-        if kind == "random":
-            row.inputs = lib.random_inputs(index)
-        if kind == "step":
-            row.states, row.numbers = lib.step_states(index), lib.step_numbers(index)
-            row.options = lib.step_options(index).decode().split(", ")
-            row.counts = lib.step_counts(index)
+        if kind == "dropout":
+            row.inputs = lib.dropout_inputs(index)
+        if kind == "optimizer":
+            row.states, row.numbers = lib.optimizer_states(index), lib.optimizer_numbers(index)
+            row.options = lib.optimizer_options(index).decode().split(", ")
+            row.counts = lib.optimizer_counts(index)
         found.append(row)
     return found
 

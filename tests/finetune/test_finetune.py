@@ -38,6 +38,7 @@ from fastops.finetune import (
     trainer,
 )
 from fastops.finetune.checkpoints import find_weights, load_weights
+from fastops.finetune.config import parse_mode
 from fastops.finetune.data import InMemory, OnDisk, draw_batches, sample_per_class, take
 from fastops.finetune.fashion_mnist import (
     NEW_CLASSES,
@@ -55,7 +56,7 @@ from fastops.finetune.figures import (
     letters,
 )
 from fastops.finetune.folders import load_folder
-from fastops.finetune.freezing import parse_mode, split, stages_of
+from fastops.finetune.freezing import split, stages_of
 from fastops.finetune.networks import SHIPPED_FORMAT, SmallResNet, build, input_format
 from fastops.finetune.pictures import read_picture
 from fastops.finetune.recipe import make_optimizer, ops_for, warmup_cosine

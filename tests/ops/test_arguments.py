@@ -11,7 +11,7 @@ from torch import Tensor
 import fastops.autograd
 import fastops.functional
 import fastops.nn
-from fastops._core.registry import COMPOSED, OPS, ROWS
+from fastops._core.registry import COMPOSED, KERNELS, OPS
 
 PUBLIC = {**{n: op.function for n, op in OPS.items()}, **COMPOSED}
 X = torch.ones(2, 3)
@@ -63,14 +63,14 @@ def test_other_type_errors_are_left():
     assert "must be Tensor" not in str(caught.value)
 
 
-@pytest.mark.parametrize("row", [r for r, (k, _) in ROWS.items() if k in ("map", "softmax", "reduce")])  # fmt: skip
+@pytest.mark.parametrize("row", [r for r, (k, _) in KERNELS.items() if k in ("elementwise", "softmax", "loss")])  # fmt: skip
 def test_an_autograd_function_names_the_argument(row):
     if row == "sum":
         return
     function = getattr(fastops.autograd, fastops.autograd.class_name(row))
     says = r"\.apply\(\): argument 'input' \(position 1\) must be Tensor, not int"
     with pytest.raises(TypeError, match=says):
-        function.apply(3, *([X, 0] if ROWS[row][0] == "reduce" else [0]))
+        function.apply(3, *([X, 0] if KERNELS[row][0] == "loss" else [0]))
 
 
 @pytest.mark.parametrize("cls", fastops.nn.MODULES.values(), ids=lambda c: c.__name__)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 ONE_EACH = [
     c for c in {(c.op.name, tuple(c.kwargs.items()).__repr__()): c for c in cases()}.values()
-    if c.tensors[0].dim() > 1 or c.op.kind in ("map", "elementwise")
+    if c.tensors[0].dim() > 1 or c.op.kind == "elementwise"
 ]  # fmt: skip
 DTYPES = [torch.float64, FAST, torch.bfloat16, torch.float16]
 

@@ -24,7 +24,7 @@ def test_third_derivative_is_refused_not_wrong():
         h.sum().backward()
 
 
-THIRD = sorted(name for name, op in OPS.items() if op.kind != "random")
+THIRD = sorted(name for name, op in OPS.items() if op.kind != "dropout")
 
 
 def third_derivatives(function, x):
@@ -57,7 +57,7 @@ def test_third_derivatives_are_right_or_refused(name):
     second = x.flip(0) ** 2
     function, reference = OPS[name].function, OPS[name].exact
     options = {"dim": 0} if "softmax" in name else {}
-    args = {"map": (), "reduce": (second,), "fused": (second,)}.get(OPS[name].kind, ())
+    args = {"elementwise": (), "loss": (second,), "fused": (second,)}.get(OPS[name].kind, ())
     if name == "cross_entropy":
         args = (second / second.sum(),)
     size = 2 if OPS[name].kind == "gate" else 4  # of the result of a gate, which halves its input

@@ -257,7 +257,7 @@ def of_kind(*kinds):
     )
 
 
-@of_kind("map")
+@of_kind("elementwise")
 @FUZZ
 @given(st.data())
 def test_map(op, data):
@@ -294,7 +294,7 @@ def test_fused(op, data):
         assert x.untouched_but_for_itself() and other.untouched()
 
 
-@of_kind("reduce")
+@of_kind("loss")
 @FUZZ
 @given(st.data())
 def test_reduce(op, data):
@@ -463,7 +463,7 @@ def test_cross_entropy(data):
 # ------------------------------------------------------------------------------------------ dropout
 
 
-@of_kind("random")
+@of_kind("dropout")
 @FUZZ
 @given(st.data())
 def test_random(op, data):

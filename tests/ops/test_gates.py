@@ -7,7 +7,7 @@ from torch.func import hessian, jvp, vmap
 
 import fastops.functional as F
 from fastops import nn
-from fastops._op import ROWS, overload
+from fastops._core.registry import KERNELS, overload
 
 REFERENCES = {
     "glu": lambda a, b: a * b.sigmoid(),
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 def test_the_table_has_them():
-    assert {r for r, (kind, _) in ROWS.items() if kind == "gate"} == {
+    assert {r for r, (kind, _) in KERNELS.items() if kind == "gate"} == {
         *REFERENCES, *(f"{n}_packed" for n in REFERENCES)
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ import fastops.functional as F
 
 pytestmark = pytest.mark.slow
 
-ROWS = 64  # of the calls whose results are small
+KERNELS = 64  # of the calls whose results are small
 LENGTHS = (10007, 8200)
 
 
@@ -65,7 +65,7 @@ def test_rows_are_those_of_small_calls(name, dtype, n):
     x = logits(n, dtype)
     t = targets(x)
     large = CALLS[name](x, t)
-    small = [CALLS[name](*rows) for rows in zip(x.split(ROWS), t.split(ROWS), strict=True)]
+    small = [CALLS[name](*rows) for rows in zip(x.split(KERNELS), t.split(KERNELS), strict=True)]
     for whole, parts in zip(large, zip(*small, strict=True), strict=True):
         each = torch.cat(parts)
         error = 4 * torch.finfo(dtype).eps * each.abs().amax().item() if name in ROUNDED else 0

@@ -42,7 +42,7 @@ def calls_of_kind(name, dtype):
     function, kind = OPS[name].function, OPS[name].kind
     parameters = OPS[name].signature.parameters
     x, t = randn(*SHAPE, dtype=dtype), randn(*SHAPE, seed=1, dtype=dtype)
-    if kind == "map":
+    if kind == "elementwise":
         yield "", function, (x,)
         if "approximate" in parameters:
             yield "tanh", lambda x: function(x, approximate="tanh"), (x,)
@@ -53,14 +53,14 @@ def calls_of_kind(name, dtype):
             yield str(dim), lambda x, d=dim: function(x, dim=d), (torch.cat((x, t), dim),)
     elif kind == "fused":
         yield "", function, (x, t[0, 0] if "bias" in parameters else t)
-    elif kind == "reduce":
+    elif kind == "loss":
         for reduction in ("none", "mean", "sum"):
             yield reduction, lambda x, t, r=reduction: function(x, t, reduction=r), (x.sigmoid(), t.sigmoid())  # fmt: skip
             if "pos_weight" in parameters:
                 yield f"{reduction} pos_weight", lambda x, t, r=reduction: function(x, t, reduction=r, pos_weight=x[0, 0].detach()), (x, t)  # fmt: skip
     elif name == "bias_dropout_add":
         yield "", lambda x, b, r: function(x, b, r, 0.3), (x, t[0, 0], t)
-    elif kind == "random":
+    elif kind == "dropout":
         yield "", lambda x: function(x, 0.3), (x,)
         yield "permuted", lambda x: function(x.permute(1, 2, 0), 0.3), (x,)
         yield "inplace", lambda x: function(x * 1, 0.3, inplace=True), (x,)

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vjp, vmap
 
 import fastops
-from fastops._core.registry import OPS, ROWS, overload
+from fastops._core.registry import KERNELS, OPS, overload
 
 SMALL = [
     c
@@ -163,7 +163,7 @@ def parameters(row, weight):
     """What a row takes beside its inputs: `weight` where that is a tensor, else the defaults."""
     return (
         [weight]
-        if "Tensor" in ROWS[row][1]
+        if "Tensor" in KERNELS[row][1]
         else [v for _, v in fastops._core.registry.parameters_of(row)]
     )
 
@@ -173,13 +173,13 @@ def opcheck_inputs():
     seed = torch.tensor(7)
     labels = torch.tensor([0, 5, 2, 1])
     weight = torch.rand(6)
-    for row, (kind, _) in ROWS.items():
-        if kind == "map":
+    for row, (kind, _) in KERNELS.items():
+        if kind == "elementwise":
             params = [v for _, v in fastops._core.registry.parameters_of(row)]
             yield row, (x, *params)
             yield f"{row}_", (x, *params)
             yield f"{row}_backward", (x, t, *params)
-        elif kind == "reduce" and row != "sum":
+        elif kind == "loss" and row != "sum":
             params = parameters(row, weight)
             a, b = (v.sigmoid() if row in INPUTS else v for v in (x, t))
             for reduction in (0, 1, 2):
@@ -202,7 +202,7 @@ def opcheck_inputs():
     yield "relu_dropout_backward", (x.relu(), t, 0.3)
     for with_bias in (True, False):
         yield "bias_dropout_add_backward", (t, 0.3, seed, with_bias)
-        for row in (r for r, (kind, params) in ROWS.items() if kind == "fused" and params):
+        for row in (r for r, (kind, params) in KERNELS.items() if kind == "fused" and params):
             yield f"{row}_backward", (t, x, x[0] + 1, with_bias)
 
 
@@ -231,7 +231,7 @@ def test_autocast(case, dtype):
     half = case.to(dtype).leaves()
     with torch.autocast("cpu", dtype=dtype):
         y = half()
-    if case.op.kind in ("map", "fused", "gate"):
+    if case.op.kind in ("elementwise", "fused", "gate"):
         assert y.dtype == dtype
         return
     exact = case.to(dtype).to(torch.float64)(case.op.reference)
@@ -406,9 +406,9 @@ def test_function_classes(name):
         lambda: A.BiasDropoutAddFunction.apply(x, t[0], x * t, 0.5, seed),
         lambda: overload("bias_dropout_add")(x, t[0], x * t, 0.5, seed),
     )
-    for row in OPS[name].rows:
+    for row in OPS[name].kernels:
         if OPS[name].kind == "fused":
-            other = t[0] if ROWS[row][1] else t
+            other = t[0] if KERNELS[row][1] else t
             pairs[name] = (
                 partial(getattr(A, A.class_name(row)).apply, x, other),
                 partial(overload(row), x, other),
@@ -417,9 +417,9 @@ def test_function_classes(name):
         params = parameters(row, t[0].abs())
         if OPS[name].kind == "gate":
             params = [0] if row.endswith("_packed") else [t]
-        if OPS[name].kind == "reduce":
+        if OPS[name].kind == "loss":
             within = INPUTS.get(name, lambda v: v)
-            given = {"pos_weight": t[0].abs()} if "Tensor" in ROWS[row][1] else {}
+            given = {"pos_weight": t[0].abs()} if "Tensor" in KERNELS[row][1] else {}
             pairs[name] = (
                 lambda: cls.apply(within(x), within(t), 1, *params),  # noqa: B023
                 lambda: OPS[name].function(within(x), within(t), reduction="mean", **given),  # noqa: B023
@@ -438,20 +438,20 @@ def test_function_classes(name):
         )
 
 
-@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("name", sorted(KERNELS))
 def test_function_classes_under_torch_func(name):
     """There they are the op: its derivatives, batches and nesting."""
-    kind, _ = ROWS[name]
-    if kind == "step" or name == "sum":
+    kind, _ = KERNELS[name]
+    if kind == "optimizer" or name == "sum":
         assert not hasattr(fastops.autograd, fastops.autograd.class_name(name))
         return
     x, t = torch.rand(4, 6, dtype=torch.float64), torch.rand(4, 6, dtype=torch.float64)
     params = parameters(name, torch.rand(6, dtype=torch.float64))
     seed = torch.tensor(5)
     rest = {
-        "map": params, "fused": [t[0] if ROWS[name][1] else t], "reduce": [t, 1, *params], "softmax": [1],
+        "elementwise": params, "fused": [t[0] if KERNELS[name][1] else t], "loss": [t, 1, *params], "softmax": [1],
         "cross_entropy": [t, None, 1, -100, 0.1], "gate": [1] if name.endswith("_packed") else [t],
-        "random": [t[0], t, 0.5, seed] if name == "bias_dropout_add" else [0.5, seed],
+        "dropout": [t[0], t, 0.5, seed] if name == "bias_dropout_add" else [0.5, seed],
     }[kind]  # fmt: skip
     apply = getattr(fastops.autograd, fastops.autograd.class_name(name)).apply
     function = lambda x: apply(x, *rest)  # noqa: E731
@@ -463,7 +463,7 @@ def test_function_classes_under_torch_func(name):
     (second,) = torch.autograd.grad(expected.sum(), leaf)
     torch.testing.assert_close(grad(lambda x: grad(total)(x).sum())(x), second)
     torch.testing.assert_close(jvp(total, (x,), (t,))[1], (expected * t).sum())
-    if kind in ("map", "reduce"):
-        each = torch.stack([total(row) if kind == "map" else apply(row, t[k], *rest[1:]) for k, row in enumerate(x)])  # fmt: skip
-        batched = vmap(total)(x) if kind == "map" else vmap(lambda x, t: apply(x, t, *rest[1:]))(x, t)  # fmt: skip
+    if kind in ("elementwise", "loss"):
+        each = torch.stack([total(row) if kind == "elementwise" else apply(row, t[k], *rest[1:]) for k, row in enumerate(x)])  # fmt: skip
+        batched = vmap(total)(x) if kind == "elementwise" else vmap(lambda x, t: apply(x, t, *rest[1:]))(x, t)  # fmt: skip
         torch.testing.assert_close(batched, each)

@@ -15,7 +15,7 @@ from cases import (
     roomy,
 )
 
-from fastops._core.registry import OPS, ROWS, overload, parameters_of
+from fastops._core.registry import KERNELS, OPS, overload, parameters_of
 
 ALL = cases()
 ROOMY = [case for case in ALL if roomy(case)]
@@ -57,7 +57,7 @@ SMOOTH = {
     **{
         op.name: (op, {}, ())
         for op in OPS.values()
-        if op.kind == "map" and op.name != "hardsigmoid"
+        if op.kind == "elementwise" and op.name != "hardsigmoid"
     },
     "gelu tanh": (OPS["gelu"], {"approximate": "tanh"}, ()),
     "softplus negative": (OPS["softplus"], {"beta": -1.0}, ()),
@@ -166,7 +166,9 @@ def test_far_out_is_a_line(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("row", [row for row, (kind, _) in ROWS.items() if kind == "map"])
+@pytest.mark.parametrize(
+    "row", [row for row, (kind, _) in KERNELS.items() if kind == "elementwise"]
+)
 def test_every_value_of_two_bytes(row, dtype):
     """Computed in float32 and rounded once to even, in whatever order the lanes are held: a NaN stays one."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)

@@ -20,7 +20,9 @@ VIEWS = {
     "strided": lambda b: b.as_strided((3, 2), (8, 1), 1),
 }
 INPLACE = [
-    name for name, op in OPS.items() if "inplace" in op.signature.parameters and op.kind == "map"
+    name
+    for name, op in OPS.items()
+    if "inplace" in op.signature.parameters and op.kind == "elementwise"
 ]
 
 
@@ -125,7 +127,7 @@ def one_call(op, lazy):
         tensors = [t.softmax(-1) for t in tensors]
     tensors.append(None)
     options = {"dim": 1} if "dim" in op.signature.parameters else {}
-    if op.kind == "random":
+    if op.kind == "dropout":
         options["generator"] = g
     if "target" in names:
         options["reduction"] = "none"

@@ -11,7 +11,7 @@ import torch
 
 import fastops
 from fastops import functional
-from fastops._core.registry import COMPOSED, OPS, ROWS, overload
+from fastops._core.registry import COMPOSED, KERNELS, OPS, overload
 
 pytestmark = pytest.mark.quick
 
@@ -55,9 +55,13 @@ def test_cuda_kernels_know_no_torch():
 
 def test_torch_layer_names_no_elementwise_op():
     """Kinds of many rows are registered from the table: their files name none."""
-    for kind, name in (("map", "elementwise.cpp"), ("fused", "fused.cpp"), ("reduce", "loss.cpp")):
+    for kind, name in (
+        ("elementwise", "elementwise.cpp"),
+        ("fused", "fused.cpp"),
+        ("loss", "loss.cpp"),
+    ):
         text = (CSRC / "torch" / name).read_text()
-        for row in (r for r, (k, _) in ROWS.items() if k == kind and r != "sum"):
+        for row in (r for r, (k, _) in KERNELS.items() if k == kind and r != "sum"):
             assert f'"{row}' not in text, (name, row)
 
 
@@ -74,13 +78,13 @@ def test_every_public_function_is_in_the_table():
     assert sorted(functional.__all__) == sorted(OPS.keys() | COMPOSED.keys())
     for name, op in OPS.items():
         assert op.function is getattr(functional, name)
-        for row in op.rows:
-            assert row in ROWS
+        for row in op.kernels:
+            assert row in KERNELS
 
 
 def test_every_kernel_is_public():
-    used = {row for op in OPS.values() for row in op.rows}
-    assert used == {r for r, (kind, _) in ROWS.items() if kind != "step" and r != "sum"}
+    used = {row for op in OPS.values() for row in op.kernels}
+    assert used == {r for r, (kind, _) in KERNELS.items() if kind != "optimizer" and r != "sum"}
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -104,7 +108,7 @@ def test_docstring_of_composed_functions(name):
     assert "Raises:" in (doc := inspect.getdoc(COMPOSED[name])) or "torch.nn.functional" in doc
 
 
-@pytest.mark.parametrize("row", [r for r, (kind, _) in ROWS.items() if kind == "map"])
+@pytest.mark.parametrize("row", [r for r, (kind, _) in KERNELS.items() if kind == "elementwise"])
 def test_schema_has_the_formulas_parameters(row):
     arguments = overload(row)._schema.arguments[1:]
     assert [(a.name, a.default_value) for a in arguments] == fastops._core.registry.parameters_of(
@@ -123,8 +127,8 @@ def test_every_function_has_a_function_class_and_all_names_exist():
     ):
         for name in module.__all__:
             assert hasattr(module, name), (module.__name__, name)
-    for row, (kind, _) in ROWS.items():
-        if kind != "step" and row != "sum":
+    for row, (kind, _) in KERNELS.items():
+        if kind != "optimizer" and row != "sum":
             function = getattr(fastops.autograd, fastops.autograd.class_name(row))
             assert issubclass(function, torch.autograd.Function)
 

@@ -68,7 +68,10 @@ class World:
                     state = {k: copy.deepcopy(v) for k, v in o.state.get(p, {}).items()}
                     seen.append((p.detach().clone(), p._version, state))
         pool = fastops.memory.pool_info()
-        seen.append((pool["enabled"], pool["limit"], [type(m) for m in self.model.modules()]))
+        seen.append((pool["enabled"], pool["limit"]))
+        seen.append(
+            [(type(m), sorted(vars(m))) for m in self.model.modules()]
+        )  # and forwards of their own
         seen.append([m.training for m in self.model.modules()])
         return seen
 
@@ -121,6 +124,11 @@ FUNCTIONS = [
     B("softplus text", lambda F, w: F.softplus(w.x, "soft"), TypeError, "softplus"),
     B("silu of bool", lambda F, w: F.silu(w.x > 0), RuntimeError, "Bool"),
     B("mish of integers", lambda F, w: F.mish(w.i), RuntimeError, "Long"),
+    B("glu odd", lambda F, w: F.glu(w.x[:, :5]), RuntimeError, "Halving dimension must be even, but dimension 1 is size 5"),
+    B("glu 0-d", lambda F, w: F.glu(w.x[0, 0]), RuntimeError, "0-dimensional"),
+    B("glu dim", lambda F, w: F.glu(w.x, 2), IndexError, r"Dimension out of range.*got 2"),
+    B("glu dim text", lambda F, w: F.glu(w.x, "rows"), TypeError, "glu|int"),
+    B("glu of integers", lambda F, w: F.glu(w.i), NotImplementedError, "'Long'"),
     B("in place on a leaf", lambda F, w: F.relu(w.leaf, inplace=True), RuntimeError, "leaf Variable that requires grad"),
     B("in place on a view of a leaf", lambda F, w: F.elu(w.leaf[1:], inplace=True), RuntimeError,
       "view of a leaf Variable that requires grad"),
@@ -146,7 +154,7 @@ FUNCTIONS = [
     B("mse shapes", lambda F, w: F.mse_loss(w.x, w.q[:3]), RuntimeError, r"size of tensor a \(4\) must match"),
     B("mse weight", lambda F, w: F.mse_loss(w.x, w.q, weight=w.w), ValueError, "must have the same size"),
     B("mse integers", lambda F, w: F.mse_loss(w.i, w.i), NotImplementedError, "'Long'"),
-    B("mse target None", lambda F, w: F.mse_loss(w.x, None), AttributeError, "NoneType"),
+    B("mse target None", lambda F, w: F.mse_loss(w.x, None), (AttributeError, TypeError), "NoneType"),
     B("mse on two devices", lambda F, w: F.mse_loss(w.x, w.meta), RuntimeError, "device.*cpu|cpu.*device"),
     B("mse on two devices, other", lambda F, w: F.mse_loss(w.meta, w.x), RuntimeError, "device.*meta|meta.*device"),
     B("l1 shapes", lambda F, w: F.l1_loss(w.x, w.q[:, :5]), RuntimeError, r"size of tensor a \(6\) must match"),
@@ -245,6 +253,13 @@ OURS = [  # functions that torch has not, the ops below them, modules
     B("add_relu leaf", lambda w: F.add_relu(w.leaf, w.x, inplace=True), RuntimeError, "leaf Variable"),
     B("add_relu overlap", lambda w: F.add_relu(w.x[:3], w.x[1:], inplace=True), RuntimeError, "partially overlap|memory"),
     B("add_relu expanded", lambda w: F.add_relu(w.expanded, w.x, inplace=True), RuntimeError, "single memory location"),
+    B("swiglu shapes", lambda w: F.swiglu(w.x, w.q[:3]), RuntimeError, r"\[4, 6\].*\[3, 6\]"),
+    B("swiglu dtypes", lambda w: F.swiglu(w.x, w.q.double()), RuntimeError, "Double|dtype"),
+    B("swiglu devices", lambda w: F.swiglu(w.x, w.meta), RuntimeError, "device"),
+    B("swiglu odd", lambda w: F.swiglu(w.x[:, :5]), RuntimeError, "must be even, but dimension 1 is size 5"),
+    B("swiglu dim", lambda w: F.swiglu(w.x, dim=-3), IndexError, "got -3"),
+    B("swiglu of None", lambda w: F.swiglu(None), TypeError, "gate.*NoneType"),
+    B("swiglu up a number", lambda w: F.swiglu(w.x, 2.0), TypeError, "up.*float"),
     B("bias_gelu bias", lambda w: F.bias_gelu(w.x, w.bias[:5]), RuntimeError, r"\[5\] for an input of \[4, 6\]"),
     B("bias_gelu bias dims", lambda w: F.bias_gelu(w.x, w.q), RuntimeError, r"\[4, 6\] for an input of \[4, 6\]"),
     B("bias_gelu, other layout", lambda w: F.bias_gelu(w.x.t(), w.q.t()), RuntimeError, r"\[6, 4\] for an input of \[6, 4\]"),

@@ -37,7 +37,7 @@ def one_call_of_every_op(elements=LARGE):
         kwargs = {"dim": 1} if "dim" in names else {}
 
         def call(op=op, x=x, more=more, kwargs=kwargs):
-            if op.kind == "random":
+            if op.kind == "dropout":
                 kwargs = {**kwargs, "generator": torch.Generator().manual_seed(7)}
             leaf = x.detach().requires_grad_()
             y = op.function(leaf, *more, **kwargs)

@@ -1,6 +1,7 @@
 """torch's CPU tensors from the pool: begun and ended at any time, ordinary in every way, bounded."""
 
 import copy
+import gc
 import io
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from fastops import _C, memory
 @pytest.fixture(autouse=True)
 def fresh_pool():
     limit = memory.pool_info()["limit"]
+    gc.collect()  # what other tests left in cycles would be freed while this one counts
     memory.trim()
     yield
     memory.stop_serving()

@@ -17,7 +17,7 @@ from torch import nn
 import fastops
 import fastops.functional as F
 from fastops._core import by_torch, explain
-from fastops._core.registry import OPS, ROWS
+from fastops._core.registry import KERNELS, OPS
 from fastops.memory import pool_info
 
 ROOT = Path(__file__).parents[2]
@@ -39,39 +39,49 @@ def test_explain_reads():
     assert text == str(said(F.gelu, LARGE, approximate="tanh")).replace("approximate=", "")
 
 
-KERNELS = [
-    (F.relu, (SMALL,), {}, [("map", "relu")]),
-    (F.relu, (SMALL,), {"inplace": True}, [("map", "relu_")]),
-    (F.softmax, (LARGE, -1), {}, [("rows", "softmax")]),
-    (F.cross_entropy, (LARGE, CLASSES), {"label_smoothing": 0.1}, [("rows", "cross_entropy")]),
-    (F.mse_loss, (SMALL, SMALL), {}, [("reduce", "mse_loss")]),
-    (F.smooth_l1_loss, (SMALL, SMALL), {"beta": 0.0}, [("reduce", "l1_loss")]),
-    (F.dropout, (SMALL,), {}, [("random", "dropout")]),
+CALLS = [
+    (F.relu, (SMALL,), {}, [("elementwise", "relu")]),
+    (F.relu, (SMALL,), {"inplace": True}, [("elementwise", "relu_")]),
+    (F.softmax, (LARGE, -1), {}, [("softmax", "softmax")]),
+    (
+        F.cross_entropy,
+        (LARGE, CLASSES),
+        {"label_smoothing": 0.1},
+        [("cross_entropy", "cross_entropy")],
+    ),
+    (F.mse_loss, (SMALL, SMALL), {}, [("loss", "mse_loss")]),
+    (F.smooth_l1_loss, (SMALL, SMALL), {"beta": 0.0}, [("loss", "l1_loss")]),
+    (F.dropout, (SMALL,), {}, [("dropout", "dropout")]),
     (F.add_relu, (SMALL, SMALL), {}, [("fused", "add_relu")]),
-    (F.add_relu, (SMALL, SMALL[0]), {}, [("map", "relu")]),
-    (F.relu_dropout, (SMALL,), {"training": False}, [("map", "relu")]),
-    (F.bias_gelu, (SMALL.t(), SMALL[:, 0]), {}, [("map", "gelu")]),
-    (F.cross_entropy, (LARGE, CLASSES), {"return_lse": True}, [("rows", "cross_entropy")]),
-    (F.mixup_cross_entropy, (LARGE, CLASSES, CLASSES, 0.3), {}, [("rows", "cross_entropy")]),
+    (F.add_relu, (SMALL, SMALL[0]), {}, [("elementwise", "relu")]),
+    (F.relu_dropout, (SMALL,), {"training": False}, [("elementwise", "relu")]),
+    (F.bias_gelu, (SMALL.t(), SMALL[:, 0]), {}, [("elementwise", "gelu")]),
+    (F.cross_entropy, (LARGE, CLASSES), {"return_lse": True}, [("cross_entropy", "cross_entropy")]),
+    (
+        F.mixup_cross_entropy,
+        (LARGE, CLASSES, CLASSES, 0.3),
+        {},
+        [("cross_entropy", "cross_entropy")],
+    ),
     (
         F.mixup_cross_entropy,
         (LARGE, CLASSES, CLASSES, torch.tensor(0.3)),
         {},
-        [("rows", "cross_entropy")] * 2,
+        [("cross_entropy", "cross_entropy")] * 2,
     ),
     (
         F.binary_cross_entropy_with_logits,
         (SMALL, SMALL),
         {"pos_weight": SMALL[0]},
-        [("reduce", "binary_cross_entropy_with_logits_pos_weight")],
+        [("loss", "binary_cross_entropy_with_logits_pos_weight")],
     ),
-    (fastops.nn.LeakyReLU(0.2), (SMALL,), {}, [("map", "leaky_relu")]),
-    (fastops.nn.CrossEntropyLoss(), (LARGE, CLASSES), {}, [("rows", "cross_entropy")]),
-    (fastops.nn.Dropout2d(), (SMALL[None, None],), {}, [("random", "dropout")]),
+    (fastops.nn.LeakyReLU(0.2), (SMALL,), {}, [("elementwise", "leaky_relu")]),
+    (fastops.nn.CrossEntropyLoss(), (LARGE, CLASSES), {}, [("cross_entropy", "cross_entropy")]),
+    (fastops.nn.Dropout2d(), (SMALL[None, None],), {}, [("dropout", "dropout")]),
 ]
 
 
-@pytest.mark.parametrize("fn, args, kwargs, kernels", KERNELS)
+@pytest.mark.parametrize("fn, args, kwargs, kernels", CALLS)
 def test_explain_says_the_kernels_that_run(fn, args, kwargs, kernels):
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     before = [t.clone() for t in tensors]
@@ -126,7 +136,7 @@ def test_explain_says_nothing_runs():
     assert said(F.dropout2d, SMALL[None], training=False).runs == "nothing"
 
 
-@pytest.mark.parametrize("name", sorted(n for n, o in OPS.items() if o.kind != "random"))
+@pytest.mark.parametrize("name", sorted(n for n, o in OPS.items() if o.kind != "dropout"))
 def test_explain_knows_every_op(name):
     case = next(c for c in cases(OPS[name].kind) if c.op.name == name).to(torch.float32)
     found = said(OPS[name].function, *case.tensors, **case.kwargs)
@@ -168,7 +178,8 @@ def test_explain_refuses_what_is_not_ours():
 
 
 def test_what_explain_knows_of_the_kernels_is_what_they_are_compiled_with():
-    files = {"rows": ("online_softmax.h", "kRowsGrain"), "random": ("dropout.cpp", "kGrain")}
+    rows = ("online_softmax.h", "kRowsGrain")
+    files = {"softmax": rows, "cross_entropy": rows, "dropout": ("dropout.cpp", "kGrain")}
     for kind, grain in explain.GRAIN.items():
         file, constant = files.get(kind, ("elementwise.h", "kElementwiseGrain"))
         (found,) = re.findall(rf"constexpr int64_t {constant} = (\d+);", (CPU / file).read_text())
@@ -176,7 +187,7 @@ def test_what_explain_knows_of_the_kernels_is_what_they_are_compiled_with():
     pool = (CPU.parent / "torch" / "pool.cpp").read_text()
     (kib,) = re.findall(r"kMinimum =\s*size_t\{(\d+)\} << 10", pool)
     assert int(kib) << 10 == explain.POOL_MINIMUM
-    assert {"rows" if k in ("softmax", "cross_entropy") else k for k, _ in ROWS.values()} == {*explain.GRAIN, "step"}  # fmt: skip
+    assert {kind for kind, _ in KERNELS.values()} == {*explain.GRAIN, "optimizer"}
 
 
 def test_the_table_of_sizes_binds_a_check():

@@ -670,12 +670,12 @@ def test_modules_are_torchs(cls):
     )
     ours, theirs = cls(**args), base(**args)
     assert repr(ours) == repr(theirs)
-    x = torch.randn(3, 5)
+    x = torch.randn(3, 6)  # GLU needs two halves
     extra: tuple = ()
     if cls.__name__ in ("CrossEntropyLoss", "NLLLoss"):
         extra = (torch.tensor([1, 4, 0]),)
     elif "Loss" in cls.__name__:
-        x, extra = x.sigmoid(), (torch.rand(3, 5),)
+        x, extra = x.sigmoid(), (torch.rand(3, 6),)
     elif cls.__name__ in ("Dropout2d", "Dropout3d"):
         x = torch.randn(2, 3, 4, 2, *[2] * (cls.__name__ == "Dropout3d"))
     torch.testing.assert_close(ours(x, *extra), theirs(x, *extra))
