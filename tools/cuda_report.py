@@ -399,6 +399,17 @@ def stored_twice(line: Line) -> int:
     return (parameter == "bfloat16") + STATES[op] * (state == "bfloat16")
 
 
+#: Spills that are accepted: (kernel, dtype, architecture) by their beginnings, bytes. Four registers of a row's bookkeeping,
+#: stored and read once a row, are what a second block of 512 threads on an SM costs there; one block less would halve the
+#: bytes in flight.
+ACCEPTED_SPILLS = {("cross_entropy_kernel<CrossEntropy,", "float16", "120"): 16, ("cross_entropy_kernel<CrossEntropy,", "bfloat16", "120"): 16}  # fmt: skip
+
+
+def spills_too_much(line: Line, arch: str) -> bool:
+    accepted = (n for (kernel, dtype, a), n in ACCEPTED_SPILLS.items() if line["kernel"].startswith(kernel) and line["dtype"] == dtype and a == arch)  # fmt: skip
+    return int(line[f"spills {arch}"]) > max(accepted, default=0)
+
+
 def complaints(lines: list[Line]) -> list[str]:
     """Spills, vector loops whose accesses are not 16 bytes wide, and float64 in kernels of other dtypes."""
     found = []
@@ -417,7 +428,7 @@ def complaints(lines: list[Line]) -> list[str]:
         if "summed_kernel" in name and ", 1>" in name:  # which goes down one column
             loads = stores = 0
         for arch in (column.split()[1] for column in line if column.startswith("spills ")):
-            if int(line[f"spills {arch}"]):
+            if spills_too_much(line, arch):
                 found.append(f"{name}: spills {line[f'spills {arch}']} bytes on sm_{arch}")
             # cross_entropy calls what reports a target out of range
             if int(line[f"stack {arch}"]) and line["source"] != "cross_entropy":

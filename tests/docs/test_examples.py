@@ -13,7 +13,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def run(name: str, *launcher: str) -> str:
-    root = EXAMPLES.parents[2]
+    root = EXAMPLES.parents[1]
     done = subprocess.run(
         [sys.executable, *launcher, EXAMPLES / name], capture_output=True, text=True, timeout=300, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -155,7 +155,7 @@ def test_ddp_in_two_processes_is_one_process():
 )
 def test_a_missing_package_is_one_clear_line(name, package):
     hide = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"
-    root = EXAMPLES.parents[2]
+    root = EXAMPLES.parents[1]
     done = subprocess.run(
         [sys.executable, "-c", hide], capture_output=True, text=True, timeout=300, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
