@@ -115,18 +115,22 @@ class BiasGELUTanhFunction(Function):
     def apply(cls, input: Tensor, bias: Tensor, /) -> Tensor: ...  # type: ignore[override]
 
 class GLUFunction(Function):
+    """fastops::glu as a torch.autograd.Function; see the module's docstring."""
     @classmethod
     def apply(cls, a: Tensor, b: Tensor, /) -> Tensor: ...  # type: ignore[override]
 
 class GLUPackedFunction(Function):
+    """fastops::glu_packed as a torch.autograd.Function; see the module's docstring."""
     @classmethod
     def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
 
 class SwiGLUFunction(Function):
+    """fastops::swiglu as a torch.autograd.Function; see the module's docstring."""
     @classmethod
     def apply(cls, a: Tensor, b: Tensor, /) -> Tensor: ...  # type: ignore[override]
 
 class SwiGLUPackedFunction(Function):
+    """fastops::swiglu_packed as a torch.autograd.Function; see the module's docstring."""
     @classmethod
     def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
 

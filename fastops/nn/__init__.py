@@ -166,6 +166,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 for _op in OPS.values():
     if _op.kind == "elementwise" and (_module := module_of(_op.name, _op.signature, F)) is not None:
         globals()[_module.__name__] = _module
+del _op, _module
 
 _CLASSES = [
     cls

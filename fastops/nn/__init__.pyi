@@ -54,7 +54,7 @@ class GELU(torch.nn.GELU):
     """:func:`fastops.functional.gelu` as a module; arguments of :class:`torch.nn.GELU`."""
 
 class GLU(torch.nn.GLU):
-    pass
+    """:func:`fastops.functional.glu` as a module; arguments of :class:`torch.nn.GLU`."""
 
 class Hardsigmoid(torch.nn.Hardsigmoid):
     """:func:`fastops.functional.hardsigmoid` as a module; arguments of :class:`torch.nn.Hardsigmoid`."""
@@ -117,6 +117,8 @@ class Softsign(torch.nn.Softsign):
     """:func:`fastops.functional.softsign` as a module; arguments of :class:`torch.nn.Softsign`."""
 
 class SwiGLU(torch.nn.Module):
+    """:func:`fastops.functional.swiglu` as a module: of two tensors, or of the halves of one along `dim`."""
+
     dim: int
     def __init__(self, *args: Any, dim: int = -1, **kwargs: Any) -> None: ...
 

@@ -34,7 +34,10 @@ def test_explain_reads():
     text = str(said(F.gelu, LARGE, "tanh"))
     first, *rest = text.splitlines()
     assert first == "fastops.functional.gelu(float32 [512, 512], 'tanh')"
-    assert rest[0] == f"  runs     fastops: gelu_tanh (map); CPU, {fastops._C.cpu_capability()}"
+    assert (
+        rest[0]
+        == f"  runs     fastops: gelu_tanh (elementwise); CPU, {fastops._C.cpu_capability()}"
+    )
     assert f"  threads  {torch.get_num_threads()}" in rest and "  pool     yes" in rest
     assert text == str(said(F.gelu, LARGE, approximate="tanh")).replace("approximate=", "")
 
