@@ -320,25 +320,34 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, scalar_
   }
 }
 
-// The target distributions, smoothed and weighted: w (keep q + soft).
-template <class L, class scalar_t>
+// The target distributions, smoothed and weighted: w (keep q + soft). Their dtype q_t is that of the
+// logits, or float beside narrower ones, which are not copied for it.
+template <class L, class q_t>
 struct Distribution {
   using real = typename L::real;
   using V = typename L::V;
-  const scalar_t* q;
+  const q_t* q;
   const real* weight;
   real keep, soft;
 
   FASTOPS_FN Distribution(const CrossEntropyArgs& a)
-      : q(static_cast<const scalar_t*>(a.probability)),
+      : q(static_cast<const q_t*>(a.probability)),
         weight(static_cast<const real*>(a.weight)),
         keep(static_cast<real>(1 - a.label_smoothing)),
         soft(static_cast<real>(a.label_smoothing / static_cast<double>(a.n))) {}
 
+  template <class N>
+  static FASTOPS_FN void read(const q_t* p, N count, V (&v)[L::count]) {
+    if constexpr (std::is_same_v<q_t, real>) {
+      load_real<L>(p, count, v);
+    } else {
+      L::load(p, count, v);
+    }
+  }
   // Elements from i on of the row at `row`; 0 in a masked tail.
   template <class N>
-  FASTOPS_FN void load(const scalar_t* row, int64_t i, N count, V (&v)[L::count]) const {
-    L::load(row + i, count, v);
+  FASTOPS_FN void load(const q_t* row, int64_t i, N count, V (&v)[L::count]) const {
+    read(row + i, count, v);
     for (int k = 0; k < L::count; ++k) v[k] = v[k] * V(keep) + V(soft);
     if (weight) {
       V w[L::count];
@@ -350,12 +359,12 @@ struct Distribution {
 };
 
 // Computes a row's Expectation during online_softmax().
-template <class L, class scalar_t>
+template <class L, class q_t>
 struct Expect {
   using real = typename L::real;
   using V = typename L::V;
-  const Distribution<L, scalar_t>& distribution;
-  const scalar_t* q;
+  const Distribution<L, q_t>& distribution;
+  const q_t* q;
   Expectation<double> row{};
   Expectation<V> lanes{};  // of the last kFew vectors
   V mass{real(0)}, depth{real(0)};
@@ -386,16 +395,16 @@ struct Expect {
   }
 };
 
-template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q,
+template <class L, class scalar_t, class q_t, class real>
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, const q_t* q,
                                   const Out<L, scalar_t>& grad, const ExpScratch<L>& scratch,
                                   real* loss, int64_t n, int64_t r, const Target<real>& target,
-                                  const Distribution<L, scalar_t>& distribution, real& first,
+                                  const Distribution<L, q_t>& distribution, real& first,
                                   const scalar_t* next) {
   using V = typename L::V;
   real* const exponential = grad.row ? scratch.beside(grad.row) : nullptr;
   OnlineSoftmax<real> v;
-  Expect<L, scalar_t> expect{distribution, q};
+  Expect<L, q_t> expect{distribution, q};
   online_softmax<L>(x, n, first, next, exponential, v, expect);
   auto row = end_of(v);
   row.add(real(1), static_cast<real>(expect.row.depth), static_cast<real>(expect.row.mass));
@@ -413,16 +422,16 @@ FASTOPS_FN void cross_entropy_row(const scalar_t* x, const scalar_t* q,
   });
 }
 
-template <class L, class scalar_t, class real>
-FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, const scalar_t* q,
+template <class L, class scalar_t, class q_t, class real>
+FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, const q_t* q,
                                       scalar_t* grad, real* loss, int64_t n, int64_t r,
                                       const Target<real>& target,
-                                      const Distribution<L, scalar_t>& distribution) {
+                                      const Distribution<L, q_t>& distribution) {
   using V = typename L::V;
   const int64_t count = c.count;
   const V keep(distribution.keep), soft(distribution.soft), by(target.scale);
   const auto load = [&](int64_t j, V(&w)[L::count]) {
-    L::load(q + j * c.inner, count, w);
+    distribution.read(q + j * c.inner, count, w);
     const V class_weight(distribution.weight ? distribution.weight[j] : real(1));
     for (int k = 0; k < L::count; ++k) w[k] = (w[k] * keep + soft) * class_weight;
   };
@@ -513,17 +522,22 @@ FASTOPS_FN TargetSum sum_targets(const CrossEntropyArgs& a, int64_t begin, int64
 
 template <class Op>
 struct MakeCrossEntropy {
-  static Error forward(const CrossEntropyArgs& a) { return over<false>(a); }
-  static Error forward_probability(const CrossEntropyArgs& a) { return over<true>(a); }
+  enum Targets { kClasses, kDistributions, kRealDistributions };
+  static Error forward(const CrossEntropyArgs& a) { return over<kClasses>(a); }
+  static Error forward_probability(const CrossEntropyArgs& a) {
+    return a.probability_is_real ? over<kRealDistributions>(a) : over<kDistributions>(a);
+  }
 
-  template <bool distributions>
+  template <Targets targets>
   static Error over(const CrossEntropyArgs& a) {
     return dispatch(a.dtype, [&](auto zero) -> Error {
       using scalar_t = decltype(zero);
       using L = VecIO<scalar_t>;
       using real = typename L::real;
+      constexpr bool distributions = targets != kClasses;
+      using q_t = std::conditional_t<targets == kRealDistributions, real, scalar_t>;
       const Target<real> target(a);
-      const Distribution<L, scalar_t> distribution(a);
+      const Distribution<L, q_t> distribution(a);
       auto* x = static_cast<const scalar_t*>(a.x);
       auto* grad = static_cast<scalar_t*>(a.grad);
       auto* loss = static_cast<real*>(a.loss);

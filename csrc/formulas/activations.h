@@ -2,6 +2,10 @@
 // the output where `from_output`: only where torch saves the output too, so that an in-place op
 // that may follow in torch may follow here. Parameters follow as values of T, in the order that
 // `params` declares. No loop, no dtype, no second derivative.
+//
+// output_will_do(held, parameters): whether backward finds in the output, rounded to the dtype of
+// the tensor, what it finds in the input, so that an op in place keeps no copy. `held` says whether
+// that dtype holds a number.
 #pragma once
 #include "relu.h"
 
@@ -18,6 +22,10 @@ struct ReLU6 {
   static FASTOPS_FN T backward(T x, T dy) {
     return select(x <= c<T>(0), c<T>(0), select(x >= c<T>(6), c<T>(0), dy));
   }
+  template <class Held>
+  static bool output_will_do(Held) {
+    return true;
+  }
 };
 
 struct Hardtanh {
@@ -31,6 +39,10 @@ struct Hardtanh {
   static FASTOPS_FN T backward(T x, T dy, T low, T high) {
     return select(x <= low, c<T>(0), select(x >= high, c<T>(0), dy));
   }
+  template <class Held>
+  static bool output_will_do(Held held, double low, double high) {
+    return held(low) && held(high);
+  }
 };
 
 struct LeakyReLU {
@@ -43,6 +55,10 @@ struct LeakyReLU {
   template <class T>
   static FASTOPS_FN T backward(T x, T dy, T slope) {
     return select(x > c<T>(0), dy, dy * slope);
+  }
+  template <class Held>
+  static bool output_will_do(Held, double slope) {
+    return slope >= 0;
   }
 };
 

@@ -15,9 +15,10 @@ struct CrossEntropyArgs {
   const int64_t* target;         // null where `probability` is given
   const int64_t* second_target;  // or null
   double lam;
-  const void* probability;  // of dtype, or null
-  const void* weight;       // n reals, or null
-  int64_t ignore_index;     // of `target`
+  const void* probability;           // of dtype, or null
+  bool probability_is_real = false;  // or of reals; on CPU alone
+  const void* weight;                // n reals, or null
+  int64_t ignore_index;              // of `target`
   double label_smoothing;
   double z_loss;  // this times log(sum(exp(x)))^2 is added to a row's loss, unless 0
   void* loss;     // outer * inner reals; 0 where ignored

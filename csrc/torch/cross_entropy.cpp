@@ -78,6 +78,13 @@ std::vector<int64_t> row_sizes(const Tensor& input) {
   return sizes;
 }
 
+// Whether the target is a float32 distribution beside narrower logits: the kernels for the CPU read
+// both as they are, and the loss is float32, as torch promotes it.
+bool is_wider(const Tensor& input, const Tensor& target) {
+  return input.is_cpu() && target.scalar_type() == at::kFloat &&
+         (input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf);
+}
+
 void check_target(const Tensor& input, const Tensor& target, int64_t ignore_index) {
   if (input.dim() > 1 && target.dim() >= 1)
     TORCH_CHECK_VALUE(input.size(0) == target.size(0), "Expected input batch_size (", input.size(0),
@@ -86,7 +93,7 @@ void check_target(const Tensor& input, const Tensor& target, int64_t ignore_inde
     TORCH_CHECK(target.sizes() == input.sizes(),
                 "cross_entropy: expected class probabilities of size ", input.sizes(),
                 " like the logits, got ", target.sizes(), "; class indices are int64");
-    TORCH_CHECK(target.scalar_type() == input.scalar_type(),
+    TORCH_CHECK(target.scalar_type() == input.scalar_type() || is_wider(input, target),
                 "cross_entropy: expected class probabilities of the logits' dtype ",
                 c10::toString(input.scalar_type()), ", got ", c10::toString(target.scalar_type()));
     TORCH_CHECK(ignore_index < 0, "ignore_index is not supported for floating point target");
@@ -126,7 +133,8 @@ Problem problem(const Tensor& input, const Tensor& target, const MaybeTensor& we
       return at::isFloatingType(t) && t != at::kDouble;
     };
     TORCH_CHECK(weight->scalar_type() == input.scalar_type() ||
-                    (autocast && to_float(weight->scalar_type()) && to_float(input.scalar_type())),
+                    ((autocast || is_wider(input, target)) && to_float(weight->scalar_type()) &&
+                     to_float(input.scalar_type())),
                 "cross_entropy: expected a weight of the logits' dtype ",
                 c10::toString(input.scalar_type()), ", got ", c10::toString(weight->scalar_type()),
                 "; use weight.to(input.dtype)");
@@ -190,7 +198,8 @@ Computed compute(const Tensor& input, const Tensor& target, const MaybeTensor& w
     TORCH_CHECK(!is_distribution(target) && !is_distribution(second_target),
                 "cross_entropy: two targets have to be class indices");
   }
-  const auto real = real_of(p.x.scalar_type()), dtype = upcast ? real : p.x.scalar_type();
+  const bool wider = is_wider(p.x, target);
+  const auto real = real_of(p.x.scalar_type()), dtype = upcast || wider ? real : p.x.scalar_type();
   const auto options = p.x.options().dtype(real);
   const c10::DeviceGuard guard(p.x.device());
   const auto& row = tables(p.x.device().type()).cross_entropy.data[0];
@@ -236,6 +245,7 @@ Computed compute(const Tensor& input, const Tensor& target, const MaybeTensor& w
   a.x = p.x.const_data_ptr();
   if (distribution) {
     a.probability = index.const_data_ptr();
+    a.probability_is_real = wider;
   } else {
     a.target = index.const_data_ptr<int64_t>();
   }
@@ -750,15 +760,16 @@ std::tuple<Tensor, Tensor, Tensor> overwriting_autograd(
   return results;
 }
 
-// Under autocast the loss is float32; the logits are read as they are, unless a distribution beside
-// them is of another dtype.
+// Under autocast the loss is float32; the logits are read as they are, unless there is a
+// distribution beside them of a dtype that the kernels do not take there.
 struct WholeAutocast {
   DispatchKey key;
   Tensor operator()(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
                     int64_t reduction, int64_t ignore_index, double label_smoothing, bool,
                     const MaybeTensor& second_target, double lam) const {
     const c10::impl::ExcludeDispatchKeyGuard guard(key);
-    const bool cast = is_distribution(target) && target.scalar_type() != input.scalar_type();
+    const bool cast = is_distribution(target) && target.scalar_type() != input.scalar_type() &&
+                      !is_wider(input, target);
     return ops.whole.call(cast ? input.to(at::kFloat) : input,
                           cast ? target.to(at::kFloat) : target, weight, reduction, ignore_index,
                           label_smoothing, /*upcast=*/true, second_target, lam);

@@ -24,6 +24,7 @@ struct Family {
   size_t number;  // in the table
   const char* name;
   bool from_output;
+  bool (*output_will_do)(c10::ScalarType, const double* params);
   Op<Tensor(const Tensor&, P...)> forward;
   Op<void(Tensor&, P...)> inplace;
   Op<Tensor(const Tensor&, const Tensor&, P...)> backward;
@@ -124,12 +125,15 @@ auto with_parameters(const BackwardContext& c, F f) {
 template <class... P>
 struct ForwardDerivative {
   using Family = fastops::Family<P...>;
-  static bool reads_input(const Family& f) { return !f.from_output; }
+  static bool reads_input(const Family& f, const Tensor& self, P... p) {
+    const double params[sizeof...(P) + 1] = {p...};
+    return !f.from_output && !(f.output_will_do && f.output_will_do(self.scalar_type(), params));
+  }
   static Tensor jvp(const Family& f, const Tensor& y, const DualTensor& x, P... p) {
-    return f.backward.call(f.from_output ? y : x.value, x.tangent, p...);
+    return f.backward.call(f.from_output || !x.value.defined() ? y : x.value, x.tangent, p...);
   }
   static void save(const Family& f, Saved& s, const Tensor& y, const Tensor& x, P... p) {
-    f.from_output ? s.output(y) : s.input(x);
+    f.from_output || !x.defined() ? s.output(y) : s.input(x);
     s.value(p...);
   }
   static variable_list vjp(const variable_list& grads, const BackwardContext& c) {
@@ -203,7 +207,7 @@ constinit std::vector<const void*> families;
 
 template <class... P>
 void define(torch::Library& m, size_t number, const ElementwiseKernel& k) {
-  auto& f = *new Family<P...>{number, k.name, k.from_output, {}, {}, {}, {}};
+  auto& f = *new Family<P...>{number, k.name, k.from_output, k.output_will_do, {}, {}, {}, {}};
   families.push_back(&f);
   const std::string n = k.name, params = *k.params ? std::string(", ") + k.params : "";
   const std::vector<at::Tag> pointwise{at::Tag::pointwise};

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import __future__
+import ast
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -46,16 +49,55 @@ def refusal(function: Callable, *args: Any, **kwargs: Any) -> TypeError | None:
 
 
 def tensors_checked(function: Any) -> Any:
-    """The function, with torch's error where an argument is no tensor: asked after the fact, so that no call pays for it."""
+    """The function, with torch's error where an argument is no tensor: asked after the fact, so that no call pays for it.
 
+    Its body is put into a `try`, which costs nothing until something is raised; a wrapper that passes all arguments on costs
+    as much as a small kernel. Where there is no source, a wrapper it is."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except OSError:
+        return _wrapped(function)
+    (tree,) = ast.parse(source).body
+    assert isinstance(tree, ast.FunctionDef)
+    parameters = inspect.signature(function).parameters.values()
+    given = [p.name if p.kind is not p.KEYWORD_ONLY else f"{p.name}={p.name}" for p in parameters]
+    (attempt,) = ast.parse(
+        "try:\n    pass\n"
+        "except Exception as error:\n"
+        f"    raise_refusal(error, {', '.join([function.__name__, *given])})\n"
+        "    raise"
+    ).body
+    assert isinstance(attempt, ast.Try)
+    attempt.body = tree.body
+    tree.body, tree.decorator_list = [attempt], []
+    module = ast.Module([tree], [])
+    ast.increment_lineno(module, function.__code__.co_firstlineno - 1)
+    code = compile(
+        module, function.__code__.co_filename, "exec",
+        flags=__future__.annotations.compiler_flag, dont_inherit=True,
+    )  # fmt: skip
+    space: dict[str, Any] = {}
+    function.__globals__["raise_refusal"] = raise_refusal
+    exec(code, function.__globals__, space)
+    made = space[function.__name__]
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    made.__doc__ = function.__doc__
+    return made
+
+
+def raise_refusal(error: Exception, function: Callable, *args: Any, **kwargs: Any) -> None:
+    """Raises torch's error where an argument of a call that has failed is no tensor."""
+    if (refused := refusal(function, *args, **kwargs)) is not None:
+        raise refused from error
+
+
+def _wrapped(function: Any) -> Any:
     @functools.wraps(function)
     def checked(*args, **kwargs):
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            refused = refusal(function, *args, **kwargs)
-            if refused is None:
-                raise
-            raise refused from error
+            raise_refusal(error, function, *args, **kwargs)
+            raise
 
     return checked

@@ -79,7 +79,8 @@ def _fakes() -> None:
         shape = target.shape if reduction == NONE else ()
         if reduction == NONE and target.is_floating_point():
             shape = torch.Size(n for d, n in enumerate(shape) if d != min(1, input.dim() - 1))
-        return input.new_empty(shape, dtype=real(input, upcast))
+        wider = target.dtype == torch.float32  # a distribution beside narrower logits
+        return input.new_empty(shape, dtype=real(input, upcast or wider))
 
     fake("cross_entropy")(cross_entropy)
 

@@ -92,7 +92,8 @@ def cross_entropy(
             ):
                 dtype = torch.promote_types(dtype, weight.dtype)
                 weight = weight.to(dtype)
-        if input.dtype != dtype or target.dtype != dtype:
+        # On the CPU the kernels read float32 targets beside narrower logits, which are not copied.
+        if dtype != torch.float32 or target.dtype != dtype or not input.is_cpu:
             input, target = input.to(dtype), target.to(dtype)
     elif input.dim() == 1 and target.shape == (1,):
         target = target.squeeze(0)
