@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -306,3 +307,16 @@ def gradients(case: Case, function, dy):
     y = case(function)
     inputs = [t for t in case.tensors if t.is_floating_point()]
     return y, torch.autograd.grad(y, inputs, dy.to(y.dtype)) if y.requires_grad else ()
+
+
+def kept(call: Callable[[], Any]) -> tuple[list[Tensor], Any]:
+    """What autograd saves during a call, and its result."""
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    return saved, result

@@ -320,8 +320,8 @@ FASTOPS_FN void cross_entropy_columns(const StridedRows<L, scalar_t>& c, scalar_
   }
 }
 
-// The target distributions, smoothed and weighted: w (keep q + soft). Their dtype q_t is that of the
-// logits, or float beside narrower ones, which are not copied for it.
+// The target distributions, smoothed and weighted: w (keep q + soft). Their dtype q_t is that of
+// the logits, or float beside narrower ones, which are not copied for it.
 template <class L, class q_t>
 struct Distribution {
   using real = typename L::real;
@@ -396,9 +396,9 @@ struct Expect {
 };
 
 template <class L, class scalar_t, class q_t, class real>
-FASTOPS_FN void cross_entropy_row(const scalar_t* x, const q_t* q,
-                                  const Out<L, scalar_t>& grad, const ExpScratch<L>& scratch,
-                                  real* loss, int64_t n, int64_t r, const Target<real>& target,
+FASTOPS_FN void cross_entropy_row(const scalar_t* x, const q_t* q, const Out<L, scalar_t>& grad,
+                                  const ExpScratch<L>& scratch, real* loss, int64_t n, int64_t r,
+                                  const Target<real>& target,
                                   const Distribution<L, q_t>& distribution, real& first,
                                   const scalar_t* next) {
   using V = typename L::V;

@@ -3,9 +3,8 @@
 // that may follow in torch may follow here. Parameters follow as values of T, in the order that
 // `params` declares. No loop, no dtype, no second derivative.
 //
-// output_will_do(held, parameters): whether backward finds in the output, rounded to the dtype of
-// the tensor, what it finds in the input, so that an op in place keeps no copy. `held` says whether
-// that dtype holds a number.
+// output_will_do(parameters): whether backward finds in the output what it finds in the input. Then
+// the op keeps no copy in place, where torch does not either.
 #pragma once
 #include "relu.h"
 
@@ -22,10 +21,6 @@ struct ReLU6 {
   static FASTOPS_FN T backward(T x, T dy) {
     return select(x <= c<T>(0), c<T>(0), select(x >= c<T>(6), c<T>(0), dy));
   }
-  template <class Held>
-  static bool output_will_do(Held) {
-    return true;
-  }
 };
 
 struct Hardtanh {
@@ -38,10 +33,6 @@ struct Hardtanh {
   template <class T>
   static FASTOPS_FN T backward(T x, T dy, T low, T high) {
     return select(x <= low, c<T>(0), select(x >= high, c<T>(0), dy));
-  }
-  template <class Held>
-  static bool output_will_do(Held held, double low, double high) {
-    return held(low) && held(high);
   }
 };
 
@@ -56,10 +47,7 @@ struct LeakyReLU {
   static FASTOPS_FN T backward(T x, T dy, T slope) {
     return select(x > c<T>(0), dy, dy * slope);
   }
-  template <class Held>
-  static bool output_will_do(Held, double slope) {
-    return slope >= 0;
-  }
+  static bool output_will_do(double slope) { return slope >= 0; }
 };
 
 // Clevert et al., 2016.

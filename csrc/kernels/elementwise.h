@@ -23,8 +23,8 @@ struct ElementwiseKernel {
   ElementwiseLauncher forward;   // (x) -> y
   ElementwiseLauncher backward;  // (s, dy) -> dx = dy f'
   ElementwiseLauncher second;    // (s, dy, ddx) -> ddx d(backward)/ds
-  // Whether s may be the output where it should be the input, of a tensor of this dtype; or null.
-  bool (*output_will_do)(c10::ScalarType, const double* params) = nullptr;
+  // Whether s may be the output where it should be the input; or null.
+  bool (*output_will_do)(const double* params) = nullptr;
 };
 
 // out[i] = f(in[0][i], in[1][i % period]), and backward with in[2][i] for the upstream

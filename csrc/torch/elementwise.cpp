@@ -24,7 +24,7 @@ struct Family {
   size_t number;  // in the table
   const char* name;
   bool from_output;
-  bool (*output_will_do)(c10::ScalarType, const double* params);
+  bool (*output_will_do)(const double* params);
   Op<Tensor(const Tensor&, P...)> forward;
   Op<void(Tensor&, P...)> inplace;
   Op<Tensor(const Tensor&, const Tensor&, P...)> backward;
@@ -125,9 +125,9 @@ auto with_parameters(const BackwardContext& c, F f) {
 template <class... P>
 struct ForwardDerivative {
   using Family = fastops::Family<P...>;
-  static bool reads_input(const Family& f, const Tensor& self, P... p) {
+  static bool reads_input(const Family& f, const Tensor&, P... p) {
     const double params[sizeof...(P) + 1] = {p...};
-    return !f.from_output && !(f.output_will_do && f.output_will_do(self.scalar_type(), params));
+    return !f.from_output && !(f.output_will_do && f.output_will_do(params));
   }
   static Tensor jvp(const Family& f, const Tensor& y, const DualTensor& x, P... p) {
     return f.backward.call(f.from_output || !x.value.defined() ? y : x.value, x.tangent, p...);

@@ -1,8 +1,8 @@
 """torch's error for an argument that is no tensor. It is made after a call has failed, so that no other call pays for it."""
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import functools
 import inspect

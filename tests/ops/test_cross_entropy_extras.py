@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import DTYPES, assert_as_accurate
+import torch.nn.functional as NF
+from cases import DTYPES, assert_as_accurate, kept
 from cross_entropy_cases import CASES, LABELS, WEIGHT, C, N, given, randn, reference
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
@@ -274,3 +275,46 @@ def test_bytes_kept():
 
     assert kept(z_loss=0.1) == [64 * 4, 64 * 8, 64 * 1000 * 4]
     assert kept(inplace_backward=True) == [64 * 8]
+
+
+# ------------------------------------------------------------------------------------------ targets of another dtype
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": True}, {"reduction": "none"}, {"reduction": "sum"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(33, 70), (5, 19, 4, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_targets_beside_narrower_logits(dtype, shape, options):
+    """The loss is float32, as torch promotes it, and the logits are read as they are: nothing is kept but their gradient."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=g).to(dtype)
+    target = torch.randn(shape, generator=g).softmax(1)
+    weight = torch.rand(shape[1], generator=g) + 0.5
+    results = []
+    for function, up in ((cross_entropy, False), (NF.cross_entropy, False), (NF.cross_entropy, True)):  # fmt: skip
+        x = (logits.double() if up else logits).detach().requires_grad_()
+        t = (target.double() if up else target).detach().requires_grad_()
+        given = dict(options)
+        if given.pop("weight", False):
+            given["weight"] = weight.double() if up else weight
+        saved, loss = kept(lambda: function(x, t.detach(), **given))  # noqa: B023
+        if function is cross_entropy:
+            assert not [s for s in saved if s.dtype == torch.float32 and s.shape == shape and s.data_ptr() != t.data_ptr()]  # fmt: skip
+        loss = function(x, t, **given)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (x, t))))
+    for ours, theirs, exact in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_as_accurate(ours, theirs, exact, theirs.dtype)
+
+
+def test_float32_targets_under_autocast_copy_no_logits():
+    x = torch.randn(64, 1000, dtype=torch.bfloat16, requires_grad=True)
+    t = torch.randn(64, 1000).softmax(1)
+    with torch.autocast("cpu"):
+        saved, loss = kept(lambda: cross_entropy(x, t))
+    assert loss.dtype == torch.float32
+    assert sorted(s.nbytes for s in saved if s.data_ptr() != t.data_ptr()) == [x.nbytes]
+    torch.testing.assert_close(loss, NF.cross_entropy(x.float(), t))
+    loss.backward()
+    expected = x.detach().float().requires_grad_()
+    NF.cross_entropy(expected, t).backward()
+    torch.testing.assert_close(x.grad, expected.grad.bfloat16(), rtol=1e-2, atol=1e-6)

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from cases import kept
 from torch import nn
 
 import fastops
@@ -165,3 +166,17 @@ def test_negations_left_to_be_done_in_place(op):
             assert y.data_ptr() == t.data_ptr()
             results.append(t.resolve_neg())
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, -0.3])
+def test_leaky_relu_in_place_keeps_no_copy_where_the_output_tells(slope):
+    """As torch, which refuses a negative slope there."""
+    x = torch.randn(64, 33, requires_grad=True)
+    for function in (fastops.functional.leaky_relu, torch.nn.functional.leaky_relu):
+        if slope < 0 and function is torch.nn.functional.leaky_relu:
+            continue
+        t = x * 1
+        saved, y = kept(lambda: function(t, slope, inplace=True))  # noqa: B023
+        assert [s.data_ptr() == y.data_ptr() for s in saved] == [slope >= 0]
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx, torch.where(x > 0, 1.0, slope))
