@@ -612,7 +612,7 @@ struct MakeCrossEntropy {
     *static_cast<real*>(divisor_out) = static_cast<real>(all.sum);
     return nullptr;
   }
-  static constexpr CrossEntropyKernel row{Op::name, &forward, &forward_probability, &divisor};
+  static constexpr CrossEntropyKernel kernel{Op::name, &forward, &forward_probability, &divisor};
 };
 
 using CrossEntropyTable = Table<CrossEntropyKernel, MakeCrossEntropy, CrossEntropies>;
@@ -620,6 +620,6 @@ using CrossEntropyTable = Table<CrossEntropyKernel, MakeCrossEntropy, CrossEntro
 }  // namespace
 
 extern constinit const KernelTable<CrossEntropyKernel> cross_entropy_kernels{
-    CrossEntropyTable::rows, std::size(CrossEntropyTable::rows)};
+    CrossEntropyTable::kernels, std::size(CrossEntropyTable::kernels)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -191,19 +191,19 @@ struct MakeDropout {
       return nullptr;
     });
   }
-  static constexpr DropoutKernel row_of() {
-    DropoutKernel row{Op::name, Op::inputs, &forward, nullptr, nullptr};
-    if constexpr (Op::from_output) row.backward = &backward;
-    if constexpr (Op::own_derivative) row.summed = &forward_summed;
-    return row;
+  static constexpr DropoutKernel make_kernel() {
+    DropoutKernel kernel{Op::name, Op::inputs, &forward, nullptr, nullptr};
+    if constexpr (Op::from_output) kernel.backward = &backward;
+    if constexpr (Op::own_derivative) kernel.summed = &forward_summed;
+    return kernel;
   }
-  static constexpr DropoutKernel row = row_of();
+  static constexpr DropoutKernel kernel = make_kernel();
 };
 using DropoutTable = Table<DropoutKernel, MakeDropout, Dropouts>;
 
 }  // namespace
 
-extern constinit const KernelTable<DropoutKernel> dropout_kernels{DropoutTable::rows,
-                                                                  std::size(DropoutTable::rows)};
+extern constinit const KernelTable<DropoutKernel> dropout_kernels{DropoutTable::kernels,
+                                                                  std::size(DropoutTable::kernels)};
 
 }  // namespace fastops::CPU_CAPABILITY

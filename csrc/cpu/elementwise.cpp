@@ -51,8 +51,8 @@ struct MakeElementwise {
       return nullptr;
     }
   }
-  static constexpr ElementwiseKernel row{Op::name,  Op::params, Op::from_output,  &forward,
-                                         &backward, &second,    output_question()};
+  static constexpr ElementwiseKernel kernel{Op::name,  Op::params, Op::from_output,  &forward,
+                                            &backward, &second,    output_question()};
 };
 using ElementwiseTable = Table<ElementwiseKernel, MakeElementwise, Activations>;
 
@@ -109,12 +109,12 @@ struct MakeFused {
       return nullptr;
     });
   }
-  static constexpr FusedKernel row_of() {
-    FusedKernel row{Op::name, Op::activation, Op::broadcast, &forward, nullptr, nullptr};
-    if constexpr (Op::broadcast) row.backward = &backward, row.summed = &backward_summed;
-    return row;
+  static constexpr FusedKernel make_kernel() {
+    FusedKernel kernel{Op::name, Op::activation, Op::broadcast, &forward, nullptr, nullptr};
+    if constexpr (Op::broadcast) kernel.backward = &backward, kernel.summed = &backward_summed;
+    return kernel;
   }
-  static constexpr FusedKernel row = row_of();
+  static constexpr FusedKernel kernel = make_kernel();
 };
 using FusedTable = Table<FusedKernel, MakeFused, Fused>;
 
@@ -152,17 +152,17 @@ struct MakeGate {
     return gate<5, 2>(
         g, [](auto a, auto b, auto dy, auto u, auto v) { return gate_second<Op>(a, b, dy, u, v); });
   }
-  static constexpr GateKernel row{Op::name, &forward, &backward, &tangent, &second};
+  static constexpr GateKernel kernel{Op::name, &forward, &backward, &tangent, &second};
 };
 using GateTable = Table<GateKernel, MakeGate, Gates>;
 
 }  // namespace
 
 extern constinit const KernelTable<ElementwiseKernel> elementwise_kernels{
-    ElementwiseTable::rows, std::size(ElementwiseTable::rows)};
-extern constinit const KernelTable<FusedKernel> fused_kernels{FusedTable::rows,
-                                                              std::size(FusedTable::rows)};
-extern constinit const KernelTable<GateKernel> gate_kernels{GateTable::rows,
-                                                            std::size(GateTable::rows)};
+    ElementwiseTable::kernels, std::size(ElementwiseTable::kernels)};
+extern constinit const KernelTable<FusedKernel> fused_kernels{FusedTable::kernels,
+                                                              std::size(FusedTable::kernels)};
+extern constinit const KernelTable<GateKernel> gate_kernels{GateTable::kernels,
+                                                            std::size(GateTable::kernels)};
 
 }  // namespace fastops::CPU_CAPABILITY

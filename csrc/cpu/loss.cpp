@@ -192,24 +192,24 @@ struct MakeLoss {
                                         return second_derivative<Op>(to_target, x, t, p...);
                                       });
   }
-  static constexpr LossKernel row{Op::name,
-                                  Op::params,
-                                  &values,
-                                  &sum,
-                                  &d0,
-                                  &d1,
-                                  &second,
-                                  domain_of<Op>().low,
-                                  domain_of<Op>().high,
-                                  saves_slope<Op>()};
+  static constexpr LossKernel kernel{Op::name,
+                                     Op::params,
+                                     &values,
+                                     &sum,
+                                     &d0,
+                                     &d1,
+                                     &second,
+                                     domain_of<Op>().low,
+                                     domain_of<Op>().high,
+                                     saves_slope<Op>()};
 };
 template <>
 struct MakeLoss<Sum> {
   static Error sum(const LossArgs& a) {
     return total<Sum, 0, 1>(a, [](auto x) { return Sum::value(x); });
   }
-  static constexpr LossKernel row{Sum::name, Sum::params, nullptr, &sum, nullptr,
-                                  nullptr,   nullptr,     0,       0};
+  static constexpr LossKernel kernel{Sum::name, Sum::params, nullptr, &sum, nullptr,
+                                     nullptr,   nullptr,     0,       0};
 };
 
 template <class... Ops>
@@ -218,7 +218,7 @@ using LossTable = Table<LossKernel, MakeLoss, decltype(with_sum(Losses{}))>;
 
 }  // namespace
 
-extern constinit const KernelTable<LossKernel> loss_kernels{LossTable::rows,
-                                                            std::size(LossTable::rows)};
+extern constinit const KernelTable<LossKernel> loss_kernels{LossTable::kernels,
+                                                            std::size(LossTable::kernels)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -224,13 +224,13 @@ struct MakeOptimizer {
                                unsigned in_double, double* scalars) {
     write_scalars<Op>(options, first, scalar_states, in_double, scalars);
   }
-  static constexpr OptimizerKernel row = optimizer_kernel<Op>(&step, &scalars_for_step);
+  static constexpr OptimizerKernel kernel = optimizer_kernel<Op>(&step, &scalars_for_step);
 };
 using OptimizerTable = Table<OptimizerKernel, MakeOptimizer, Optimizers>;
 
 }  // namespace
 
 extern constinit const KernelTable<OptimizerKernel> optimizer_kernels{
-    OptimizerTable::rows, std::size(OptimizerTable::rows)};
+    OptimizerTable::kernels, std::size(OptimizerTable::kernels)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -178,14 +178,14 @@ struct MakeSoftmax {
       return nullptr;
     });
   }
-  static constexpr SoftmaxKernel row{Op::name, &forward, &backward, Op::is_log};
+  static constexpr SoftmaxKernel kernel{Op::name, &forward, &backward, Op::is_log};
 };
 
 using SoftmaxTable = Table<SoftmaxKernel, MakeSoftmax, Softmaxes>;
 
 }  // namespace
 
-extern constinit const KernelTable<SoftmaxKernel> softmax_kernels{SoftmaxTable::rows,
-                                                                  std::size(SoftmaxTable::rows)};
+extern constinit const KernelTable<SoftmaxKernel> softmax_kernels{SoftmaxTable::kernels,
+                                                                  std::size(SoftmaxTable::kernels)};
 
 }  // namespace fastops::CPU_CAPABILITY

@@ -272,11 +272,11 @@ FASTOPS_FN Error dispatch(c10::ScalarType dtype, F f) {
 }
 
 // The kernels of a list of formulas.
-template <class Row, template <class> class Make, class L>
+template <class Kernel, template <class> class Make, class L>
 struct Table;
-template <class Row, template <class> class Make, class... Ops>
-struct Table<Row, Make, List<Ops...>> {
-  static constexpr Row rows[] = {Make<Ops>::row...};
+template <class Kernel, template <class> class Make, class... Ops>
+struct Table<Kernel, Make, List<Ops...>> {
+  static constexpr Kernel kernels[] = {Make<Ops>::kernel...};
 };
 
 }  // namespace fastops::CPU_CAPABILITY

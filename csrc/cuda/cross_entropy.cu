@@ -493,14 +493,14 @@ Error divisor(const CrossEntropyArgs& a, void* divisor_out, int64_t* bad_row) {
 
 template <class Op>
 struct MakeCrossEntropy {
-  static constexpr CrossEntropyKernel row{Op::name, &cross_entropy<Op>,
-                                          &cross_entropy_probability<Op>, &divisor, &rescale};
+  static constexpr CrossEntropyKernel kernel{Op::name, &cross_entropy<Op>,
+                                             &cross_entropy_probability<Op>, &divisor, &rescale};
 };
 using CrossEntropyTable = Table<CrossEntropyKernel, MakeCrossEntropy, CrossEntropies>;
 
 }  // namespace
 
 extern constinit const KernelTable<CrossEntropyKernel> cross_entropy_kernels{
-    CrossEntropyTable::rows, std::size(CrossEntropyTable::rows)};
+    CrossEntropyTable::kernels, std::size(CrossEntropyTable::kernels)};
 
 }  // namespace fastops::cuda

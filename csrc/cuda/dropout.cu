@@ -343,19 +343,19 @@ Error summed(const DropoutArgs& a) {
 
 template <class Op>
 struct MakeDropout {
-  static constexpr DropoutKernel row_of() {
-    DropoutKernel row{Op::name, Op::inputs, &forward<Op>, nullptr, nullptr};
-    if constexpr (Op::from_output) row.backward = &backward<Op>;
-    if constexpr (Op::own_derivative) row.summed = &summed<Op>;
-    return row;
+  static constexpr DropoutKernel make_kernel() {
+    DropoutKernel kernel{Op::name, Op::inputs, &forward<Op>, nullptr, nullptr};
+    if constexpr (Op::from_output) kernel.backward = &backward<Op>;
+    if constexpr (Op::own_derivative) kernel.summed = &summed<Op>;
+    return kernel;
   }
-  static constexpr DropoutKernel row = row_of();
+  static constexpr DropoutKernel kernel = make_kernel();
 };
 using DropoutTable = Table<DropoutKernel, MakeDropout, Dropouts>;
 
 }  // namespace
 
-extern constinit const KernelTable<DropoutKernel> dropout_kernels{DropoutTable::rows,
-                                                                  std::size(DropoutTable::rows)};
+extern constinit const KernelTable<DropoutKernel> dropout_kernels{DropoutTable::kernels,
+                                                                  std::size(DropoutTable::kernels)};
 
 }  // namespace fastops::cuda

@@ -51,12 +51,12 @@ Error activation(const ElementwiseArgs& a) {
 
 template <class Op>
 struct MakeElementwise {
-  static constexpr ElementwiseKernel row{Op::name,
-                                         Op::params,
-                                         Op::from_output,
-                                         &activation<Forward<Op>>,
-                                         &activation<Backward<Op>>,
-                                         &activation<Second<Op>>};
+  static constexpr ElementwiseKernel kernel{Op::name,
+                                            Op::params,
+                                            Op::from_output,
+                                            &activation<Forward<Op>>,
+                                            &activation<Backward<Op>>,
+                                            &activation<Second<Op>>};
 };
 using ElementwiseTable = Table<ElementwiseKernel, MakeElementwise, Activations>;
 
@@ -148,14 +148,14 @@ Error fused_summed(const FusedArgs& a) {
 
 template <class Op>
 struct MakeFused {
-  static constexpr FusedKernel row_of() {
-    FusedKernel row{Op::name, Op::activation, Op::broadcast, &fused<FusedForward<Op>>,
-                    nullptr,  nullptr};
+  static constexpr FusedKernel make_kernel() {
+    FusedKernel kernel{Op::name, Op::activation, Op::broadcast, &fused<FusedForward<Op>>,
+                       nullptr,  nullptr};
     if constexpr (Op::broadcast)
-      row.backward = &fused<FusedBackward<Op>>, row.summed = &fused_summed<Op>;
-    return row;
+      kernel.backward = &fused<FusedBackward<Op>>, kernel.summed = &fused_summed<Op>;
+    return kernel;
   }
-  static constexpr FusedKernel row = row_of();
+  static constexpr FusedKernel kernel = make_kernel();
 };
 using FusedTable = Table<FusedKernel, MakeFused, Fused>;
 
@@ -221,8 +221,8 @@ Error gate(const GateArgs& a) {
 
 template <class Op>
 struct MakeGate {
-  static constexpr GateKernel row{Op::name, &gate<GateForward<Op>>, &gate<GateBackward<Op>>,
-                                  &gate<GateTangent<Op>>, &gate<GateSecond<Op>>};
+  static constexpr GateKernel kernel{Op::name, &gate<GateForward<Op>>, &gate<GateBackward<Op>>,
+                                     &gate<GateTangent<Op>>, &gate<GateSecond<Op>>};
 };
 using GateTable = Table<GateKernel, MakeGate, Gates>;
 
@@ -232,10 +232,10 @@ using GateTable = Table<GateKernel, MakeGate, Gates>;
 // tables
 
 extern constinit const KernelTable<ElementwiseKernel> elementwise_kernels{
-    ElementwiseTable::rows, std::size(ElementwiseTable::rows)};
-extern constinit const KernelTable<FusedKernel> fused_kernels{FusedTable::rows,
-                                                              std::size(FusedTable::rows)};
-extern constinit const KernelTable<GateKernel> gate_kernels{GateTable::rows,
-                                                            std::size(GateTable::rows)};
+    ElementwiseTable::kernels, std::size(ElementwiseTable::kernels)};
+extern constinit const KernelTable<FusedKernel> fused_kernels{FusedTable::kernels,
+                                                              std::size(FusedTable::kernels)};
+extern constinit const KernelTable<GateKernel> gate_kernels{GateTable::kernels,
+                                                            std::size(GateTable::kernels)};
 
 }  // namespace fastops::cuda

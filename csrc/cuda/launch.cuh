@@ -96,12 +96,12 @@ FASTOPS_FN auto apply(const Params<n, real>& params, In... in) {
   return apply<F>(params, std::make_index_sequence<n>{}, in...);
 }
 
-// A table of rows from a list of formulas, by `Make<Formula>::row`.
-template <class Row, template <class> class Make, class L>
+// A table of kernels from a list of formulas, by `Make<Formula>::kernel`.
+template <class Kernel, template <class> class Make, class L>
 struct Table;
-template <class Row, template <class> class Make, class... Ops>
-struct Table<Row, Make, List<Ops...>> {
-  static constexpr Row rows[] = {Make<Ops>::row...};
+template <class Kernel, template <class> class Make, class... Ops>
+struct Table<Kernel, Make, List<Ops...>> {
+  static constexpr Kernel kernels[] = {Make<Ops>::kernel...};
 };
 
 }  // namespace fastops::cuda

@@ -230,21 +230,21 @@ struct Identity {
 
 template <class Op>
 struct MakeLoss {
-  static constexpr LossKernel row{Op::name,
-                                  Op::params,
-                                  &values<Op>,
-                                  &total<Value<Op>>,
-                                  &derivative<D0, Op>,
-                                  &derivative<D1, Op>,
-                                  &derivative<Second, Op>,
-                                  domain_of<Op>().low,
-                                  domain_of<Op>().high,
-                                  saves_slope<Op>()};
+  static constexpr LossKernel kernel{Op::name,
+                                     Op::params,
+                                     &values<Op>,
+                                     &total<Value<Op>>,
+                                     &derivative<D0, Op>,
+                                     &derivative<D1, Op>,
+                                     &derivative<Second, Op>,
+                                     domain_of<Op>().low,
+                                     domain_of<Op>().high,
+                                     saves_slope<Op>()};
 };
 template <>
 struct MakeLoss<Identity> {
-  static constexpr LossKernel row{"sum",   "", nullptr, &total<Identity>, nullptr, nullptr,
-                                  nullptr, 0,  0};
+  static constexpr LossKernel kernel{"sum",   "", nullptr, &total<Identity>, nullptr, nullptr,
+                                     nullptr, 0,  0};
 };
 
 template <class... Ops>
@@ -253,7 +253,7 @@ using LossTable = Table<LossKernel, MakeLoss, decltype(with_sum(Losses{}))>;
 
 }  // namespace
 
-extern constinit const KernelTable<LossKernel> loss_kernels{LossTable::rows,
-                                                            std::size(LossTable::rows)};
+extern constinit const KernelTable<LossKernel> loss_kernels{LossTable::kernels,
+                                                            std::size(LossTable::kernels)};
 
 }  // namespace fastops::cuda

@@ -404,13 +404,13 @@ void scalars_for_step(const double* options, bool first, double* scalar_states, 
 }
 template <class Op>
 struct MakeOptimizer {
-  static constexpr OptimizerKernel row = optimizer_kernel<Op>(&step<Op>, &scalars_for_step<Op>);
+  static constexpr OptimizerKernel kernel = optimizer_kernel<Op>(&step<Op>, &scalars_for_step<Op>);
 };
 using OptimizerTable = Table<OptimizerKernel, MakeOptimizer, Optimizers>;
 
 }  // namespace
 
 extern constinit const KernelTable<OptimizerKernel> optimizer_kernels{
-    OptimizerTable::rows, std::size(OptimizerTable::rows)};
+    OptimizerTable::kernels, std::size(OptimizerTable::kernels)};
 
 }  // namespace fastops::cuda

@@ -142,13 +142,13 @@ Error softmax_backward(const SoftmaxArgs& a) {
 
 template <class Op>
 struct MakeSoftmax {
-  static constexpr SoftmaxKernel row{Op::name, &softmax<Op>, &softmax_backward<Op>, Op::is_log};
+  static constexpr SoftmaxKernel kernel{Op::name, &softmax<Op>, &softmax_backward<Op>, Op::is_log};
 };
 using SoftmaxTable = Table<SoftmaxKernel, MakeSoftmax, Softmaxes>;
 
 }  // namespace
 
-extern constinit const KernelTable<SoftmaxKernel> softmax_kernels{SoftmaxTable::rows,
-                                                                  std::size(SoftmaxTable::rows)};
+extern constinit const KernelTable<SoftmaxKernel> softmax_kernels{SoftmaxTable::kernels,
+                                                                  std::size(SoftmaxTable::kernels)};
 
 }  // namespace fastops::cuda

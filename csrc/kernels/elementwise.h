@@ -35,7 +35,7 @@ struct FusedArgs {
   void* out;
   const void* in[3];
   void* sums;  // summed: of n / period rows, kRowBlock of them at a time, what dx adds up to:
-               // period reals for each strip
+               // period reals for each block of rows
   void* stream;
 };
 using FusedLauncher = Error (*)(const FusedArgs&);

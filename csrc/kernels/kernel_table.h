@@ -1,4 +1,4 @@
-// What every kind's kernels are handed over in: a constant table, and an error.
+// How every kind hands out its kernels: a constant table, and an error.
 #pragma once
 #include <c10/core/ScalarType.h>
 

@@ -202,7 +202,7 @@ Computed compute(const Tensor& input, const Tensor& target, const MaybeTensor& w
   const auto real = real_of(p.x.scalar_type()), dtype = upcast || wider ? real : p.x.scalar_type();
   const auto options = p.x.options().dtype(real);
   const c10::DeviceGuard guard(p.x.device());
-  const auto& row = tables(p.x.device().type()).cross_entropy.data[0];
+  const auto& kernel = tables(p.x.device().type()).cross_entropy.data[0];
 
   Computed result;
   if (with_grad)
@@ -266,7 +266,7 @@ Computed compute(const Tensor& input, const Tensor& target, const MaybeTensor& w
     b.target = classes.const_data_ptr<int64_t>();
     const Tensor divisor = output_beside(p.x, {}, real);
     int64_t bad_row = -1;
-    check("cross_entropy", row.divisor(b, divisor.mutable_data_ptr(), &bad_row));
+    check("cross_entropy", kernel.divisor(b, divisor.mutable_data_ptr(), &bad_row));
     if (bad_row >= 0) {
       const Tensor flat = classes.as_strided({losses.numel()}, {1});
       TORCH_CHECK_INDEX(false, "cross_entropy: target ", flat[bad_row].item<int64_t>(), " at row ",
@@ -299,7 +299,7 @@ Computed compute(const Tensor& input, const Tensor& target, const MaybeTensor& w
       a.scale = scale;
     }
   }
-  check("cross_entropy", (distribution ? row.forward_probability : row.forward)(a));
+  check("cross_entropy", (distribution ? kernel.forward_probability : kernel.forward)(a));
   if (reduction == at::Reduction::None) {
     result.loss = as_dtype(losses.as_strided(p.result_sizes, strides).contiguous(), dtype);
   } else {

@@ -154,10 +154,10 @@ struct AddBackward {
     check_arguments(f.name, grad, p, seed);
     TORCH_CHECK(grad.dim() >= 1, f.name, "_backward: expected a grad of 1 or more dimensions");
     if (with_bias && has_rows(grad)) {
-      const Tensor g = grad.contiguous(), strips = strips_beside(g);
+      const Tensor g = grad.contiguous(), row_blocks = row_blocks_beside(g);
       Tensor dx = output_like(g);
-      run(f.mask->number, dx, {&g}, *logical_order(dx), p, seed, strips);
-      return {dx, sum_of_strips(strips, grad.scalar_type())};
+      run(f.mask->number, dx, {&g}, *logical_order(dx), p, seed, row_blocks);
+      return {dx, sum_of_row_blocks(row_blocks, grad.scalar_type())};
     }
     const Tensor dx = result_of(f.mask->number, grad, p, seed);
     return {dx, with_bias ? sum_to_row(dx) : output_beside(dx, {0}, dx.scalar_type())};

@@ -97,9 +97,9 @@ struct Backward {
     const Tensor x = input.contiguous(), t = bias.contiguous(), dy = grad.contiguous();
     Tensor dx = output_like(x);
     if (with_bias && has_rows(x)) {
-      const Tensor strips = strips_beside(x);
-      run(f, &FusedKernel::summed, dx, {&x, &t, &dy}, strips);
-      return {dx, sum_of_strips(strips, t.scalar_type())};
+      const Tensor row_blocks = row_blocks_beside(x);
+      run(f, &FusedKernel::summed, dx, {&x, &t, &dy}, row_blocks);
+      return {dx, sum_of_row_blocks(row_blocks, t.scalar_type())};
     }
     run(f, &FusedKernel::backward, dx, {&x, &t, &dy});
     return {dx, with_bias ? sum_to_row(dx) : output_beside(dx, {0}, dx.scalar_type())};

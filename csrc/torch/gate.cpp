@@ -43,20 +43,20 @@ struct PackedFamily {
 // kernels
 
 // Tensors as a kernel walks them: `outer` rows of `inner` elements.
-class Walk {
+class GateCall {
  public:
-  Walk(const Tensor& like, int64_t outer, int64_t inner) {
+  GateCall(const Tensor& like, int64_t outer, int64_t inner) {
     a_.dtype = like.scalar_type();
     a_.outer = outer;
     a_.inner = inner;
     a_.stream = stream_of(like);
   }
-  Walk& in(const Tensor& t, int64_t stride, int64_t offset = 0) {
+  GateCall& in(const Tensor& t, int64_t stride, int64_t offset = 0) {
     auto* data = static_cast<const char*>(t.const_data_ptr()) + offset * t.element_size();
     a_.in[inputs_++] = {const_cast<char*>(data), stride};
     return *this;
   }
-  Walk& out(const Tensor& t, int64_t stride, int64_t offset = 0) {
+  GateCall& out(const Tensor& t, int64_t stride, int64_t offset = 0) {
     auto* data = static_cast<char*>(t.mutable_data_ptr()) + offset * t.element_size();
     a_.out[outputs_++] = {data, stride};
     return *this;
@@ -113,15 +113,15 @@ std::array<Tensor, N> run(const Family& f, GateLauncher GateKernel::* kernel,
   for (Tensor& t : results)
     t = flat ? output_like(first) : output_beside(first, first.sizes(), first.scalar_type());
   if (first.numel() == 0) return results;
-  Walk walk(first, first.numel() / inner, inner);
+  GateCall call(first, first.numel() / inner, inner);
   c10::SmallVector<Tensor, 5> held;
   for (const Tensor* t : given) {
     const auto stride = flat ? std::optional(inner) : row_stride(*t);
     held.push_back(stride ? *t : t->contiguous());
-    walk.in(held.back(), stride.value_or(inner));
+    call.in(held.back(), stride.value_or(inner));
   }
-  for (const Tensor& t : results) walk.out(t, inner);
-  walk.run(f.name, f.number, kernel, first);
+  for (const Tensor& t : results) call.out(t, inner);
+  call.run(f.name, f.number, kernel, first);
   return results;
 }
 
@@ -188,7 +188,9 @@ struct Halves {
     check_alike(name, x, t);
     return matching(t, x);
   }
-  Walk walk() const { return Walk(x, outer, inner).in(x, 2 * inner).in(x, 2 * inner, inner); }
+  GateCall call() const {
+    return GateCall(x, outer, inner).in(x, 2 * inner).in(x, 2 * inner, inner);
+  }
 
  private:
   // Without memory, for its strides.
@@ -200,7 +202,7 @@ struct PackedForward {
   Tensor operator()(const Tensor& input, int64_t dim) const {
     const Halves h(f.name, input, dim);
     Tensor y = h.output();
-    if (!h.empty()) h.walk().out(y, h.inner).run(f.name, f.number, &GateKernel::forward, h.x);
+    if (!h.empty()) h.call().out(y, h.inner).run(f.name, f.number, &GateKernel::forward, h.x);
     return y;
   }
 };
@@ -211,7 +213,7 @@ struct PackedBackward {
     const Tensor dy = h.like_half(f.name, grad);
     Tensor dx = output_like(h.x);
     if (!h.empty())
-      h.walk()
+      h.call()
           .in(dy, h.inner)
           .out(dx, 2 * h.inner)
           .out(dx, 2 * h.inner, h.inner)
@@ -226,7 +228,7 @@ struct PackedTangent {
     const Tensor w = h.like_whole(f.name, along);
     Tensor t = h.output();
     if (!h.empty())
-      h.walk()
+      h.call()
           .in(w, 2 * h.inner)
           .in(w, 2 * h.inner, h.inner)
           .out(t, h.inner)
@@ -242,7 +244,7 @@ struct PackedSecond {
     const Tensor dy = h.like_half(f.name, grad), w = h.like_whole(f.name, along);
     Tensor dx = output_like(h.x);
     if (!h.empty())
-      h.walk()
+      h.call()
           .in(dy, h.inner)
           .in(w, 2 * h.inner)
           .in(w, 2 * h.inner, h.inner)

@@ -169,15 +169,16 @@ at::Tensor sum_to_row(const at::Tensor& t) {
   return t.sum(leading);
 }
 
-at::Tensor strips_beside(const at::Tensor& x) {
+at::Tensor row_blocks_beside(const at::Tensor& x) {
   const int64_t period = x.size(-1);
   return output_beside(x, {row_blocks_of(x.numel() / period), period}, real_of(x.scalar_type()));
 }
 
-at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype) {
+at::Tensor sum_of_row_blocks(const at::Tensor& row_blocks, at::ScalarType dtype) {
   // torch would cut the sum to a single number at the threads' borders.
-  const bool single = strips.size(1) == 1;
-  return as_dtype(single ? sum_of(strips, 1, at::Tensor()).reshape({1}) : strips.sum(0), dtype);
+  const bool single = row_blocks.size(1) == 1;
+  return as_dtype(single ? sum_of(row_blocks, 1, at::Tensor()).reshape({1}) : row_blocks.sum(0),
+                  dtype);
 }
 
 void check_row(const char* op, const char* what, const at::Tensor& row, const at::Tensor& input) {

@@ -64,8 +64,8 @@ at::Tensor sum_to_row(const at::Tensor& t);
 
 // What the rows of x, which is contiguous, add up to, where a kernel leaves the sums of kRowBlock
 // rows at a time, reals.
-at::Tensor strips_beside(const at::Tensor& x);
-at::Tensor sum_of_strips(const at::Tensor& strips, at::ScalarType dtype);
+at::Tensor row_blocks_beside(const at::Tensor& x);
+at::Tensor sum_of_row_blocks(const at::Tensor& row_blocks, at::ScalarType dtype);
 // Whether x is worth that: it has elements, and rows.
 inline bool has_rows(const at::Tensor& x) { return x.dim() > 1 && x.numel() > 0; }
 

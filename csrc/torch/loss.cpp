@@ -21,8 +21,8 @@ namespace {
 
 using at::Tensor;
 
-const KernelTable<LossKernel>& rows(c10::DeviceType device) { return tables(device).loss; }
-const char* name_of(size_t row) { return rows(c10::DeviceType::CPU).data[row].name; }
+const KernelTable<LossKernel>& kernels(c10::DeviceType device) { return tables(device).loss; }
+const char* name_of(size_t number) { return kernels(c10::DeviceType::CPU).data[number].name; }
 
 // The ops of a kernel. P are its parameters: doubles, or a tensor that broadcasts to the input.
 template <class... P>
@@ -87,7 +87,7 @@ LossArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const Pa
   return a;
 }
 
-Tensor total(const LossKernel& row, const Tensor& x, const Tensor& t, double scale,
+Tensor total(const LossKernel& kernel, const Tensor& x, const Tensor& t, double scale,
              const Tensor& divisor, const Parameters& params, bool* outside = nullptr) {
   const Tensor out = output_beside(x, {}, real_of(x.scalar_type()));
   const int64_t bytes = loss_workspace(x.numel());
@@ -100,7 +100,7 @@ Tensor total(const LossKernel& row, const Tensor& x, const Tensor& t, double sca
   if (divisor.defined()) a.divisor = divisor.const_data_ptr();
   a.workspace = fits ? static_cast<void*>(stack) : workspace.mutable_data_ptr();
   a.outside = outside;
-  check(row.name, row.total(a));
+  check(kernel.name, kernel.total(a));
   return out;
 }
 
@@ -112,14 +112,14 @@ void check_domain(const LossKernel& r, bool outside) {
 
 template <class... P>
 struct Forward {
-  size_t row;
-  explicit Forward(size_t row) : row(row) {}
+  size_t number;
+  explicit Forward(size_t number) : number(number) {}
   Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool upcast,
                     P... p) {
-    check_reduction(name_of(row), reduction);
-    const auto [x, t] = aligned(name_of(row), input, target);
+    check_reduction(name_of(number), reduction);
+    const auto [x, t] = aligned(name_of(number), input, target);
     const c10::DeviceGuard guard(x.device());
-    const LossKernel& r = rows(x.device().type()).data[row];
+    const LossKernel& r = kernels(x.device().type()).data[number];
     const Parameters params(r.name, x, p...);
     const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
     bool outside = false;
@@ -144,19 +144,19 @@ struct Forward {
 
 template <class... P>
 struct BackwardOp {
-  size_t row;
-  explicit BackwardOp(size_t row) : row(row) {}
+  size_t number;
+  explicit BackwardOp(size_t number) : number(number) {}
   Tensor operator()(const Tensor& grad, const Tensor& input, const Tensor& target,
                     int64_t reduction, P... p, int64_t wrt) {
-    check_reduction(name_of(row), reduction);
-    TORCH_CHECK(wrt == 0 || wrt == 1, name_of(row),
+    check_reduction(name_of(number), reduction);
+    TORCH_CHECK(wrt == 0 || wrt == 1, name_of(number),
                 "_backward: wrt is 0 (input) or 1 (target), got ", wrt);
-    const auto [x, t] = aligned(name_of(row), input, target);
+    const auto [x, t] = aligned(name_of(number), input, target);
     const bool each = reduction == at::Reduction::None;
-    TORCH_CHECK(each ? grad.sizes() == x.sizes() : grad.numel() == 1, name_of(row),
+    TORCH_CHECK(each ? grad.sizes() == x.sizes() : grad.numel() == 1, name_of(number),
                 "_backward: grad of shape ", grad.sizes(), " does not fit reduction ", reduction);
     const c10::DeviceGuard guard(x.device());
-    const LossKernel& r = rows(x.device().type()).data[row];
+    const LossKernel& r = kernels(x.device().type()).data[number];
     const Tensor g = as_dtype(grad, x.scalar_type());
     const Tensor dy = each ? matching(g, x) : g;
     Tensor out = output_like(x);
@@ -174,13 +174,13 @@ struct BackwardOp {
 
 template <class... P>
 struct Second {
-  size_t row;
-  explicit Second(size_t row) : row(row) {}
+  size_t number;
+  explicit Second(size_t number) : number(number) {}
   Tensor operator()(const Tensor& input, const Tensor& target, P... p, int64_t first,
                     int64_t then) {
-    const auto [x, t] = aligned(name_of(row), input, target);
+    const auto [x, t] = aligned(name_of(number), input, target);
     const c10::DeviceGuard guard(x.device());
-    const LossKernel& r = rows(x.device().type()).data[row];
+    const LossKernel& r = kernels(x.device().type()).data[number];
     Tensor out = output_like(x);
     if (x.numel() == 0) return out;
     const Parameters params(r.name, x, p...);
@@ -365,7 +365,7 @@ struct BackwardDerivative {
 template <class F>
 void each_kernel(F f) {
   size_t i = 0;
-  for (const LossKernel& k : rows(c10::DeviceType::CPU)) {
+  for (const LossKernel& k : kernels(c10::DeviceType::CPU)) {
     if (k.values == nullptr) continue;  // "sum", which is no loss
     const int scalars = count_params(k.params), tensors = count_tensors(k.params);
     TORCH_INTERNAL_ASSERT(scalars + tensors <= 1, "a loss with more than one parameter: ", k.name);
@@ -395,7 +395,7 @@ std::string without_defaults(const std::string& params) {
 }
 
 template <class... P>
-void define(torch::Library& m, size_t row, const LossKernel& k) {
+void define(torch::Library& m, size_t number, const LossKernel& k) {
   auto& f = *new Family<P...>{k.name, k.saves_slope, {}, {}, {}};
   families.push_back(&f);
   const std::string n = k.name, params = *k.params ? std::string(", ") + k.params : "",
@@ -403,17 +403,17 @@ void define(torch::Library& m, size_t row, const LossKernel& k) {
                     first = count_tensors(k.params) ? ", int reduction, bool upcast"
                                                     : ", int reduction=1, bool upcast=False";
   Registration(m, f.forward, n, "(Tensor input, Tensor target" + first + params + ") -> Tensor")
-      .kernel(Forward<P...>(row))
+      .kernel(Forward<P...>(number))
       .template derivative<ForwardDerivative<P...>>(f)
       .template autocast_upcasts<3>();
   Registration(
       m, f.backward, n + "_backward",
       "(Tensor grad, Tensor input, Tensor target, int reduction" + given + ", int wrt) -> Tensor")
-      .kernel(BackwardOp<P...>(row))
+      .kernel(BackwardOp<P...>(number))
       .template derivative<BackwardDerivative<P...>>(f);
   Registration(m, f.second, n + "_second",
                "(Tensor input, Tensor target" + given + ", int first, int then) -> Tensor")
-      .kernel(Second<P...>(row))
+      .kernel(Second<P...>(number))
       .not_differentiable();
 }
 
@@ -428,7 +428,7 @@ void bind(pybind11::module_& m, const Family<P...>& f) {
 
 Tensor sum_of(const Tensor& values, double scale, const Tensor& divisor) {
   const c10::DeviceGuard guard(values.device());
-  const auto& all = rows(values.device().type());
+  const auto& all = kernels(values.device().type());
   return total(all.data[all.size - 1], values, Tensor(), scale, divisor, Parameters("sum", values));
 }
 
