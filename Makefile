@@ -29,7 +29,7 @@ quick: build
 # What the docs promise of other packages: accelerate, Hugging Face's Trainer, Lightning, timm, Keras, the site, mypy.
 # Here a package that is missing is an error.
 integrations: build $(VENV)/.linters
-	$(PIP) transformers accelerate timm lightning keras scikit-learn tensorboard mkdocs-material "mkdocstrings[python]"
+	$(PIP) transformers accelerate timm lightning keras scikit-learn tensorboard onnx onnxscript mkdocs-material "mkdocstrings[python]"
 	FASTOPS_INTEGRATIONS=1 $(PYTEST) -n $(JOBS) --dist loadfile -m integration $(ARGS)
 
 finetune: build

@@ -10,6 +10,7 @@ import ast
 import copy
 import functools
 import inspect
+import re
 import types
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from .. import functional
 from .._core.by_torch import DISABLED
 from .._core.registry import COMPOSED, OPS
 from .._core.usable import CLASSES
+from ..nn import MODULES
 from .reading import MISSING, Refused, chain, is_hashable, lookup, tree_of
 
 CALLS: dict[Callable, Callable] = {}  # torch's function -> ours for tensors we take, else torch's
@@ -98,6 +100,12 @@ def _fill_calls() -> None:
 
 if not DISABLED:
     _fill_calls()
+
+
+def _function_of(cls: type) -> str:
+    """Our function that a class of fastops.nn calls, as its documentation says."""
+    found = re.search(r"fastops\.functional\.(\w+)", cls.__doc__ or "")
+    return found[1] if found else cls.__name__
 
 
 class FunctionalMode(TorchFunctionMode):
@@ -186,6 +194,16 @@ def _attribute(name: str, theirs: Callable) -> Callable:
     return attribute
 
 
+def _chosen(name: str, theirs: Callable, replaced: Callable) -> Callable:
+    """self.name(...), where a property of the class has chosen `theirs`."""
+
+    def chosen(self, *args, **kwargs):
+        function = getattr(self, name)
+        return (replaced if function is theirs else function)(*args, **kwargs)
+
+    return chosen
+
+
 def _own_method(name: str, replaced: Callable) -> Callable:
     """self.name(...), where the name is a method of the class that calls torch's functions."""
 
@@ -228,6 +246,10 @@ class _Replacer(ast.NodeTransformer):
         if value in NAMES:
             self.found.add(NAMES[value])
             return self._supply(node, NAMES[value], CALLS[value])
+        if value in MODULES:  # made during the call: `CrossEntropyLoss()(logits, labels)`
+            ours = MODULES[value]
+            self.found.add(_function_of(ours))
+            return self._supply(node, f"nn_{ours.__name__}", ours)
         if not str(getattr(value, "__module__", "")).startswith(("torch.", "builtins")):
             replaced, found, missed = replace_calls(value, None, self.within)
             self.missed |= missed
@@ -306,12 +328,29 @@ class _Replacer(ast.NodeTransformer):
         method = inspect.getattr_static(type(module), name, None)
         if method is None or name in vars(nn.Module):
             return None
+        if isinstance(method, property):
+            return self._of_property(node, name)
         replaced, found, missed = replace_calls(method, module, self.within)
         self.missed |= missed
         if not found:
             return None
         self.found |= found
         return self._supply(node, f"self_{name}", self._cached(_own_method, name, replaced))
+
+    def _of_property(self, node: ast.Attribute, name: str) -> ast.Name | None:
+        """self.name(...), where a property chooses the function, as the losses of Hugging Face's models."""
+        try:
+            theirs: Any = getattr(self.module, name)
+        except Exception:  # of the model's own code, anything
+            return None
+        if not isinstance(theirs, types.FunctionType):
+            return None
+        replaced, found, missed = replace_calls(theirs, None, self.within)
+        self.missed |= missed
+        if not found:
+            return None
+        self.found |= found
+        return self._supply(node, f"self_{name}", self._cached(_chosen, name, theirs, replaced))
 
     def _branches(self, node, visit_test):
         known = _known(node.test, self.module, self.owner)

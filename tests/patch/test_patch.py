@@ -679,3 +679,41 @@ def test_modules_are_torchs(cls):
     elif cls.__name__ in ("Dropout2d", "Dropout3d"):
         x = torch.randn(2, 3, 4, 2, *[2] * (cls.__name__ == "Dropout3d"))
     torch.testing.assert_close(ours(x, *extra), theirs(x, *extra))
+
+
+class LossMadeInForward(nn.Module):
+    def forward(self, x, t):
+        loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+        return loss(x, t) + nn.MSELoss()(x, x * 2)
+
+
+def chosen_loss(x, t):
+    return F.cross_entropy(x, t)
+
+
+class LossByProperty(nn.Module):
+    @property
+    def loss_function(self):
+        return self.__dict__.get("_loss", chosen_loss)
+
+    def forward(self, x, t):
+        return self.loss_function(x, t)
+
+
+@pytest.mark.parametrize("cls", [LossMadeInForward, LossByProperty])
+def test_losses_made_or_chosen_in_a_forward(cls):
+    """As in Hugging Face's models."""
+    m, x, t = cls(), torch.randn(4, 6), torch.tensor([1, 5, 0, 2])
+    expected = m(x, t)
+    report = fastops.patch(m, functional=True)
+    assert "cross_entropy" in str(report)
+    with Spy() as spy:
+        torch.testing.assert_close(m(x, t), expected)
+    assert [o for o in spy.ops if o.startswith("fastops.cross_entropy")]
+    if cls is LossByProperty:
+        m._loss = lambda x, t: x.sum()
+        assert m(x, t) == x.sum()
+    fastops.unpatch(m)
+    with Spy() as spy:
+        m(x, t)
+    assert not [o for o in spy.ops if o.startswith("fastops")]
