@@ -2,6 +2,7 @@
 // end is a few constant tables of kernels, one per kind; nothing above the seam knows a formula,
 // nothing below it knows a tensor. No code runs at load.
 #pragma once
+#include "batch_norm.h"
 #include "cross_entropy.h"
 #include "dropout.h"
 #include "elementwise.h"
@@ -22,24 +23,26 @@ struct Tables {
   KernelTable<DropoutKernel> dropout;
   KernelTable<OptimizerKernel> optimizer;
   GradientNormKernel gradient_norm;
+  BatchNormKernel batch_norm;  // all null where there is none
 };
 
-#define FASTOPS_TABLES(back_end)                                           \
-  namespace back_end {                                                     \
-  extern const KernelTable<ElementwiseKernel> elementwise_kernels;         \
-  extern const KernelTable<FusedKernel> fused_kernels;                     \
-  extern const KernelTable<GateKernel> gate_kernels;                       \
-  extern const KernelTable<LossKernel> loss_kernels;                       \
-  extern const KernelTable<SoftmaxKernel> softmax_kernels;                 \
-  extern const KernelTable<CrossEntropyKernel> cross_entropy_kernels;      \
-  extern const KernelTable<DropoutKernel> dropout_kernels;                 \
-  extern const KernelTable<OptimizerKernel> optimizer_kernels;             \
-  extern const GradientNormKernel gradient_norm_kernel;                    \
-  inline Tables tables() {                                                 \
-    return {elementwise_kernels, fused_kernels,     gate_kernels,          \
-            loss_kernels,        softmax_kernels,   cross_entropy_kernels, \
-            dropout_kernels,     optimizer_kernels, gradient_norm_kernel}; \
-  }                                                                        \
+#define FASTOPS_TABLES(back_end)                                                             \
+  namespace back_end {                                                                       \
+  extern const KernelTable<ElementwiseKernel> elementwise_kernels;                           \
+  extern const KernelTable<FusedKernel> fused_kernels;                                       \
+  extern const KernelTable<GateKernel> gate_kernels;                                         \
+  extern const KernelTable<LossKernel> loss_kernels;                                         \
+  extern const KernelTable<SoftmaxKernel> softmax_kernels;                                   \
+  extern const KernelTable<CrossEntropyKernel> cross_entropy_kernels;                        \
+  extern const KernelTable<DropoutKernel> dropout_kernels;                                   \
+  extern const KernelTable<OptimizerKernel> optimizer_kernels;                               \
+  extern const GradientNormKernel gradient_norm_kernel;                                      \
+  extern const BatchNormKernel batch_norm_kernel;                                            \
+  inline Tables tables() {                                                                   \
+    return {elementwise_kernels,  fused_kernels,         gate_kernels,    loss_kernels,      \
+            softmax_kernels,      cross_entropy_kernels, dropout_kernels, optimizer_kernels, \
+            gradient_norm_kernel, batch_norm_kernel};                                        \
+  }                                                                                          \
   }
 FASTOPS_TABLES(DEFAULT)
 FASTOPS_TABLES(AVX2)

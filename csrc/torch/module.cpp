@@ -23,6 +23,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
   register_softmax(m);
   register_cross_entropy(m);
   register_dropout(m);
+  register_batch_norm(m);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -36,6 +37,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_cross_entropy(m);
   bind_dropout(m);
   bind_optimizers(m);
+  bind_batch_norm(m);
   resolve_negations_in_place();
 
   m.def("set_fallback", &set_fallback);

@@ -7,7 +7,8 @@ function of the same meaning. The files are one for each kind of kernel, private
 
 import torch.nn.functional as _torchs
 
-from . import _cross_entropy, _dropout, _elementwise, _gate, _loss, _softmax
+from . import _batch_norm, _cross_entropy, _dropout, _elementwise, _gate, _loss, _softmax
+from ._batch_norm import *  # noqa: F403
 from ._cross_entropy import *  # noqa: F403
 from ._dropout import *  # noqa: F403
 from ._elementwise import *  # noqa: F403
@@ -16,6 +17,7 @@ from ._loss import *  # noqa: F403
 from ._softmax import *  # noqa: F403
 
 __all__: list[str] = []
+__all__ += _batch_norm.__all__
 __all__ += _cross_entropy.__all__
 __all__ += _dropout.__all__
 __all__ += _elementwise.__all__

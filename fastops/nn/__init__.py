@@ -64,6 +64,40 @@ class AlphaDropout(torch.nn.AlphaDropout):
         return F.alpha_dropout(input, self.p, self.training, self.inplace)
 
 
+def _batch_norm(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
+    """The forward pass of torch's batch norms, by our function: the factor of the average is counted as there."""
+    self._check_input_dim(input)
+    factor = 0.0 if self.momentum is None else self.momentum
+    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            factor = 1.0 / float(self.num_batches_tracked)
+    own = self.training or (self.running_mean is None and self.running_var is None)
+    kept = not self.training or self.track_running_stats
+    return F.batch_norm(
+        input, self.running_mean if kept else None, self.running_var if kept else None,
+        self.weight, self.bias, own, factor, self.eps,
+    )  # fmt: skip
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """:func:`fastops.functional.batch_norm` as a module; arguments of :class:`torch.nn.BatchNorm1d`."""
+
+    forward = _batch_norm
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """:func:`fastops.functional.batch_norm` as a module; arguments of :class:`torch.nn.BatchNorm2d`."""
+
+    forward = _batch_norm
+
+
+class BatchNorm3d(torch.nn.BatchNorm3d):
+    """:func:`fastops.functional.batch_norm` as a module; arguments of :class:`torch.nn.BatchNorm3d`."""
+
+    forward = _batch_norm
+
+
 class GLU(torch.nn.GLU):
     """:func:`fastops.functional.glu` as a module; arguments of :class:`torch.nn.GLU`."""
 
