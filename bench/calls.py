@@ -17,7 +17,7 @@ from fastops._core.registry import OPS
 from fastops.selfcheck import example_inputs
 
 from . import peers
-from .cases import BOTH, FORWARD, STEP, Case
+from .cases import BOTH, FORWARD, NORM, STEP, Case
 from .models import MODEL, model_calls
 
 Call = Callable[[], Any]
@@ -93,8 +93,35 @@ VARIANTS: dict[tuple[str, str], tuple[Callable, Callable]] = {
 }
 
 
+def _norm(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(batch_norm(input) + residual), in training."""
+    return functional.batch_norm_act(input, None, None, weight, bias, residual, training=True)
+
+
+def _torchs_norm(
+    input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    y = torch.nn.functional.batch_norm(input, None, None, weight, bias, training=True)
+    return torch.relu_(y if residual is None else y.add_(residual))
+
+
+def _norm_inputs(case: Case, device: str) -> dict[str, Tensor]:
+    """Parameters are float32, as those of a model under autocast are."""
+    (shape,), generator = case.shapes, seeded(case)
+    last = case.variant.endswith("channels_last")
+    form = torch.channels_last if last else torch.contiguous_format
+    inputs = {"input": normal(shape, case, generator, device).to(memory_format=form)}
+    for name in ("weight", "bias"):
+        inputs[name] = torch.randn(shape[1], generator=generator).to(device)
+    if case.variant.startswith("add"):
+        inputs["residual"] = normal(shape, case, generator, device).to(memory_format=form)
+    return inputs
+
+
 def functions_of(case: Case) -> tuple[Callable, Callable]:
     """Our function of a case, and torch's."""
+    if case.kind == NORM:
+        return _norm, _torchs_norm
     op = OPS[case.op]
     return VARIANTS.get((case.op, case.variant)) or (op.function, op.reference)
 
@@ -105,6 +132,8 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
     Raises:
         TypeError: a parameter of a name that is not known here.
     """
+    if case.kind == NORM:
+        return _norm_inputs(case, device)
     (shape,) = case.shapes
     return example_inputs(
         OPS[case.op], shape, case.dtype, seeded(case), device, case.arguments, case.probabilities
@@ -124,7 +153,9 @@ def make_upstream(case: Case, inputs: dict[str, Tensor], device: str) -> Tensor:
     """The gradient that backward starts from: 1 for a scalar loss, as in training."""
     with torch.no_grad():
         y = functions_of(case)[1](*inputs.values(), **case.arguments)
-    return normal(y.shape, case, seeded(case, 1), device) if y.dim() else torch.ones_like(y)
+    if not y.dim():
+        return torch.ones_like(y)
+    return torch.empty_like(y).copy_(normal(y.shape, case, seeded(case, 1), device))
 
 
 def function_call(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
+NORM = "batch_norm"  # the kind of batch_norm_act, which is in no table of ops
 PROBABILITIES = (
     "probabilities"  # the variant of a loss whose target is a distribution, which is read as well
 )
@@ -267,6 +268,32 @@ def function_cases(name: str, kind: str) -> Iterator[Case]:
             )
 
 
+# A ResNet's first stage and last one, of a batch of 16.
+NORM_SHAPES: tuple[Shape, ...] = ((16, 64, 56, 56), (16, 512, 7, 7))
+NORM_LAYOUTS = ("", "channels_last")
+# relu(batch_norm(x)), and relu(batch_norm(x) + residual), in training. Forward reads x twice, as the statistics come first;
+# backward reads what it is computed from for the sums and once more for the gradients.
+NORM_PASSES = {"": {FORWARD: 3, BOTH: 8}, "add": {FORWARD: 4, BOTH: 12}}
+
+
+def norm_cases() -> Iterator[Case]:
+    """The cases of batch_norm_act, in training."""
+    for variant, passes in NORM_PASSES.items():
+        for layout in NORM_LAYOUTS:
+            runs = [(s, torch.float32, mode) for s in NORM_SHAPES for mode in (FORWARD, BOTH)]
+            for shape, dtype, mode in [*runs, (NORM_SHAPES[0], torch.bfloat16, BOTH)]:
+                yield Case(
+                    op="batch_norm_act",
+                    kind=NORM,
+                    size="x".join(map(str, shape)),
+                    shapes=(shape,),
+                    dtype=dtype,
+                    mode=mode,
+                    floor=passes[mode] * prod(shape) * dtype.itemsize,
+                    variant=f"{variant} {layout}".strip(),
+                )
+
+
 def optimizer_cases(name: str) -> Iterator[Case]:
     """The cases of one optimizer."""
     work = OPTIMIZERS[name]
@@ -286,6 +313,7 @@ def optimizer_cases(name: str) -> Iterator[Case]:
 
 
 def all_cases(ops: Mapping[str, Any]) -> list[Case]:
-    """Every case of the functions in `ops` (name -> an entry with `kind`) and of the optimizers."""
+    """Every case of the functions in `ops` (name -> an entry with `kind`), of batch norm and of the optimizers."""
     cases = [case for name, op in ops.items() for case in function_cases(name, op.kind)]
+    cases += norm_cases()
     return cases + [case for name in OPTIMIZERS for case in optimizer_cases(name)]

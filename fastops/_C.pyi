@@ -5,6 +5,20 @@ import torch
 
 def add_relu(arg0: torch.Tensor, arg1: torch.Tensor, /) -> torch.Tensor: ...
 def add_relu_(arg0: torch.Tensor, arg1: torch.Tensor, /) -> torch.Tensor: ...
+def batch_norm_act(
+    arg0: torch.Tensor,
+    arg1: torch.Tensor | None,
+    arg2: torch.Tensor | None,
+    arg3: torch.Tensor | None,
+    arg4: torch.Tensor | None,
+    arg5: torch.Tensor | None,
+    arg6: bool,
+    arg7: float,
+    arg8: float,
+    arg9: int,
+    arg10: float,
+    /,
+) -> torch.Tensor: ...
 def bias_dropout_add(
     arg0: torch.Tensor, arg1: torch.Tensor, arg2: torch.Tensor, arg3: float, arg4: torch.Tensor, /
 ) -> torch.Tensor: ...

@@ -29,8 +29,11 @@ GRAIN = {
     "softmax": 16384,
     "cross_entropy": 16384,
     "dropout": 4096,
+    "batch_norm": 16384,
 }
 POOL_MINIMUM = 128 << 10
+#: What has a kernel that stands for no one function of torch's, and so is in no row of the table: C function -> kind.
+OUTSIDE = {"batch_norm_act": "batch_norm"}
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,9 @@ def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
     found = tuple((_kind(kernel), kernel) for kernel in (_kernel(called) for called, _ in kernels))
     why = []
     expected = OPS[name].kernels if name in OPS else ()
-    if name in COMPOSED:
+    if all(kernel in OUTSIDE for _, kernel in found):
+        pass
+    elif name in COMPOSED:
         why.append("made of other functions of ours and torch's, in more than one pass")
     elif not any(kernel.removesuffix("_") in expected for _, kernel in found):
         why.append(
@@ -255,13 +260,13 @@ def _of_function(name: str, args: tuple, kwargs: dict) -> Explanation:
 
 def _kernel(called: str) -> str:
     """The kernel that a C function runs: that of its own name, or for what is more than a kernel of the one it is of."""
-    if called.removesuffix("_") in KERNELS:
+    if called.removesuffix("_") in KERNELS or called in OUTSIDE:
         return called
     return max((kernel for kernel in KERNELS if called.startswith(kernel)), key=len)
 
 
 def _kind(kernel: str) -> str:
-    return KERNELS[kernel.removesuffix("_")][0]
+    return OUTSIDE.get(kernel) or KERNELS[kernel.removesuffix("_")][0]
 
 
 def _threads(kind: str, given: Tensor, args: tuple) -> tuple[bool, str]:

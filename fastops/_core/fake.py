@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from .registry import KERNELS, kernels_of
 from .usable import refused, tensors_of
@@ -167,6 +168,12 @@ def _fakes() -> None:
                 fake(name + end)(as_one)
             for end in ("_backward", "_second"):
                 fake(name + end)(lambda *tensors: (as_one(*tensors), as_one(*tensors)))
+
+    @fake("batch_norm_act")
+    def _(input, residual, weight, bias, running_mean, running_var, training, eps, *rest):
+        dtype = real(input, True)
+        x = input.contiguous(memory_format=suggest_memory_format(input))
+        return like(x), *(input.new_empty(input.shape[1], dtype=dtype) for _ in range(3))
 
     fake("relu_dropout_backward")(lambda output, grad, p: like(output))
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.autograd import forward_ad
 
 from .. import _C
 from .._core.by_torch import DISABLED
+from .._core.registry import composed
 from .._core.usable import usable
 
 __all__ = ["batch_norm", "batch_norm_act"]
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
+@composed
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -42,33 +44,28 @@ def batch_norm(
     """(input - mean) / sqrt(variance + eps) * weight + bias per channel, dimension 1.
 
     Args:
-        input: float, of shape (N, C) or (N, C, ...), contiguous or channels_last; other layouts are copied.
-        running_mean, running_var: of shape (C,). Updated in training, used otherwise.
-        weight, bias: of shape (C,), or None for 1 and 0.
-        training: whether the statistics are the batch's own.
-        momentum: what the batch's statistics weigh in the running ones.
+        input: a float64, float32, bfloat16 or float16 tensor of shape (N, C) or (N, C, ...). Contiguous and channels_last
+            memory is read as it is, other layouts are copied.
+        running_mean, running_var: of shape (C,), or None. Updated in training, used otherwise.
+        weight, bias: of shape (C,), or None for 1 and 0. Of the input's dtype, or float32 beside bfloat16 and float16.
+        training: whether mean and variance are those of the input.
+        momentum: the weight of the input's mean and variance in the running ones.
         eps: added to the variance.
 
     Raises:
         ValueError: one value per channel in training.
-        RuntimeError: shapes that do not fit, or no running statistics outside of training.
+        RuntimeError: shapes or dtypes that do not fit, or no running statistics outside of training.
 
-    Same as :func:`torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015). The variance is taken in one pass over
-    memory, in an order that depends neither on threads nor on the memory layout. Kernels for the CPU; elsewhere, in
-    compiled models and under torch.func it is torch's. Example: ``batch_norm(torch.randn(8, 3), None, None, training=True)``.
+    Same as :func:`torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015). Mean and variance are taken in one pass over
+    memory, in an order that depends neither on threads nor on the memory layout. On CUDA, in compiled models and under
+    torch.func, torch's own function is called. Example: ``batch_norm(torch.randn(8, 3), None, None, training=True)``.
     """
-    if has_torch_function((input, running_mean, running_var, weight, bias)):
-        return handle_torch_function(
-            batch_norm,
-            (input, running_mean, running_var, weight, bias),
-            input, running_mean, running_var, weight=weight, bias=bias, training=training,
-            momentum=momentum, eps=eps,
-        )  # fmt: skip
-    return _batch_norm_act(
+    return _normalized(
         input, running_mean, running_var, weight, bias, None, "none", training, momentum, eps, 0.01
     )
 
 
+@composed
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -86,53 +83,56 @@ def batch_norm_act(
     """activation(batch_norm(input) + residual), in the passes over memory that batch norm takes alone.
 
     Args:
-        residual: of the input's shape and dtype, or None.
-        activation: "none", "relu", "relu6", "leaky_relu" (with `negative_slope`), "silu", "gelu", "hardswish" or "mish".
-        The others are those of :func:`batch_norm`.
+        input, running_mean, running_var, weight, bias, training, momentum, eps: as :func:`batch_norm`.
+        residual: of the input's shape and dtype, or None for 0. Others are added as torch adds them.
+        activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish" or "mish".
+        negative_slope: of leaky_relu.
 
     Raises:
         ValueError: an unknown activation; and what :func:`batch_norm` raises.
 
-    For backward, the input is kept, and beside a residual either the output (relu, relu6, leaky_relu) or the residual.
+    For backward, the input is kept; beside a residual also the output (relu, relu6, leaky_relu) or the residual (the
+    others). Same as :func:`torch.nn.functional.batch_norm`, ``+`` and the activation, one after the other.
     Example: ``batch_norm_act(torch.randn(8, 3, 4, 4), None, None, training=True)``.
     """
     if activation not in _NUMBERS:
         raise ValueError(
-            f"batch_norm_act: activation is {activation!r}; it can be {', '.join(map(repr, _NUMBERS))}"
+            f"batch_norm_act: activation must be one of {', '.join(_NUMBERS)}, got {activation!r}"
         )
-    tensors = (input, running_mean, running_var, weight, bias, residual)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            batch_norm_act, tensors, *tensors, activation=activation, training=training,
-            momentum=momentum, eps=eps, negative_slope=negative_slope,
-        )  # fmt: skip
-    return _batch_norm_act(
+    return _normalized(
         input, running_mean, running_var, weight, bias, residual, activation, training, momentum,
         eps, negative_slope,
     )  # fmt: skip
 
 
-def _taken(input, weight, bias, running_mean, running_var, residual, training) -> bool:
-    """Whether the kernels take these; what they do not take, and what is an error, is torch's."""
+def _takes(input, running_mean, running_var, weight, bias, residual, training) -> bool:
+    """Whether the kernels take these. What they do not take is torch's, and so is what is wrong."""
     if (
         DISABLED
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
         or not usable(input)
         or input.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or input.dim() < 2
-        or input.numel() == 0
-        or (training and input.numel() == input.size(1))
-        or (not training and (running_mean is None or running_var is None))
+        or input.numel() <= (input.size(1) if training else 0)
         or (running_mean is None) != (running_var is None)
+        or (running_mean is None and not training)
     ):
         return False
-    shape, real = (input.size(1),), torch.float64 if input.dtype == torch.float64 else torch.float32
+    channels, dtypes = (input.size(1),), set()
     for t in (weight, bias, running_mean, running_var):
-        if t is not None and not (
-            usable(t) and t.dtype in (input.dtype, real) and t.shape == shape and t.device == input.device
-        ):
+        if t is None:
+            continue
+        if not usable(t) or t.shape != channels or t.device != input.device:
             return False
+        dtypes.add(t.dtype)
+    if len(dtypes) > 1 or not (
+        dtypes <= {input.dtype} or (input.dtype != torch.float64 and dtypes == {torch.float32})
+    ):
+        return False
+    if running_mean is not None and running_mean.requires_grad | running_var.requires_grad:
+        return False
     return residual is None or (
         usable(residual)
         and residual.dtype == input.dtype
@@ -141,24 +141,16 @@ def _taken(input, weight, bias, running_mean, running_var, residual, training) -
     )
 
 
-def _batch_norm_act(
+def _normalized(
     input, running_mean, running_var, weight, bias, residual, activation, training, momentum, eps,
-    slope,
+    negative_slope,
 ):  # fmt: skip
-    if not _taken(input, weight, bias, running_mean, running_var, residual, training):
-        output = F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-        if residual is not None:
-            output = output + residual
-        return ACTIVATIONS[activation](output, slope)
-    output, mean, _, variance = _C.batch_norm_act(
-        input, residual, weight, bias, running_mean, running_var, training, eps,
-        _NUMBERS[activation], slope,
-    )  # fmt: skip
-    if training and running_mean is not None:
-        count = input.numel() // input.size(1)
-        with torch.no_grad():
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            running_var.mul_(1 - momentum).add_(variance, alpha=momentum * count / (count - 1))
-    return output
+    if _takes(input, running_mean, running_var, weight, bias, residual, training):
+        return _C.batch_norm_act(
+            input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
+            _NUMBERS[activation], negative_slope,
+        )  # fmt: skip
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        output = output + residual
+    return ACTIVATIONS[activation](output, negative_slope)

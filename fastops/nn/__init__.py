@@ -7,10 +7,13 @@ attributes. Those that take more are written here."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import functional as F
+from .._core.batch_norms import normalized
 from .._core.declaration import module_of
 from .._core.registry import OPS
 
@@ -64,20 +67,8 @@ class AlphaDropout(torch.nn.AlphaDropout):
         return F.alpha_dropout(input, self.p, self.training, self.inplace)
 
 
-def _batch_norm(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
-    """The forward pass of torch's batch norms, by our function: the factor of the average is counted as there."""
-    self._check_input_dim(input)
-    factor = 0.0 if self.momentum is None else self.momentum
-    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:
-            factor = 1.0 / float(self.num_batches_tracked)
-    own = self.training or (self.running_mean is None and self.running_var is None)
-    kept = not self.training or self.track_running_stats
-    return F.batch_norm(
-        input, self.running_mean if kept else None, self.running_var if kept else None,
-        self.weight, self.bias, own, factor, self.eps,
-    )  # fmt: skip
+def _batch_norm(self: Any, input: Tensor) -> Tensor:
+    return normalized(self, input, F.batch_norm)
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -204,8 +195,11 @@ del _op, _module
 
 _CLASSES = [
     cls
-    for cls in list(vars().values())
-    if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == __name__
+    for name, cls in list(vars().items())
+    if name[0] != "_"
+    and isinstance(cls, type)
+    and issubclass(cls, torch.nn.Module)
+    and cls.__module__ == __name__
 ]
 # torch.nn's class -> ours
 MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {

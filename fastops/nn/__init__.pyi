@@ -16,6 +16,15 @@ class BCELoss(torch.nn.BCELoss):
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """:func:`fastops.functional.binary_cross_entropy_with_logits` as a module; arguments of :class:`torch.nn.BCEWithLogitsLoss`."""
 
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """:func:`fastops.functional.batch_norm` as a module; arguments of :class:`torch.nn.BatchNorm1d`."""
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """:func:`fastops.functional.batch_norm` as a module; arguments of :class:`torch.nn.BatchNorm2d`."""
+
+class BatchNorm3d(torch.nn.BatchNorm3d):
+    """:func:`fastops.functional.batch_norm` as a module; arguments of :class:`torch.nn.BatchNorm3d`."""
+
 class CELU(torch.nn.CELU):
     """:func:`fastops.functional.celu` as a module; arguments of :class:`torch.nn.CELU`."""
 

@@ -15,6 +15,7 @@ from ..nn import MODULES
 from .calls import NAMES, replace_calls
 from .joins import FOREIGN, join, may_join
 from .modules import Recipe, attach, attached, has_own_forward
+from .norms import sequence
 from .reading import Refused, is_hashable
 from .report import PatchReport
 
@@ -96,7 +97,7 @@ def _recipe_for(
         except Refused as refused:
             reason = str(refused)
         if reason:
-            left.append(f"an add and a relu stay apart: {reason}")
+            left.append(f"{joins} stay apart: {reason}")
     if not functional:
         if remaining:
             names = ", ".join(remaining)
@@ -135,6 +136,13 @@ def _plan(model: nn.Module, functional: bool) -> tuple[PatchReport, _Plan]:
                 left = [f"a subclass of {_label(base)} with a forward of its own; call fastops.functional in it"]  # fmt: skip
             else:
                 recipe = Recipe("module", ((_label(base), _label(MODULES[base])),))
+        elif pairs := sequence(module):
+            if has_own_forward(module):
+                left = [OWN_FORWARD]
+            elif reason := _why_not_class(cls):
+                left = [reason]
+            else:
+                recipe = pairs
         elif cls.__module__.startswith("torch.nn."):
             left = [reason] if (reason := _of_torch_nn(module)) else []
         elif isinstance(getattr(cls, "forward", None), types.FunctionType):
@@ -191,8 +199,9 @@ def _plan_mode(
 
 
 def patch(model: nn.Module, *, functional: bool = False, dry_run: bool = False) -> PatchReport:
-    """Replaces what the activations, losses, softmaxes and dropouts of a model run by fastops's, and the sum and relu that
-    end a residual block by :func:`fastops.functional.add_relu`, in place.
+    """Replaces what the activations, losses, softmaxes, dropouts and batch norms of a model run by fastops's, a batch norm
+    with the sum and the activation after it by :func:`fastops.functional.batch_norm_act`, and any other sum and relu by
+    :func:`fastops.functional.add_relu`, in place.
 
     Args:
         model: any module; it may itself be one to replace.

@@ -1,4 +1,5 @@
-"""Forwards in which `add` and the `relu` after it are one kernel, fastops.functional.add_relu.
+"""Forwards in which a batch norm, an add and an activation that follow each other are one kernel:
+fastops.functional.batch_norm_act, or add_relu where there is no batch norm.
 
 What a forward means is found with torch.fx. The new forward is Python source; it holds where the values that the old one
 looked at are what they were, and calls the old one where they are not."""
@@ -19,10 +20,20 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _hooks
 
 from .. import functional
+from .._core.batch_norms import normalized
 from .._core.usable import usable
 from ..nn import MODULES
 from .calls import CALLS, NAMES
 from .modules import Recipe
+from .norms import (
+    FUNCTION,
+    activation_of,
+    arguments,
+    is_norm,
+    norm_act,
+    plain_activation,
+    plain_norm,
+)
 from .reading import Refused
 from .tracing import mentions, trace
 
@@ -113,6 +124,77 @@ def _fuse_joins(module: nn.Module, graph: fx.Graph) -> tuple[int, list[str], str
     return count, guards, reason
 
 
+def _follows(module: nn.Module, graph: fx.Graph, norm: fx.Node, last: fx.Node) -> bool:
+    """Whether `norm` may run as late as `last`: until then neither what it is given changes, nor its averages."""
+    if norm.next is last:
+        return True
+    given, child = norm.args[0], module._modules[str(norm.target)]
+    calls = [n for n in graph.nodes if n.op == "call_module" and module._modules[str(n.target)] is child]  # fmt: skip
+    fresh = isinstance(given, fx.Node) and len(given.users) == 1 and _makes_fresh(module, given)
+    return fresh and len(calls) == 1
+
+
+def _norm(module: nn.Module, node: object) -> bool:
+    """Whether a node is a batch norm of one tensor that only one other node reads."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_module"
+        and is_norm(module._modules.get(str(node.target)))
+        and len(node.args) == 1
+        and isinstance(node.args[0], fx.Node)
+        and not node.kwargs
+        and len(node.users) == 1
+    )
+
+
+def _fuse_norms(module: nn.Module, graph: fx.Graph) -> tuple[list[tuple[str, str]], list[str]]:
+    """Makes batch_norm_act of the graph's batch norms and what follows them: what the report says, and the guards."""
+    words: list[tuple[str, str]] = []
+    guards: list[str] = []
+    for node in list(graph.nodes):
+        child = module._modules.get(str(node.target)) if node.op == "call_module" else None
+        if child is not None:
+            if activation_of(child) is None or len(node.args) != 1 or node.kwargs:
+                continue
+        elif _relu(module, node) is None or not node.args:
+            continue
+        before: Any = node.args[0]
+        added_in_place = _add(before)
+        if added_in_place is None:
+            norm, residual = before, None
+            if not (_norm(module, norm) and _follows(module, graph, norm, node)):
+                continue
+        else:
+            norm, residual = before.args
+            if not _norm(module, norm) and not added_in_place:
+                norm, residual = residual, norm
+            if not _norm(module, norm) or norm is residual or len(before.users) > 1:
+                continue
+            if not _follows(module, graph, norm, before):
+                continue
+        with graph.inserting_before(node):
+            own = graph.get_attr(str(norm.target))
+            act = None if child is None else graph.get_attr(str(node.target))
+            if residual is None:
+                fused = graph.call_function(norm_act, (own, norm.args[0], act))
+            else:
+                given = (own, norm.args[0], residual, act, bool(added_in_place))
+                fused = graph.call_function(norm_add_act, given)
+        node.replace_all_uses_with(fused)
+        graph.erase_node(node)
+        if residual is not None:
+            graph.erase_node(before)
+        graph.erase_node(norm)
+        guards.append(f"plain_norm(children.get({norm.target!r}))")
+        if child is not None:
+            guards.append(f"plain_activation(children.get({node.target!r}))")
+        name = type(module._modules[str(norm.target)]).__name__
+        last = "relu" if child is None else activation_of(child)
+        parts = (name, *(["add"] if residual is not None else []), str(last))
+        words.append((f"{type(module).__name__}: {' + '.join(parts)}", FUNCTION))
+    return words, guards
+
+
 def _calls_of(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
     """The nodes that call torch's functions which are ours too, with the function."""
     found = []
@@ -136,6 +218,21 @@ def plain(module: nn.Module | None, inplace: bool) -> bool:
             or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks
         )
     )  # fmt: skip
+
+
+def norm_add_act(norm, input, residual, activation, inplace):
+    """activation(norm(input) + residual) of a rewritten forward; of relu, where that is None."""
+    if (
+        torch.compiler.is_compiling()
+        or not (usable(input) and usable(residual))
+        or (residual.dtype, residual.shape) != (input.dtype, input.shape)
+    ):
+        output = norm(input)
+        if activation is None or plain(activation, getattr(activation, "inplace", None)):
+            return joined(output, residual, inplace)
+        return activation(operator.iadd(output, residual) if inplace else output + residual)
+    options = arguments(activation)
+    return normalized(norm, input, functional.batch_norm_act, residual=residual, **options)
 
 
 def _path(value: object) -> str:
@@ -195,14 +292,20 @@ def _source(
     return "\n".join(lines) + "\n" + body.rstrip() + "\n", paths
 
 
-_SUPPLIED = ("Tensor", "original", "plain", "children")
+_SUPPLIED = {"plain": plain, "plain_norm": plain_norm, "plain_activation": plain_activation}
+_RESERVED = (*_SUPPLIED, "Tensor", "original", "children")
 
 
-def may_join(module: nn.Module) -> bool:
-    """Whether a forward mentions what add_relu is made of; tracing it is slower."""
+def may_join(module: nn.Module) -> str | None:
+    """What of a forward may become one kernel, by what it mentions; tracing it is slower."""
     named = mentions(module, {"+", "add", "add_", "relu", "relu_"})
-    relu = named & {"relu", "relu_"} or any(type(c) in RELUS for c in module._modules.values())
-    return bool(relu and named & {"+", "add", "add_"})
+    children = module._modules.values()
+    relu = named & {"relu", "relu_"} or any(type(c) in RELUS for c in children)
+    if relu and named & {"+", "add", "add_"}:
+        return "an add and a relu"
+    if any(map(is_norm, children)) and (relu or any(map(activation_of, children))):
+        return "a batch norm and an activation"
+    return None
 
 
 def join(module: nn.Module, functional: bool) -> tuple[Recipe | None, str | None, list[str]]:
@@ -214,17 +317,19 @@ def join(module: nn.Module, functional: bool) -> tuple[Recipe | None, str | None
     """
     cls = type(module)
     graph, read = trace(module, cls)
+    replaced, of_norms = _fuse_norms(module, graph)
     count, guards, reason = _fuse_joins(module, graph)
-    if not count:
+    guards = of_norms + guards
+    replaced += [(f"{cls.__name__}: add + relu", "fastops.functional.add_relu")] * count
+    if not replaced:
         return None, reason, []
-    replaced = [(f"{cls.__name__}: add + relu", "fastops.functional.add_relu")] * count
     calls = _calls_of(graph)
     for node, theirs in calls if functional else ():
         node.op, node.target = "call_function", CALLS[theirs]
         replaced.append((f"{cls.__name__}: {NAMES[theirs]}", f"fastops.functional.{NAMES[theirs]}"))
     graph.lint()
     source, names = _source(graph, read, guards)
-    if any(name in names for name in _SUPPLIED):
+    if any(name in names for name in _RESERVED):
         raise Refused("names of its own are in the way")
     recipe = Recipe("source", tuple(replaced), functional, source, tuple(sorted(names.items())))
     return recipe, reason, [] if functional else sorted({NAMES[theirs] for _, theirs in calls})
@@ -250,7 +355,7 @@ FOREIGN = {
 def compiled(cls: type, recipe: Recipe) -> Any:
     """The function of a recipe's source."""
     names: dict[str, Any] = {name: _find(path) for name, path in recipe.names}
-    names |= {"Tensor": Tensor, "original": cls.forward, "plain": plain}  # type: ignore[attr-defined]
+    names |= {**_SUPPLIED, "Tensor": Tensor, "original": cls.forward}  # type: ignore[attr-defined]
     file = f"<fastops: {cls.__module__}.{cls.__qualname__} {abs(hash(recipe)):x}>"
     linecache.cache[file] = (len(recipe.source), None, recipe.source.splitlines(True), file)
     exec(compile(recipe.source, file, "exec"), names)

@@ -33,7 +33,7 @@ from .calls import FunctionalMode, replace_calls
 class Recipe:
     """How a module's forward is replaced.
 
-    `how` is "module" for the forward of fastops.nn's class, "source" for a forward of its own text, "calls" for the class's
+    `how` is "module" for the forward of fastops.nn's class, "sequence" for norms.in_sequence, "source" for a forward of its own text, "calls" for the class's
     forward with torch's functions replaced, "" for the class's own. `replaced` holds what the report says (before, after).
     """
 
@@ -164,6 +164,10 @@ def _function(module: nn.Module, recipe: Recipe) -> Any:
     cls: Any = type(module)
     if recipe.how == "module":
         function: Any = MODULES[cls].forward  # type: ignore[attr-defined]
+    elif recipe.how == "sequence":
+        from .norms import in_sequence
+
+        function = in_sequence
     elif recipe.how == "source":
         from .joins import compiled
 

@@ -21,7 +21,10 @@ OTHER_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, 
                 torch.complex128, torch.complex64, torch.float8_e4m3fn]  # fmt: skip
 RANDOM = ["dropout", "dropout2d", "dropout3d", "alpha_dropout"]
 NOT_IN_DATABASE = {"dropout1d"}  # torch has it, its database has not
-OURS_ALONE = {"add_relu", "bias_gelu", "bias_dropout_add", "mixup_cross_entropy", "relu_dropout", "squareplus", "swiglu"}  # fmt: skip
+OURS_ALONE = {"add_relu", "bias_gelu", "bias_dropout_add", "mixup_cross_entropy", "relu_dropout", "squareplus", "swiglu", "batch_norm_act"}  # fmt: skip
+
+# Positions of float tensors that no gradient flows to: running statistics.
+CONSTANT = {"batch_norm": (1, 2)}
 
 # Where ours is not torch's on purpose. A test counts them; nothing else may differ.
 DIFFERENT = {
@@ -90,10 +93,17 @@ def on_tensors(sample, f):
     return sample.transform(lambda v: f(v) if isinstance(v, torch.Tensor) else v)
 
 
-def floats(sample):
-    """What gradients flow to: the float tensors given by position (torch's losses give none to their weights)."""
+def is_float(entry, position, value):
+    """Whether gradients flow to an argument: to the float tensors given by position (torch's losses give none to their
+    weights)."""
+    if position in CONSTANT.get(entry.name, ()):
+        return False
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def floats(entry, sample):
     given = (sample.input, *sample.args)
-    return [t for t in given if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return [t for k, t in enumerate(given) if is_float(entry, k, t)]
 
 
 def assert_same_layout(entry, ours, theirs, sample):
@@ -153,10 +163,10 @@ def test_samples_and_references(entry, dtype):
         results, inputs = [], []
         for function, to in ((entry.ours, None), (entry.theirs, None), (entry.exact(sample), torch.float64)):  # fmt: skip
             own = on_tensors(sample, lambda t: t.detach().to(to if t.is_floating_point() else t.dtype).detach())  # noqa: B023, E501  # fmt: skip
-            for t in floats(own):
+            for t in floats(entry, own):
                 t.requires_grad_(small)
             results.append(outcome(function, own))
-            inputs.append(floats(own))
+            inputs.append(floats(entry, own))
         (ours, error), (theirs, expected), (exact, _) = results
         assert type(error) is type(expected), (sample, error, expected)
         if expected is not None:
@@ -239,19 +249,19 @@ def test_gradients_of_complex_numbers_are_torchs():
 @EVERY
 def test_gradients_of_gradients(entry):
     if torch.float64 not in entry.info.dtypes:
-        assert entry.info.variant_test_name == "complex"
+        assert entry.info.variant_test_name in ("complex", "without_cudnn")
         return
     count = 0
     for sample in entry.samples(torch.float64, references=False):
         if not 0 < sample.input.numel() <= 700:
             continue
-        xs = [t.detach().clone().requires_grad_() for t in floats(sample)]
-        order = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in sample.args]
+        xs = [t.detach().clone().requires_grad_() for t in floats(entry, sample)]
+        order = [is_float(entry, k, t) for k, t in enumerate(sample.args, 1)]
 
         def f(x, *rest):
             torch.manual_seed(5)  # of what drops
             rest = iter(rest)
-            args = [next(rest) if is_float else a for a, is_float in zip(sample.args, order, strict=True)]  # noqa: B023  # fmt: skip
+            args = [next(rest) if flows else a for a, flows in zip(sample.args, order, strict=True)]  # noqa: B023  # fmt: skip
             return entry.ours(x, *args, **sample.kwargs)  # noqa: B023
 
         if not f(*xs).requires_grad:

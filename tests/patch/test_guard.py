@@ -81,6 +81,9 @@ CALLS = [
     (fastops.nn.LeakyReLU(0.2), (SMALL,), {}, [("elementwise", "leaky_relu")]),
     (fastops.nn.CrossEntropyLoss(), (LARGE, CLASSES), {}, [("cross_entropy", "cross_entropy")]),
     (fastops.nn.Dropout2d(), (SMALL[None, None],), {}, [("dropout", "dropout")]),
+    (F.batch_norm, (SMALL, None, None), {"training": True}, [("batch_norm", "batch_norm_act")]),
+    (F.batch_norm_act, (SMALL, None, None), {"training": True}, [("batch_norm", "batch_norm_act")]),
+    (fastops.nn.BatchNorm2d(3), (torch.ones(2, 3, 4, 4),), {}, [("batch_norm", "batch_norm_act")]),
 ]
 
 
@@ -183,6 +186,7 @@ def test_explain_refuses_what_is_not_ours():
 def test_what_explain_knows_of_the_kernels_is_what_they_are_compiled_with():
     rows = ("online_softmax.h", "kRowsGrain")
     files = {"softmax": rows, "cross_entropy": rows, "dropout": ("dropout.cpp", "kGrain")}
+    files["batch_norm"] = ("batch_norm.cpp", "kGrain")
     for kind, grain in explain.GRAIN.items():
         file, constant = files.get(kind, ("elementwise.h", "kElementwiseGrain"))
         (found,) = re.findall(rf"constexpr int64_t {constant} = (\d+);", (CPU / file).read_text())
@@ -190,7 +194,8 @@ def test_what_explain_knows_of_the_kernels_is_what_they_are_compiled_with():
     pool = (CPU.parent / "torch" / "pool.cpp").read_text()
     (kib,) = re.findall(r"kMinimum =\s*size_t\{(\d+)\} << 10", pool)
     assert int(kib) << 10 == explain.POOL_MINIMUM
-    assert {kind for kind, _ in KERNELS.values()} == {*explain.GRAIN, "optimizer"}
+    kinds = {kind for kind, _ in KERNELS.values()} | {*explain.OUTSIDE.values()}
+    assert kinds == {*explain.GRAIN, "optimizer"}
 
 
 def test_the_table_of_sizes_binds_a_check():
