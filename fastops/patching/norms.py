@@ -105,7 +105,7 @@ def in_sequence(self: nn.Sequential, input):
 def sequence(module: nn.Module) -> Recipe | None:
     """The recipe of a torch.nn.Sequential, or of a subclass with its forward, in which activations follow batch norms."""
     cls = type(module)
-    if cls.forward is not nn.Sequential.forward:
+    if not isinstance(module, nn.Sequential) or cls.forward is not nn.Sequential.forward:
         return None
     children = [c for c in module._modules.values() if c is not None]
     words = tuple(
