@@ -87,6 +87,18 @@ def calls():
     x = randn(32, 50, 43)
     for name in ("dropout1d", "dropout2d", "alpha_dropout"):
         yield name, lambda f=COMPOSED[name]: gradients(lambda x: f(x, 0.3, True), x)
+    for dtype in (torch.float32, torch.bfloat16):
+        for activation in ("none", "relu", "silu"):
+            for form in (torch.contiguous_format, torch.channels_last):
+                images, r = (randn(6, 35, 23, 19, seed=s, dtype=dtype).to(memory_format=form) for s in (0, 1))  # fmt: skip
+                w, b = randn(35, seed=2, dtype=dtype), randn(35, seed=4, dtype=dtype)
+
+                def norm(x, w, b, *r, activation=activation):
+                    return F.batch_norm_act(x, None, None, w, b, *r, activation=activation, training=True)  # fmt: skip
+
+                name = f"batch_norm_act {activation} {form} {dtype}"
+                yield name, lambda f=norm, t=(images, w, b): gradients(f, *t)
+                yield f"{name} add", lambda f=norm, t=(images, w, b, r): gradients(f, *t)
     yield "dropout3d", lambda: gradients(lambda x: F.dropout3d(x, 0.3), x.unsqueeze(3))
 
 
