@@ -93,6 +93,32 @@ FASTOPS_FN Vec<typename VecIO<scalar_t>::real> activate_backward(
   return dy;
 }
 
+// Calls body with the activation as a constant: within the loops a choice would be made for every
+// vector, and the code of all of them repeated wherever one is unrolled.
+template <class Body>
+FASTOPS_FN Error with_activation(NormActivation activation, Body body) {
+  using A = NormActivation;
+  switch (activation) {
+    case A::kNone:
+      return body(std::integral_constant<A, A::kNone>{});
+    case A::kReLU:
+      return body(std::integral_constant<A, A::kReLU>{});
+    case A::kReLU6:
+      return body(std::integral_constant<A, A::kReLU6>{});
+    case A::kLeakyReLU:
+      return body(std::integral_constant<A, A::kLeakyReLU>{});
+    case A::kSiLU:
+      return body(std::integral_constant<A, A::kSiLU>{});
+    case A::kGELU:
+      return body(std::integral_constant<A, A::kGELU>{});
+    case A::kHardswish:
+      return body(std::integral_constant<A, A::kHardswish>{});
+    case A::kMish:
+      return body(std::integral_constant<A, A::kMish>{});
+  }
+  return "unknown activation";
+}
+
 // What every pass knows of channel c.
 template <class real>
 struct Channels {
@@ -123,13 +149,12 @@ struct Channels {
 
 // The gradient to the activation's input, of `count` elements: what the sums and the backward pass
 // begin with.
-template <class scalar_t>
+template <class scalar_t, NormActivation activation>
 struct Gradient {
   using L = VecIO<scalar_t>;
   using V = typename L::V;
   const scalar_t *x, *dy, *residual;
   bool is_output;
-  NormActivation activation;
   V slope;
 
   FASTOPS_FN explicit Gradient(const BatchNormArgs& a)
@@ -137,7 +162,6 @@ struct Gradient {
         dy(static_cast<const scalar_t*>(a.dy)),
         residual(static_cast<const scalar_t*>(a.residual)),
         is_output(a.residual_is_output),
-        activation(a.activation),
         slope(static_cast<typename L::real>(a.slope)) {}
   // dz and x - mean at element i and on; mean, scale and bias are per vector of real.
   template <class N>
@@ -147,12 +171,12 @@ struct Gradient {
     V r[L::count];
     L::load(x + i, n, deviation);
     L::load(dy + i, n, dz);
-    const bool derivative = activation != NormActivation::kNone;
+    constexpr bool derivative = activation != NormActivation::kNone;
     if (derivative && residual) L::load(residual + i, n, r);
     for (int k = 0; k < L::count; ++k) {
       const V v = deviation[k];
       deviation[k] = v - mean[k];
-      if (derivative) {
+      if constexpr (derivative) {
         V z = is_output ? r[k] : BatchNorm::forward(v, mean[k], scale[k], bias[k]);
         if (residual && !is_output) z = z + r[k];
         dz[k] = activate_backward<scalar_t>(activation, z, dz[k], slope);
@@ -161,8 +185,7 @@ struct Gradient {
   }
 };
 
-// Calls body(chunk, channels or one channel) over the threads, and joins the chunks' totals by
-// finish(channel, first total of the channel, distance between its chunks' totals).
+// The blocks of a tensor, and the chunks of them.
 struct Blocks {
   int64_t images, channels, positions, per_image, per_chunk, chunks;
   FASTOPS_FN explicit Blocks(const BatchNormArgs& a)
@@ -181,6 +204,15 @@ struct Blocks {
       const int64_t image = b / per_image, position = b % per_image * kNormBlock;
       body(image, position, positions - position < kNormBlock ? positions - position : kNormBlock);
     }
+  }
+  // Of items that are a channel of a chunk each: the chunk and the channel, in an order in which
+  // those that follow each other are near in memory that has the channels outermost.
+  struct Place {
+    int64_t chunk, channel;
+  };
+  FASTOPS_FN Place place(int64_t item) const {
+    if (per_chunk < per_image) return {item % chunks, item / chunks};
+    return {item / channels, item % channels};
   }
   // The number of elements of a channel in a chunk.
   FASTOPS_FN int64_t count(int64_t chunk) const {
@@ -235,6 +267,14 @@ FASTOPS_FN Pair<typename V::value_type> reduce_pair(const Pair<V>& p) {
   return {reduce_lanes(p.first, add), reduce_lanes(p.second, add)};
 }
 
+// Asks for the memory behind n elements at p, where as many will be read next: a column at a time,
+// which the processor does not foresee.
+template <class scalar_t>
+FASTOPS_FN void prefetch(const scalar_t* p, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(scalar_t);
+  for (int64_t i = n; i < 2 * n; i += line) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Runs body(count) with the count of a whole block as a constant.
 template <class Body>
 FASTOPS_FN void with_count(int64_t count, Body body) {
@@ -265,6 +305,7 @@ Error statistics(const BatchNormArgs& a) {
           blocks.each(chunk, [&](int64_t image, int64_t position, int64_t count) {
             merge.next(count);
             const scalar_t* from = x + (image * positions + position) * channels;
+            prefetch(from, count * channels);
             with_count(count, [&](auto count) {
               for_each_vector<L::size, false>(0, channels, [&](int64_t c, auto n) {
                 V origin[L::count];
@@ -307,7 +348,7 @@ Error statistics(const BatchNormArgs& a) {
     } else {
       cpu::parallel(blocks.chunks * channels, 1, [=](int64_t first, int64_t last) {
         for (int64_t item = first; item < last; ++item) {
-          const int64_t chunk = item / channels, c = item % channels;
+          const int64_t chunk = blocks.place(item).chunk, c = blocks.place(item).channel;
           Moments<double> of{0, 0};
           Merge merge;
           blocks.each(chunk, [&](int64_t image, int64_t position, int64_t count) {
@@ -358,20 +399,23 @@ Error sums(const BatchNormArgs& a) {
     using real = typename L::real;
     constexpr int wide = sizeof(double) / sizeof(real);
     const Blocks blocks(a);
-    const Gradient<scalar_t> gradient(a);
-    BatchNormArgs constants = a;
-    constants.totals[0] = nullptr;
-    const Channels<real> per_channel(constants);
-    auto* partial = static_cast<double*>(a.workspace);
-    const int64_t channels = a.channels, positions = a.positions;
-    if (a.channels_last) {
-      cpu::parallel(blocks.chunks, 1, [=](int64_t first, int64_t last) {
-        for (int64_t chunk = first; chunk < last; ++chunk) {
-          double* total = partial + chunk * 2 * channels;
-          for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
-          blocks.each(chunk, [&](int64_t image, int64_t position, int64_t count) {
-            const int64_t from = (image * positions + position) * channels;
-            with_count(count, [&](auto count) {
+    return with_activation(a.activation, [&](auto activation) -> Error {
+      const Gradient<scalar_t, activation()> gradient(a);
+      BatchNormArgs constants = a;
+      constants.totals[0] = nullptr;
+      const Channels<real> per_channel(constants);
+      auto* partial = static_cast<double*>(a.workspace);
+      const int64_t channels = a.channels, positions = a.positions;
+      if (a.channels_last) {
+        cpu::parallel(blocks.chunks, 1, [=](int64_t first, int64_t last) {
+          for (int64_t chunk = first; chunk < last; ++chunk) {
+            double* total = partial + chunk * 2 * channels;
+            for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
+            blocks.each(chunk, [&](int64_t image, int64_t position, int64_t count) {
+              const int64_t from = (image * positions + position) * channels;
+              prefetch(gradient.x + from, count * channels);
+              prefetch(gradient.dy + from, count * channels);
+              if (gradient.residual) prefetch(gradient.residual + from, count * channels);
               for_each_vector<L::size, false>(0, channels, [&](int64_t c, auto n) {
                 V mean[L::count], scale[L::count], bias[L::count];
                 load_real<L>(per_channel.mean + c, n, mean);
@@ -407,58 +451,58 @@ Error sums(const BatchNormArgs& a) {
                 }
               });
             });
-          });
-        }
-      });
-    } else {
-      cpu::parallel(blocks.chunks * channels, 1, [=](int64_t first, int64_t last) {
-        for (int64_t item = first; item < last; ++item) {
-          const int64_t chunk = item / channels, c = item % channels;
-          real v[Channels<real>::operands];
-          per_channel.get(c, v);
-          V mean[L::count], scale[L::count], bias[L::count];
-          for (int k = 0; k < L::count; ++k)
-            mean[k] = V(v[0]), scale[k] = V(v[1]), bias[k] = V(v[2]);
-          double total[2] = {0, 0};
-          blocks.each(chunk, [&](int64_t image, int64_t position, int64_t count) {
-            const int64_t from = (image * channels + c) * positions + position;
-            Pair<V> sum{V(0), V(0)};
-            for_each_vector<L::size>(0, count, [&](int64_t i, auto n) {
-              V dz[L::count], deviation[L::count];
-              gradient.load(from + i, n, mean, scale, bias, dz, deviation);
-              if (n < L::size) {  // what lies behind the end may be NaN
-                L::mask_tail(n, 0, dz);
-                L::mask_tail(n, 0, deviation);
-              }
-              for (int k = 0; k < L::count; ++k) sum.add(dz[k], deviation[k]);
+          }
+        });
+      } else {
+        cpu::parallel(blocks.chunks * channels, 1, [=](int64_t first, int64_t last) {
+          for (int64_t item = first; item < last; ++item) {
+            const int64_t chunk = blocks.place(item).chunk, c = blocks.place(item).channel;
+            real v[Channels<real>::operands];
+            per_channel.get(c, v);
+            V mean[L::count], scale[L::count], bias[L::count];
+            for (int k = 0; k < L::count; ++k)
+              mean[k] = V(v[0]), scale[k] = V(v[1]), bias[k] = V(v[2]);
+            double total[2] = {0, 0};
+            blocks.each(chunk, [&](int64_t image, int64_t position, int64_t count) {
+              const int64_t from = (image * channels + c) * positions + position;
+              Pair<V> sum{V(0), V(0)};
+              for_each_vector<L::size>(0, count, [&](int64_t i, auto n) {
+                V dz[L::count], deviation[L::count];
+                gradient.load(from + i, n, mean, scale, bias, dz, deviation);
+                if (n < L::size) {  // what lies behind the end may be NaN
+                  L::mask_tail(n, 0, dz);
+                  L::mask_tail(n, 0, deviation);
+                }
+                for (int k = 0; k < L::count; ++k) sum.add(dz[k], deviation[k]);
+              });
+              const Pair<real> all = reduce_pair(sum);
+              total[0] += all.first;
+              total[1] += all.second;
             });
-            const Pair<real> all = reduce_pair(sum);
-            total[0] += all.first;
-            total[1] += all.second;
-          });
-          partial[chunk * 2 * channels + c] = total[0];
-          partial[(chunk * 2 + 1) * channels + c] = total[1];
-        }
-      });
-    }
-    for (int m = 0; m < 2; ++m) {
-      auto* out = static_cast<real*>(a.totals[m]);
-      for (int64_t c = 0; c < channels; ++c) {
-        double sum = 0;
-        for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk)
-          sum += partial[(chunk * 2 + m) * channels + c];
-        out[c] = static_cast<real>(sum);
+            partial[chunk * 2 * channels + c] = total[0];
+            partial[(chunk * 2 + 1) * channels + c] = total[1];
+          }
+        });
       }
-    }
-    return nullptr;
+      for (int m = 0; m < 2; ++m) {
+        auto* out = static_cast<real*>(a.totals[m]);
+        for (int64_t c = 0; c < channels; ++c) {
+          double sum = 0;
+          for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk)
+            sum += partial[(chunk * 2 + m) * channels + c];
+          out[c] = static_cast<real>(sum);
+        }
+      }
+      return nullptr;
+    });
   });
 }
 
 // ------------------------------------------------------------------------------------------------
 // elementwise passes
 
-// Calls body(i, n, operands) for all elements, with the operands of their channels: per vector, an
-// array of Channels::operands vectors. body(i, n, operand) where operand(m, v) loads the m-th.
+// Calls body(i, n, operand, streamed) for all elements, n of them at i. operand(m, i, n, v) loads
+// the m-th operand of their channels.
 template <class L, class Body>
 FASTOPS_FN void each_element(const BatchNormArgs& a, int used, bool aligned, Body body) {
   using V = typename L::V;
@@ -524,24 +568,25 @@ Error forward(const BatchNormArgs& a) {
     auto* residual = static_cast<const scalar_t*>(a.residual);
     auto* y = static_cast<scalar_t*>(a.y);
     const int64_t n = a.images * a.channels * a.positions;
-    const NormActivation activation = a.activation;
     const V slope(static_cast<typename L::real>(a.slope));
     const bool stream = streams<L>(y, n, x) && a.y != a.residual;
-    each_element<L>(a, 3, stream, [=](int64_t i, auto count, auto& operand, bool streamed) {
-      V v[L::count], r[L::count], mean[L::count], scale[L::count], bias[L::count];
-      L::load(x + i, count, v);
-      if (residual) L::load(residual + i, count, r);
-      operand(0, i, count, mean);
-      operand(1, i, count, scale);
-      operand(2, i, count, bias);
-      for (int k = 0; k < L::count; ++k) {
-        V z = BatchNorm::forward(v[k], mean[k], scale[k], bias[k]);
-        if (residual) z = z + r[k];
-        v[k] = activate<scalar_t>(activation, z, slope);
-      }
-      L::store(y + i, count, v, streamed);
+    return with_activation(a.activation, [&](auto activation) -> Error {
+      each_element<L>(a, 3, stream, [=](int64_t i, auto count, auto& operand, bool streamed) {
+        V v[L::count], r[L::count], mean[L::count], scale[L::count], bias[L::count];
+        L::load(x + i, count, v);
+        if (residual) L::load(residual + i, count, r);
+        operand(0, i, count, mean);
+        operand(1, i, count, scale);
+        operand(2, i, count, bias);
+        for (int k = 0; k < L::count; ++k) {
+          V z = BatchNorm::forward(v[k], mean[k], scale[k], bias[k]);
+          if (residual) z = z + r[k];
+          v[k] = activate<scalar_t>(activation, z, slope);
+        }
+        L::store(y + i, count, v, streamed);
+      });
+      return nullptr;
     });
-    return nullptr;
   });
 }
 
@@ -550,25 +595,27 @@ Error backward(const BatchNormArgs& a) {
     using scalar_t = decltype(zero);
     using L = VecIO<scalar_t>;
     using V = typename L::V;
-    const Gradient<scalar_t> gradient(a);
-    auto *dx = static_cast<scalar_t*>(a.dx), *dresidual = static_cast<scalar_t*>(a.dresidual);
-    const int64_t n = a.images * a.channels * a.positions;
-    const bool stream = streams<L>(dx, n, a.dy) && (!dresidual || streams<L>(dresidual, n, a.dy));
-    each_element<L>(a, 5, stream, [=](int64_t i, auto count, auto& operand, bool streamed) {
-      V mean[L::count], scale[L::count], o[L::count], dz[L::count], deviation[L::count];
-      operand(0, i, count, mean);
-      operand(1, i, count, scale);
-      operand(2, i, count, o);
-      gradient.load(i, count, mean, scale, o, dz, deviation);
-      if (dresidual) L::store(dresidual + i, count, dz, streamed);
-      V slope[L::count];
-      operand(3, i, count, o);
-      operand(4, i, count, slope);
-      for (int k = 0; k < L::count; ++k)
-        dz[k] = BatchNorm::backward(dz[k], deviation[k], scale[k], o[k], slope[k]);
-      L::store(dx + i, count, dz, streamed);
+    return with_activation(a.activation, [&](auto activation) -> Error {
+      const Gradient<scalar_t, activation()> gradient(a);
+      auto *dx = static_cast<scalar_t*>(a.dx), *dresidual = static_cast<scalar_t*>(a.dresidual);
+      const int64_t n = a.images * a.channels * a.positions;
+      const bool stream = streams<L>(dx, n, a.dy) && (!dresidual || streams<L>(dresidual, n, a.dy));
+      each_element<L>(a, 5, stream, [=](int64_t i, auto count, auto& operand, bool streamed) {
+        V mean[L::count], scale[L::count], o[L::count], dz[L::count], deviation[L::count];
+        operand(0, i, count, mean);
+        operand(1, i, count, scale);
+        operand(2, i, count, o);
+        gradient.load(i, count, mean, scale, o, dz, deviation);
+        if (dresidual) L::store(dresidual + i, count, dz, streamed);
+        V slope[L::count];
+        operand(3, i, count, o);
+        operand(4, i, count, slope);
+        for (int k = 0; k < L::count; ++k)
+          dz[k] = BatchNorm::backward(dz[k], deviation[k], scale[k], o[k], slope[k]);
+        L::store(dx + i, count, dz, streamed);
+      });
+      return nullptr;
     });
-    return nullptr;
   });
 }
 

@@ -47,7 +47,7 @@ struct BatchNormKernel {
 // Sums over positions are taken block by block, the positions of a block in a fixed tree; blocks
 // never span two images. Chunks of blocks are handed to threads. Shape alone fixes all of that, so
 // that results depend neither on threads nor on the memory layout.
-constexpr int64_t kNormBlock = 64;
+constexpr int64_t kNormBlock = 128;
 constexpr int64_t norm_blocks(int64_t positions) {
   return (positions + kNormBlock - 1) / kNormBlock;
 }

@@ -320,6 +320,49 @@ void norm(c10::ScalarType type, Buffers& b) {
          kTables.gradient_norm.clip({chunks, sums, scale, 1.0, out, out + 1, nullptr}));
 }
 
+// Images, channels and positions: one of each, whole vectors and not, several blocks and chunks.
+constexpr std::array<int64_t, 3> kImages[] = {{1, 1, 2},   {37, 5, 1},   {3, 70, 1},  {2, 3, 300},
+                                              {4, 33, 49}, {2, 64, 128}, {3, 2, 9000}};
+
+void batch_norms(c10::ScalarType type, Buffers& b) {
+  const BatchNormKernel& k = kTables.batch_norm;
+  const c10::ScalarType real = real_of(type);
+  for (const auto& [images, channels, positions] : kImages) {
+    const int64_t n = images * channels * positions;
+    BatchNormArgs a{};
+    a.dtype = type;
+    a.images = images, a.channels = channels, a.positions = positions;
+    a.x = b.input(n, type), a.dy = b.input(n, type);
+    a.slope = 0.1;
+    a.workspace = b.raw(static_cast<size_t>(batch_norm_workspace(images, channels, positions)));
+    const void* residual = b.input(n, type);
+    void *y = b.values(n, type), *dx = b.values(n, type), *dresidual = b.values(n, type);
+    void* totals[] = {b.values(channels, real), b.values(channels, real)};
+    const void *weight = b.input(channels, real), *bias = b.input(channels, real);
+    for (const bool last : {false, true}) {
+      a.channels_last = last;
+      a.totals[0] = totals[0], a.totals[1] = totals[1];
+      expect("batch_norm", "statistics", k.statistics(a));
+      a.mean = b.input(channels, real), a.inverse = b.input(channels, real);
+      for (int activation = 0; activation <= static_cast<int>(NormActivation::kMish);
+           ++activation) {
+        a.activation = static_cast<NormActivation>(activation);
+        for (const int how : {0, 1, 2}) {
+          a.weight = how == 1 ? nullptr : weight, a.bias = how == 2 ? nullptr : bias;
+          a.residual = how == 0 ? nullptr : residual;
+          a.y = y, a.dx = dx, a.dresidual = how == 0 ? nullptr : dresidual;
+          a.totals[0] = totals[0], a.totals[1] = totals[1];
+          expect("batch_norm", "forward", k.forward(a));
+          a.residual_is_output = how == 1;
+          expect("batch_norm", "sums", k.sums(a));
+          if (how == 2) a.totals[0] = a.totals[1] = nullptr;
+          expect("batch_norm", "backward", k.backward(a));
+        }
+      }
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------
 // modes
 
@@ -339,6 +382,7 @@ void kernels() {
       if (real_of(type) != type) steps(type, real_of(type), own);
       if (type == c10::ScalarType::Float) steps(type, c10::ScalarType::BFloat16, own);
       norm(type, own);
+      batch_norms(type, own);
     }
   }
   // Results that are written past the caches, aligned and not.
@@ -361,6 +405,7 @@ void threads() {
         Buffers own(k % 2, k + 1);
         steps(type, type, own);
         norm(type, own);
+        batch_norms(type, own);
       });
     for (auto& w : workers) w.join();
   }
