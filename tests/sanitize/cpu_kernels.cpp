@@ -282,7 +282,8 @@ void steps(c10::ScalarType type, c10::ScalarType state, Buffers& b) {
   for (const OptimizerKernel& row : kTables.optimizer) {
     double scalars[kMaxScalars], options[kMaxScalars];
     std::fill(options, options + kMaxScalars, 0.5);
-    row.scalars_for_step(options, 3, false, scalars);
+    double counted[kMaxScalars] = {3};  // the count of the step, and what else is kept beside it
+    row.scalars_for_step(options, false, counted, 0, scalars);
     std::vector<OptimizerTensor> tensors;
     for (const int64_t n : {1, 0, 70, 5, 40'003, 16, 33}) {
       OptimizerTensor t{n,   b.values(n, type), b.input(n, type),
