@@ -15,7 +15,7 @@ from ..nn import MODULES
 from .calls import NAMES, replace_calls
 from .joins import FOREIGN, join, may_join
 from .modules import Recipe, attach, attached, has_own_forward
-from .norms import sequence
+from .norms import NORMS, sequence
 from .reading import Refused, is_hashable
 from .report import PatchReport
 
@@ -127,7 +127,10 @@ def _plan(model: nn.Module, functional: bool) -> tuple[PatchReport, _Plan]:
         now = found.recipe if found else None
         recipe: Recipe | None = None
         left: list[str] = []
-        if base := next((b for b in cls.__mro__ if b in MODULES), None):
+        base = next((b for b in cls.__mro__ if b in MODULES), None)
+        if base in NORMS:
+            continue  # torch's is as fast where nothing that follows is fused with it
+        if base:
             if has_own_forward(module):
                 left = [OWN_FORWARD]
             elif reason := _why_not_class(cls):
@@ -199,9 +202,9 @@ def _plan_mode(
 
 
 def patch(model: nn.Module, *, functional: bool = False, dry_run: bool = False) -> PatchReport:
-    """Replaces what the activations, losses, softmaxes, dropouts and batch norms of a model run by fastops's, a batch norm
-    with the sum and the activation after it by :func:`fastops.functional.batch_norm_act`, and any other sum and relu by
-    :func:`fastops.functional.add_relu`, in place.
+    """Replaces what the activations, losses, softmaxes and dropouts of a model run by fastops's, a batch norm with the sum
+    and the activation after it by :func:`fastops.functional.batch_norm_act`, and any other sum and relu by
+    :func:`fastops.functional.add_relu`, in place. A batch norm that nothing of this follows stays torch's.
 
     Args:
         model: any module; it may itself be one to replace.

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from emulation.build import made_by_setup
 from instruction_sets import ISAS, available, need
 
@@ -78,3 +79,12 @@ def test_bad_capability_is_harmless():
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", "import fastops; print(fastops._C.cpu_capability())"],
                          env={**os.environ, "ATEN_CPU_CAPABILITY": "sse9"}, capture_output=True, text=True)  # fmt: skip
     assert out.returncode == 0 and out.stdout.strip() in ("DEFAULT", "AVX2", "AVX512")
+
+
+def test_the_program_under_the_sanitizers_compiles():
+    """`make abuse` runs it, which takes too long for every run of the tests."""
+    source = ROOT / "tests" / "sanitize" / "cpu_kernels.cpp"
+    include = Path(torch.__file__).parent / "include"
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-w", f"-I{include}", "-DCPU_CAPABILITY=AVX2", str(source)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -131,11 +131,10 @@ def test_resnet18():
         "ResNet: BatchNorm2d + relu -> fastops.functional.batch_norm_act: 1",
         "BasicBlock: BatchNorm2d + relu -> fastops.functional.batch_norm_act: 8",
         "BasicBlock: BatchNorm2d + add + relu -> fastops.functional.batch_norm_act: 8",
-        "torch.nn.BatchNorm2d -> fastops.nn.BatchNorm2d: 20",
         "torch.nn.ReLU -> fastops.nn.ReLU: 9",
     ):
         assert line in report.splitlines()
-    assert kernels(model, x) == ["batch_norm_act"] * 20
+    assert kernels(model, x) == ["batch_norm_act"] * 17  # and torch's of the downsampling
     assert list(model.state_dict()) == keys
     assert not fastops.patch(model).replaced
     fastops.unpatch(model)
@@ -150,7 +149,7 @@ def test_bottlenecks():
     report = str(fastops.patch(model)).splitlines()
     assert "Bottleneck: BatchNorm2d + relu -> fastops.functional.batch_norm_act: 8" in report
     assert "Bottleneck: BatchNorm2d + add + relu -> fastops.functional.batch_norm_act: 4" in report
-    assert kernels(model, x) == ["batch_norm_act"] * 17
+    assert kernels(model, x) == ["batch_norm_act"] * 13
 
 
 # ---------------------------------------------------------------------------------------------- sequences
@@ -172,7 +171,7 @@ def test_sequences(act):
     report = fastops.patch(model)
     words = f"Sequential: BatchNorm2d + {type(act).__name__}"
     assert ("", words, "fastops.functional.batch_norm_act") in report.replaced
-    assert kernels(model, X) == ["batch_norm_act"] * 3
+    assert kernels(model, X) == ["batch_norm_act"]
     assert fastops.unpatch(model).replaced and kernels(model, X) == []
 
 
@@ -180,7 +179,7 @@ def test_what_does_not_follow_stays_apart():
     for act in (nn.Tanh(), nn.GELU("tanh"), nn.Sequential(nn.ReLU()), nn.ELU()):
         model = seeded(sequence, act)
         assert not any(name == "" for name, *_ in fastops.patch(model).replaced)
-        assert attached(model) is None and "batch_norm_act" in kernels(model, X)
+        assert attached(model) is None and "batch_norm_act" not in kernels(model, X)
     alone = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
     fastops.patch(alone)
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
@@ -203,7 +202,7 @@ def test_subclasses_of_sequences():
 
     model = Own(nn.BatchNorm2d(4), nn.ReLU())
     fastops.patch(model)
-    assert kernels(model, X) == ["batch_norm_act", "relu"]
+    assert kernels(model, X) == ["relu"]
 
 
 # ---------------------------------------------------------------------------------------------- when it is not one
@@ -224,7 +223,7 @@ def test_hooks_are_run(make):
         with acts[0].register_forward_pre_hook(lambda m, args: seen.append(1)):
             model(X)
     assert len(seen) > 1 or make is Functional
-    assert kernels(model, X).count("batch_norm_act") >= 2 and "relu" not in kernels(model, X)
+    assert "batch_norm_act" in kernels(model, X) and "relu" not in kernels(model, X)
     calls = []
     for register in (nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook):  # fmt: skip
         with register(lambda m, *rest: calls.append(type(m).__name__)):
@@ -324,7 +323,7 @@ def test_copies_pickles_and_tools():
     theirs = copy.deepcopy(model)
     fastops.patch(model)
     twin = copy.deepcopy(model)
-    assert kernels(twin, X) == ["batch_norm_act"] * 5
+    assert kernels(twin, X) == ["batch_norm_act"] * 3
     loaded = pickle.loads(pickle.dumps(model))
     assert not any(attached(m) for m in loaded.modules()) and kernels(loaded, X) == []
     model.eval(), theirs.eval()

@@ -108,8 +108,8 @@ def test_torchvision_resnet():
         return value, [p.grad.clone() for p in m.parameters()]
 
     plain, plain_grads = run(nn.functional.cross_entropy)
-    # relus and batch norms, and a relu of the model's own and two of each block's fused with one
-    assert len(fastops.patch(m).replaced) == 9 + 20 + 1 + 16
+    # relus, and a relu of the model's own and two of each block's fused with batch norms
+    assert len(fastops.patch(m).replaced) == 9 + 1 + 16
     # BatchNorm's running statistics moved, the batch's own did not: a training step is the same again
     ours, our_grads = run(fastops.functional.cross_entropy)
     torch.testing.assert_close(ours, plain)
