@@ -51,7 +51,7 @@ env: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) "setuptools>=77" wheel ninja numpy \
-		pytest pytest-xdist hypothesis expecttest tqdm matplotlib pillow rich keras safetensors
+		pytest pytest-xdist hypothesis expecttest tqdm matplotlib pillow pyyaml rich keras safetensors
 	touch $@
 
 $(VENV)/.linters: Makefile
