@@ -131,13 +131,33 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
-def _known(node: ast.expr, module: nn.Module | None, owner: str | None) -> object:
-    """What a condition comes to, from the module's plain attributes; UNKNOWN where it depends on anything else."""
+def _assigned(tree: ast.AST) -> frozenset[tuple[str, ...]]:
+    """The attributes that a function writes to, as ("self", "config", "problem_type")."""
+    found = (
+        n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    )
+    return frozenset(tuple(chain(n) or ()) for n in found)
+
+
+def _known(
+    node: ast.expr,
+    module: nn.Module | None,
+    owner: str | None,
+    assigned: frozenset[tuple[str, ...]],
+) -> object:
+    """What a condition comes to, from the module's plain attributes; UNKNOWN where it depends on anything else, or on what
+    the function itself writes."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Attribute):
         names = chain(node)
-        if module is None or not names or names[0] != owner or names[1:] == ["training"]:
+        if (
+            module is None
+            or not names
+            or names[0] != owner
+            or names[1:] == ["training"]
+            or tuple(names) in assigned
+        ):
             return UNKNOWN
         value: object = module
         for name in names[1:]:
@@ -146,16 +166,16 @@ def _known(node: ast.expr, module: nn.Module | None, owner: str | None) -> objec
                 return UNKNOWN
         return value if isinstance(value, _PLAIN) else UNKNOWN
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        value = _known(node.operand, module, owner)
+        value = _known(node.operand, module, owner, assigned)
         return UNKNOWN if value is UNKNOWN else not value
     if isinstance(node, ast.BoolOp):
         ends = isinstance(node.op, ast.Or)
-        values = [_known(v, module, owner) for v in node.values]
+        values = [_known(v, module, owner, assigned) for v in node.values]
         if any(v is not UNKNOWN and bool(v) is ends for v in values):
             return ends
         return UNKNOWN if any(v is UNKNOWN for v in values) else not ends
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        pair = [_known(n, module, owner) for n in (node.left, node.comparators[0])]
+        pair = [_known(n, module, owner, assigned) for n in (node.left, node.comparators[0])]
         compare = _COMPARISONS.get(type(node.ops[0]))
         if compare is None or any(v is UNKNOWN for v in pair):
             return UNKNOWN
@@ -227,6 +247,7 @@ class _Replacer(ast.NodeTransformer):
         self.supplied: dict[str, object] = {}
         self.found: set[str] = set()
         self.missed: set[str] = set()
+        self.assigned: frozenset[tuple[str, ...]] = frozenset()
 
     def _supply(self, node: ast.AST, title: str, value: object) -> ast.Name:
         name = f"_fastops_{title}"
@@ -353,7 +374,7 @@ class _Replacer(ast.NodeTransformer):
         return self._supply(node, f"self_{name}", self._cached(_chosen, name, theirs, replaced))
 
     def _branches(self, node, visit_test):
-        known = _known(node.test, self.module, self.owner)
+        known = _known(node.test, self.module, self.owner, self.assigned)
         node.test = visit_test(node.test)
         return (
             [] if known is not UNKNOWN and not known else [node.body],
@@ -469,6 +490,7 @@ def _replaced(function: Any, module: nn.Module | None, within: dict) -> tuple[An
     except Refused:
         return function, set(), set()
     replacer = _Replacer(plain, module, within)
+    replacer.assigned = _assigned(tree)
     tree.body = [replacer.visit(s) for s in tree.body]
     found, missed = replacer.found, replacer.missed
     mangled = any(

@@ -719,3 +719,27 @@ def test_losses_made_or_chosen_in_a_forward(cls):
     with Spy() as spy:
         m(x, t)
     assert not [o for o in spy.ops if o.startswith("fastops")]
+
+
+class ChoosesAtFirst(nn.Module):
+    """As Hugging Face's classifiers: what the loss is, is written down by the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.kind = None
+
+    def forward(self, x, t):
+        if self.kind is None:
+            self.kind = "classes"
+        if self.kind == "classes":
+            return F.cross_entropy(x, t)
+        return F.mse_loss(x, t)
+
+
+def test_a_condition_on_what_the_forward_writes_is_not_decided_beforehand():
+    m, x, t = ChoosesAtFirst(), torch.randn(4, 6), torch.tensor([1, 5, 0, 2])
+    report = str(fastops.patch(m, functional=True))
+    assert "ChoosesAtFirst: cross_entropy" in report and "ChoosesAtFirst: mse_loss" in report
+    with Spy() as spy:
+        m(x, t)
+    assert [o for o in spy.ops if o.startswith("fastops.cross_entropy")]
