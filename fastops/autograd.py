@@ -1,7 +1,7 @@
-"""A torch.autograd.Function for every op, over the same kernels: the shape to build on when a step of your own is to be
-differentiated around one of ours. `fastops.functional` has no Python in its forward and backward passes, and is faster;
-these work with autograd, gradients of gradients included, and under torch.func (grad, vmap, jvp ...), where apply() is
-the dispatcher's op itself: the rules that it has for all of them are better than any that could be written here.
+"""A torch.autograd.Function for every op, over the same kernels. Build on these when you write a Function of your own
+around one of ours. `fastops.functional` is faster, because its forward and backward passes run no Python. These work with
+autograd, gradients of gradients included, and under torch.func (grad, vmap, jvp ...), where apply() calls the op of the
+dispatcher, which has rules for all of them.
 
 `<Name>Function.apply(...)` takes the op's arguments by position:
 

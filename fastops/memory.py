@@ -1,13 +1,13 @@
 """The pool that large CPU tensors come from: how much it holds, how much it may hold, and giving memory back.
 
-Memory fresh from the system costs a page fault per page. Results of fastops of 128 KiB and more therefore reuse what
-earlier results gave back, and after `serve_torch()` so do all of torch's CPU tensors: convolutions, embeddings,
-gradients. A tensor from the pool is an ordinary tensor.
+New memory from the system costs a page fault per page. Results of fastops that take 128 KiB or more therefore reuse the
+memory of earlier results. After `serve_torch()`, all of torch's CPU tensors of that size do: outputs of convolutions,
+embeddings, gradients. A tensor from the pool is an ordinary tensor.
 
-Idle memory is bounded in three ways. What is in use and idle together exceeds the most that was in use lately by a
-64th at most; a peak that does not come back is forgotten once eight to sixteen times its size have been allocated. No more
-than `limit` bytes are idle. And nothing stays idle when the machine or the process's control group has less than 1 GiB
-left (or an eighth of its memory, if that is less).
+Idle memory is bounded in three ways. Memory in use and idle memory together exceed the recent peak by 1/64 at most; the
+pool forgets a peak that does not come back once it has allocated eight to sixteen times its size. At most `limit` bytes
+are idle. And nothing stays idle when the machine or the process's control group has less than 1 GiB left (or an eighth of
+its memory, if that is less).
 
 Environment variables: FASTOPS_CPU_POOL_LIMIT (bytes) sets the limit at start, and 0 switches the pool off;
 FASTOPS_SERVE_TORCH=1 calls `serve_torch()` when fastops is imported.
@@ -31,16 +31,16 @@ __all__ = [
 
 
 def pool_info() -> dict[str, int | bool]:
-    """The pool's state: `enabled`; `serves_torch`; `limit`, `cached` (idle), `in_use` and `peak` (the most
-    in use lately) in bytes; `hits` and `misses`, the numbers of tensors served from idle memory and from the system."""
+    """The state of the pool: `enabled`; `serves_torch`; `limit`, `cached` (idle), `in_use` and `peak` (the recent maximum
+    of `in_use`) in bytes; `hits` and `misses`, the numbers of tensors served from idle memory and from the system."""
     return _C.pool_info()
 
 
 def set_limit(nbytes: int) -> None:
-    """Lets at most `nbytes` be idle; what is above is given back now.
+    """Keeps at most `nbytes` idle, and gives the rest back to the system now.
 
-    The default is an eighth of the memory there is, and half of it while `serve_torch()` is on. The memory there is: the
-    machine's, or the limit of a control group (a container) that the process is in.
+    By default it is an eighth of the memory of the machine, or of what the process's control group (its container)
+    allows, and half of that memory while `serve_torch()` is on.
 
     Raises ValueError for a negative number.
     """
@@ -80,12 +80,12 @@ class _Serving:
 
 
 def serve_torch() -> _Serving:
-    """Lets the pool serve all of torch's CPU tensors of 128 KiB and more, in the whole process.
+    """Makes the pool serve all of torch's CPU tensors of 128 KiB and more, in the whole process.
 
-    A training step then runs without page faults: torch gives the memory of every large tensor back to the system and
-    takes it anew, and that costs some models a third of the step. Call it at the start of the program, before the model
-    is made. Results do not change. Tensors that are alive stay valid, now and after `stop_serving()`; smaller ones, shared
-    and pinned memory, and memory of other libraries are not touched.
+    A training step then runs without page faults. Otherwise torch returns the memory of every large tensor to the system
+    and asks for new memory each time, which takes a third of the step in some models. Call it at the start of the program,
+    before you make the model. Results do not change. Existing tensors stay valid, now and after `stop_serving()`. Smaller
+    tensors, shared and pinned memory, and memory of other libraries are not affected.
 
     Returns a context manager that stops at the end of its block:
 
@@ -95,13 +95,13 @@ def serve_torch() -> _Serving:
         >>> x.sum()
         tensor(1048576.)
 
-    Raises RuntimeError if another library has put an allocator of its own in the place of torch's that cannot be replaced.
+    Raises RuntimeError if another library has replaced torch's allocator with one that cannot be replaced in turn.
     """
     return _Serving(_C.pool_serve_torch())
 
 
 def stop_serving() -> None:
-    """Undoes `serve_torch()`: new tensors come from torch's allocator, those that are alive stay valid."""
+    """Undoes `serve_torch()`: new tensors come from torch's allocator, and existing ones stay valid."""
     _C.pool_stop_serving()
 
 

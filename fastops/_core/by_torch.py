@@ -20,7 +20,7 @@ DISABLED_REASON = "FASTOPS_DISABLE is set"
 
 #: The numbers of elements below which torch's own kernel was measured to be faster, by op; `@op` binds the check at import,
 #: so that ops that are not here pay nothing. `python -m bench` found no op that is slower at its smallest size by more than
-#: the noise; what is slower at others (README, "Open") is no matter of a threshold.
+#: the noise; what is slower at others (docs/benchmarks.md) is no matter of a threshold.
 SMALLEST: dict[str, int] = {}
 
 # ---------------------------------------------------------------------------------------------- what torch would run

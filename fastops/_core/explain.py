@@ -123,20 +123,19 @@ def _noted(kernels: list, torchs: list) -> dict[str, Any]:
 
 
 def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
-    """Which kernel ``fn(*args, **kwargs)`` would run, and why: ours or torch's, its kind, the instruction set, whether in
-    parallel, and whether the result comes from the pool. Nothing is computed or changed.
+    """Says which kernel ``fn(*args, **kwargs)`` would run, and why: ours or torch's, its kind, the instruction set, whether
+    it runs in parallel, and whether the result comes from the pool. It computes and changes nothing.
 
     Args:
-        fn: a function of :mod:`fastops.functional`, a module of :mod:`fastops.nn`, or a function or module of torch's that
-            one of them stands for.
-        args, kwargs: what it would be given.
+        fn: a function of :mod:`fastops.functional`, a module of :mod:`fastops.nn`, or torch's counterpart of one.
+        args, kwargs: the arguments of the call.
 
     Returns:
         An :class:`Explanation`, which prints.
 
     Raises:
-        TypeError: `fn` is something else, or the arguments do not fit it. Arguments that the call itself would raise for
-            raise here too, as far as that is seen without values.
+        TypeError: `fn` is something else, or the arguments do not fit it. Where the call itself would raise, so does this,
+            unless that depends on the values.
 
     Example: ``print(fastops.explain(fastops.functional.gelu, torch.randn(1024, 1024)))``.
     """

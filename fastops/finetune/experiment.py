@@ -28,7 +28,7 @@ from .text import any_terminal
 
 @dataclass
 class Result:
-    """What an experiment came to.
+    """The results of an experiment.
 
     Attributes:
         config: as given.
@@ -56,8 +56,8 @@ class Result:
 def resume(
     folder: str | PathLike, *, threads: int | str | None = None, show: bool = False
 ) -> Result:
-    """Go on with an experiment that was interrupted, by whatever: its results are those of one that was not, bit for bit
-    (with the same number of threads and processes).
+    """Go on with an experiment that was interrupted, for whatever reason. The results are the same as without the
+    interruption, bit for bit (with the same number of threads and processes).
 
     Raises:
         ConfigError: `folder` is not that of an unfinished experiment, or damaged.

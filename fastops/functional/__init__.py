@@ -1,9 +1,10 @@
-"""torch.nn.functional's functions in fewer passes over memory, and some of our own. What fastops has no kernel for is
-torch's: `fastops.functional.linear` is `torch.nn.functional.linear`, so that one import is enough.
+"""The functions of torch.nn.functional in fewer passes over memory, and some that torch does not have. All other names are
+torch's, so one import is enough: `fastops.functional.linear` is `torch.nn.functional.linear`.
 
-Every function takes tensors of any dense layout and keeps it (channels_last stays channels_last). What has no kernels
-(integers, complex numbers, sparse, quantized and nested tensors, other devices) is computed, promoted or refused by torch's
-function of the same meaning. The files are one for each kind of kernel, private since a kind is called as its function is."""
+Every function takes tensors of any dense layout and keeps it (channels_last stays channels_last). Tensors without kernels
+(integers, complex numbers, sparse, quantized and nested tensors, other devices) go to torch's function of the same meaning,
+which computes, promotes or refuses them. There is a file for each kind of kernel. The files are private, because some kinds
+have the name of a function."""
 
 import torch.nn.functional as _torchs
 

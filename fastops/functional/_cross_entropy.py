@@ -39,19 +39,20 @@ def cross_entropy(
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ...), in any dense layout.
         target: class indices (int64 or uint8) of shape (), (N) or (N, d1, ...); or probabilities of input's shape,
-            of which input's dtype and theirs are promoted to one. Gradients flow to them too.
+            with input's dtype and theirs promoted to one. On the CPU, float32 probabilities beside bfloat16 or float16
+            logits are read as they are, and the logits are not copied. Gradients flow to probabilities too.
         weight: a factor per class, of shape (C) and input's dtype; with probabilities it takes part in the promotion,
             under autocast any float dtype will do. No gradient flows to it.
         size_average, reduce: deprecated, as in torch.
-        ignore_index: rows with this target count for nothing.
+        ignore_index: rows with this target do not count.
         reduction: ``"none"``, ``"mean"`` (weighted, over rows not ignored) or ``"sum"``.
         label_smoothing: in [0, 1]; how much of the target distribution is spread over all classes.
         return_lse: also return log(sum(exp(input))) of each row. Its gradient is softmax(input), for which the logits
             are kept.
         z_loss: a factor, not negative; z_loss * lse^2 is added to the loss of each row not ignored, before the reduction
             (`Chowdhery et al., 2022 <https://arxiv.org/abs/2204.02311>`_, section 5). In the same visit.
-        inplace_backward: write the gradient over the logits, which halves the memory: they must be dense, no leaf that
-            requires grad, and of no use to anybody else. Other uses of them raise in backward, as do gradients of the
+        inplace_backward: write the gradient over the logits, which halves the memory. They must be dense, must not be a
+            leaf that requires grad, and must not be used for anything else. Other uses of them raise in backward, as do gradients of the
             gradient, of target and of lse. Without a gradient to be taken, and under torch.compile, torch.func and
             forward-mode AD, the logits are left alone.
 
@@ -118,8 +119,9 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """-input[target] of log-probabilities: :func:`torch.nn.functional.nll_loss` itself, which reads one number a row
-    forward and fills zeros backward: nothing is left to win. From logits, :func:`cross_entropy` does both steps in one."""
+    """-input[target] of log-probabilities: :func:`torch.nn.functional.nll_loss` itself. It reads one number per
+    row in forward and fills zeros in backward, so a kernel of ours could not be faster. From logits, use
+    :func:`cross_entropy`, which does both steps in one."""
     return F.nll_loss(
         input, target, weight=weight, size_average=size_average, ignore_index=ignore_index,
         reduce=reduce, reduction=reduction,
@@ -138,8 +140,8 @@ def mixup_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """lam cross_entropy(input, target_a) + (1 - lam) cross_entropy(input, target_b): the loss of mixup (Zhang et al.,
-    2018), from class indices; no one-hot targets are made. In one visit of the logits, with one gradient kept; in one for
-    each target where lam is a tensor, the targets are no class indices, or the logits of one dimension.
+    2018), from class indices, without one-hot targets. It visits the logits once and keeps one gradient. It visits them
+    once for each target if lam is a tensor, if the targets are not class indices, or if the logits have one dimension.
 
     Args:
         input: logits, as for :func:`cross_entropy`.

@@ -1,4 +1,4 @@
-"""Dropout, and dropout fused with its neighbours. Masks come of a counter-based generator: see :func:`dropout`."""
+"""Dropout, and dropout fused with its neighbors. Masks come from a counter-based generator: see :func:`dropout`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def dropout(
 ) -> Tensor:
     """Zeroes each element with probability p and scales the others by 1 / (1 - p).
 
-    The mask comes of a counter-based generator (Philox 4x32-10) keyed by one random seed and the element's row-major
-    index. Backward makes it again: no mask is kept. It is the same on every device, for any number of threads and any
+    The mask comes from a counter-based generator (Philox 4x32-10) keyed by one random seed and the element's row-major
+    index. Backward makes it again instead of keeping it. It is the same on every device, for any number of threads and any
     memory layout, and obeys torch.manual_seed, fork_rng and activation checkpointing.
 
     Args:

@@ -1,4 +1,4 @@
-"""Elementwise functions: activations, and activations fused with their neighbours. A declaration with `@elementwise` is
+"""Elementwise functions: activations, and activations fused with their neighbors. A declaration with `@elementwise` is
 the whole of an activation: its body, module, autograd.Function, tests and benchmark rows are made from it."""
 
 # mypy: disable-error-code="empty-body"
@@ -261,8 +261,7 @@ def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
         input: a float64, float32, bfloat16 or float16 tensor of any shape.
         b: how wide the bend around 0 is, not negative; 0 is relu, 4 gives a slope of 1/2 and a value of 1 at 0.
 
-
-    torch.nn.functional has no such function; it is like its softplus, without exponentials. Example:
+    torch.nn.functional has no such function. It resembles softplus, without exponentials. Example:
     ``squareplus(torch.zeros(1))`` is 1.
     """
 

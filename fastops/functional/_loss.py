@@ -112,6 +112,7 @@ def l1_loss(
 ) -> Tensor:
     """The absolute difference of input and target, elementwise or its mean or sum (MAE).
 
+    Backward needs only the slope, and only the slope is kept: input and target may be overwritten in place afterwards.
     Arguments, result and errors as :func:`mse_loss`. Same as :func:`torch.nn.functional.l1_loss`. Example:
     ``l1_loss(torch.zeros(2), torch.tensor([1.0, -3.0]))`` is 2.
     """

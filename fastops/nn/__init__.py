@@ -1,9 +1,9 @@
-"""Modules: torch.nn's, with the forward pass of fastops.functional. Names, arguments, attributes and state_dicts are
-torch.nn's, because each is a subclass of its torch.nn counterpart. What fastops has no module for is torch.nn's own:
-`fastops.nn.Linear` is `torch.nn.Linear`.
+"""The modules of torch.nn, with the forward pass of fastops.functional. Each is a subclass of its torch.nn counterpart, and
+so names, arguments, attributes and state_dicts are torch.nn's. All other names are torch.nn's own: `fastops.nn.Linear` is
+`torch.nn.Linear`.
 
-Modules of elementwise functions are made from the table of ops: `ReLU` of `relu`, with the parameters of the function as
-attributes. Those that take more are written here."""
+Modules of elementwise functions are made from the table of ops: `ReLU` from `relu`, with the parameters of the function as
+attributes. The others are written here."""
 
 from __future__ import annotations
 

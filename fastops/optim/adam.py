@@ -15,8 +15,8 @@ class _AdamKernels(FusedStep):
 class Adam(_AdamKernels, torch.optim.Adam):
     """Adam (`Kingma and Ba, 2014 <https://arxiv.org/abs/1412.6980>`_), all parameters in one sweep over memory.
 
-    The arguments, defaults, errors and state_dict are those of :class:`torch.optim.Adam`, and what is computed is its
-    for-loop's: any memory layout, complex parameters, several dtypes in one group. Parameters of float16 and bfloat16
+    The arguments, defaults, errors and state_dict are those of :class:`torch.optim.Adam`, and the results are those of its
+    for-loop, for any memory layout, complex parameters, and several dtypes in one group. Parameters of float16 and bfloat16
     are updated in float32 and rounded once.
 
     Beyond torch, off by default, by keyword, in every optimizer here:
@@ -36,10 +36,10 @@ class Adam(_AdamKernels, torch.optim.Adam):
             norm's running statistics among them, are not averaged; see :meth:`swap_ema`.
 
         state_dtype: ``torch.bfloat16`` keeps the moments of float32 parameters in half the memory; ``torch.float32`` keeps
-            those of bfloat16 and float16 parameters in full. What is computed is computed in float32 either way.
-        rounding: ``"stochastic"``, per group: what is stored in bfloat16, parameters and states, is rounded up or down
-            with the probability of how near it is, so that updates too small for bfloat16 count on average, and a second
-            moment in bfloat16 decays (0.999 of it is rounded to itself otherwise). An element's random bits are Philox
+            those of bfloat16 and float16 parameters in full. The computation is in float32 either way.
+        rounding: ``"stochastic"``, per group: parameters and states in bfloat16 are rounded up or down at random, to the
+            nearer value with the higher probability. Updates too small for bfloat16 then count on average, and a second
+            moment in bfloat16 decays (otherwise 0.999 of it rounds to itself). An element's random bits are Philox
             4x32-10 of the group's ``rounding_seed``, the step, the parameter's number in the group and the element's place
             in memory: the same for any number of threads, instruction set and device, and after a checkpoint. The seed is
             drawn from torch's default generator where the optimizer is constructed; where several processes keep copies

@@ -75,18 +75,18 @@ class KeepsAverages(ExtraOptions):
 
     @torch.no_grad()
     def swap_ema(self, model=None, batches=None, device=None):
-        """Exchanges the parameters for their averages (``ema_decay``), or back: at once, and back again at the end of a
-        ``with`` block.
+        """Exchanges the parameters for their averages (``ema_decay``), or back. In a ``with`` statement, the end of the
+        block exchanges them again.
 
             with optimizer.swap_ema():
                 evaluate(model)
 
-        Within a ``with`` block the averages always stand in, whether or not they did before, and after it everything is
-        as it was before it, so that blocks can be nested. Parameters without an average (they have had no gradient yet)
-        stay as they are. In between, step(), state_dict() and load_state_dict() raise.
+        Within a ``with`` block the averages always stand in, even if they did before, and after it everything is as it was
+        before, so that blocks can be nested. Parameters without an average (they have had no gradient yet) stay as they
+        are. While the averages stand in, step(), state_dict() and load_state_dict() raise.
 
-        Only parameters are averaged. The running statistics of batch norm are those of the parameters' own activations;
-        with `model` and `batches` they are computed anew for the averages, and put back with the parameters.
+        Only parameters are averaged. The running statistics of batch norm are not; they belong to the parameters' own
+        activations. Pass `model` and `batches` to recompute them for the averages; they are put back with the parameters.
 
         Args:
             model, batches, device: what :func:`torch.optim.swa_utils.update_bn` takes: the model, an iterable of its

@@ -1,4 +1,4 @@
-"""Parameter groups by what regularisation is for."""
+"""Parameter groups with regularization and without."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def param_groups(
     l1: float = 0.0,
     no_decay: Callable[[str, torch.nn.Parameter, torch.nn.Module], bool] | None = None,
 ) -> list[dict]:
-    """Two groups for an optimizer: the parameters that are regularised, and those that are not.
+    """Splits the parameters of a model into two groups for an optimizer: those to regularize, and the others.
 
     Args:
-        model: whose parameters that require grad are taken, each once.
+        model: the model. Each parameter that requires grad is taken once.
         weight_decay, l1: of the first group; 0 in the second.
-        no_decay: of (name, parameter, module that holds it): whether it goes into the second group. By default biases,
-            the parameters of normalisation layers, and all parameters of fewer than two dimensions do.
+        no_decay: called with (name, parameter, module that holds it), says whether the parameter goes into the second
+            group. By default biases, the parameters of normalization layers, and all parameters with fewer than two
+            dimensions do.
 
     Returns:
         A list of the groups that are not empty, as an optimizer takes them.

@@ -202,12 +202,12 @@ def _plan_mode(
 
 
 def patch(model: nn.Module, *, functional: bool = False, dry_run: bool = False) -> PatchReport:
-    """Replaces what the activations, losses, softmaxes and dropouts of a model run by fastops's, a batch norm with the sum
-    and the activation after it by :func:`fastops.functional.batch_norm_act`, and any other sum and relu by
-    :func:`fastops.functional.add_relu`, in place. A batch norm that nothing of this follows stays torch's.
+    """Makes a model run the kernels of fastops, in place: for its activations, losses, softmaxes and dropouts, for a batch
+    norm with the addition and the activation after it (:func:`fastops.functional.batch_norm_act`), and for any other
+    addition with a relu after it (:func:`fastops.functional.add_relu`). A batch norm without either stays torch's.
 
     Args:
-        model: any module; it may itself be one to replace.
+        model: any module. It may be an activation or loss itself.
         functional: also replace torch's functions that the forward passes of the model call (``F.relu``, ``x.relu()``,
             ``F.softmax``, ``F.dropout``, ``F.cross_entropy`` ...), in this model only and at no cost for other calls.
             Calls in decorated functions are reached by one TorchFunctionMode around the model, which costs some
@@ -217,19 +217,20 @@ def patch(model: nn.Module, *, functional: bool = False, dry_run: bool = False) 
         dry_run: report only.
 
     Returns:
-        A :class:`PatchReport`, which says what was replaced, what was left and why, and what to try. Left are subclasses
-        of torch.nn's with a forward of their own, modules with a forward set on the instance, and blocks whose sum and
-        relu cannot be shown to be one: control flow that depends on data or on ``self.training``, functions that are not
-        torch's, a sum that is used elsewhere too. With FASTOPS_DISABLE=1 in the environment all is left.
+        A :class:`PatchReport`, which says what was replaced, what was left and why, and what to try. patch() leaves
+        subclasses of torch.nn's modules with a forward of their own, modules with a forward set on the instance, and
+        blocks that it cannot prove equal to the fused kernel: control flow that depends on data or on ``self.training``,
+        functions that are not torch's, a sum that is also used elsewhere. With FASTOPS_DISABLE=1 in the environment it
+        leaves everything.
 
     Raises:
         TypeError: `model` is no module, or a flag is no bool.
 
     Only what runs inside ``forward`` changes. A module keeps its class, parameters, buffers, hooks, names and
-    ``state_dict()``; torch.fx, torch.compile, torch.export, torch.jit, torch.ao and other tools see what they saw. A deep
-    copy is patched too. A pickle is not: it is torch's own, and loads without fastops; patch what was loaded. A fused
-    block looks at each call whether it is still what it was (no hook on the relu, say), and runs its own forward where it
-    is not. Patching twice changes nothing more. Example: ``print(fastops.patch(torchvision.models.resnet18()))``.
+    ``state_dict()``; torch.fx, torch.compile, torch.export, torch.jit, torch.ao and other tools see what they saw before. A
+    deep copy is patched too. A pickle is not: it is torch's own and loads without fastops, so patch again after loading. A
+    fused block checks at each call that it has not changed (that nobody has put a hook on the relu, say), and else runs
+    its own forward. Patching twice changes nothing more. Example: ``print(fastops.patch(torchvision.models.resnet18()))``.
     """
     _check(model, "patch")
     _check_flags("patch", functional=functional, dry_run=dry_run)
@@ -242,8 +243,8 @@ def patch(model: nn.Module, *, functional: bool = False, dry_run: bool = False) 
 
 def unpatch(model: nn.Module) -> PatchReport:
     """Undoes :func:`patch`: every module gets its own forward back. Modules that were built as fastops.nn's become
-    torch.nn's too. Where another forward was put around ours since, that one stays, around torch's, and the report says
-    so. Raises TypeError if `model` is no module."""
+    torch.nn's too. If somebody has since wrapped our forward in another one, that one stays and wraps torch's, and the
+    report says so. Raises TypeError if `model` is no module."""
     _check(model, "unpatch")
     report = PatchReport()
     for name, module in model.named_modules():
@@ -260,8 +261,8 @@ def unpatch(model: nn.Module) -> PatchReport:
 
 
 def patched(model: nn.Module, *, functional: bool = False) -> AbstractContextManager[nn.Module]:
-    """Patches a model within a ``with`` block, and leaves it as it was found: also after an exception, and with what was
-    patched before still patched. Arguments and errors as :func:`patch`."""
+    """Patches a model within a ``with`` block. Afterwards, even after an exception, the model is as it was before; what was
+    patched already stays patched. Arguments and errors as :func:`patch`."""
     _check(model, "patched")
     _check_flags("patched", functional=functional)
     return _patched(model, functional)

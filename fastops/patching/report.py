@@ -10,8 +10,9 @@ class PatchReport:
     """What patch() or unpatch() did, or with ``dry_run`` would do; print it.
 
     `replaced` holds (module name, before, after) of everything replaced: a module's forward, or what is called in it.
-    `left` holds (module name, class, why) of what fastops has a counterpart for, or could have, and did not touch, with
-    what to try. The name of the model itself is "". A module that is in several places is named by the first.
+    `left` holds (module name, class, why) of everything that fastops has or could have a counterpart for and did not touch;
+    `why` also says what to try. The name of the model itself is "". A module that is in several places goes by its first
+    name.
     """
 
     replaced: list[tuple[str, str, str]] = field(default_factory=list)

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SECTION = re.search(r"^## Fine-tuning\n(.*?)^## ", README, re.M | re.S)[1]
 TEXTS = SECTION + (ROOT / "docs" / "finetuning.md").read_text()
-SHOWN = re.findall(r"^    ((?:torchrun \S+ -m|python -m) fastops .*?)(?: +#.*)?$", TEXTS, re.M)
-COMMANDS = list(dict.fromkeys(SHOWN))
+COMMAND = re.compile(r"^    ((?:torchrun \S+ -m|python -m) fastops .*?)(?: +#.*)?$", re.M)
+COMMANDS = list(dict.fromkeys(COMMAND.findall(TEXTS)))
 FEW = ["--seeds=1", "--steps=2", "--quiet", "--threads=1"]
 """Given after a command's own options, for the time they take."""
 
@@ -51,6 +51,7 @@ def interrupted_run(monkeypatch):
 
 
 def test_there_are_commands():
+    assert COMMAND.findall(SECTION)
     words = " ".join(COMMANDS)
     shown = (
         "torchrun",
