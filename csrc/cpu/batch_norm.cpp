@@ -44,79 +44,58 @@ FASTOPS_FN auto sum_by_halves(Leaf leaf) {
   }
 }
 
-template <class scalar_t>
-FASTOPS_FN Vec<typename VecIO<scalar_t>::real> activate(NormActivation activation,
-                                                        Vec<typename VecIO<scalar_t>::real> z,
-                                                        Vec<typename VecIO<scalar_t>::real> slope) {
-  switch (activation) {
-    case NormActivation::kNone:
-      return z;
-    case NormActivation::kReLU:
-      return ReLU::forward(z);
-    case NormActivation::kReLU6:
-      return ReLU6::forward(z);
-    case NormActivation::kLeakyReLU:
-      return LeakyReLU::forward(z, slope);
-    case NormActivation::kSiLU:
-      return SiLU::forward(z);
-    case NormActivation::kGELU:
-      return GELU::forward(z);
-    case NormActivation::kHardswish:
-      return Hardswish::forward(z);
-    case NormActivation::kMish:
-      return Mish::forward(z);
+struct NoActivation {
+  static constexpr const char* params = "";
+  template <class T>
+  static FASTOPS_FN T forward(T z) {
+    return z;
   }
-  return z;
-}
-template <class scalar_t>
-FASTOPS_FN Vec<typename VecIO<scalar_t>::real> activate_backward(
-    NormActivation activation, Vec<typename VecIO<scalar_t>::real> z,
-    Vec<typename VecIO<scalar_t>::real> dy, Vec<typename VecIO<scalar_t>::real> slope) {
-  switch (activation) {
-    case NormActivation::kNone:
-      return dy;
-    case NormActivation::kReLU:
-      return ReLU::backward(z, dy);
-    case NormActivation::kReLU6:
-      return ReLU6::backward(z, dy);
-    case NormActivation::kLeakyReLU:
-      return LeakyReLU::backward(z, dy, slope);
-    case NormActivation::kSiLU:
-      return SiLU::backward(z, dy);
-    case NormActivation::kGELU:
-      return GELU::backward(z, dy);
-    case NormActivation::kHardswish:
-      return Hardswish::backward(z, dy);
-    case NormActivation::kMish:
-      return Mish::backward(z, dy);
+  template <class T>
+  static FASTOPS_FN T backward(T, T dy) {
+    return dy;
   }
-  return dy;
-}
+};
 
-// Calls body with the activation as a constant: within the loops a choice would be made for every
+// Calls body with the activation's formula: within the loops a choice would be made for every
 // vector, and the code of all of them repeated wherever one is unrolled.
 template <class Body>
 FASTOPS_FN Error with_activation(NormActivation activation, Body body) {
-  using A = NormActivation;
   switch (activation) {
-    case A::kNone:
-      return body(std::integral_constant<A, A::kNone>{});
-    case A::kReLU:
-      return body(std::integral_constant<A, A::kReLU>{});
-    case A::kReLU6:
-      return body(std::integral_constant<A, A::kReLU6>{});
-    case A::kLeakyReLU:
-      return body(std::integral_constant<A, A::kLeakyReLU>{});
-    case A::kSiLU:
-      return body(std::integral_constant<A, A::kSiLU>{});
-    case A::kGELU:
-      return body(std::integral_constant<A, A::kGELU>{});
-    case A::kHardswish:
-      return body(std::integral_constant<A, A::kHardswish>{});
-    case A::kMish:
-      return body(std::integral_constant<A, A::kMish>{});
+    case NormActivation::kNone:
+      return body(NoActivation{});
+    case NormActivation::kReLU:
+      return body(ReLU{});
+    case NormActivation::kReLU6:
+      return body(ReLU6{});
+    case NormActivation::kLeakyReLU:
+      return body(LeakyReLU{});
+    case NormActivation::kSiLU:
+      return body(SiLU{});
+    case NormActivation::kGELU:
+      return body(GELU{});
+    case NormActivation::kHardswish:
+      return body(Hardswish{});
+    case NormActivation::kMish:
+      return body(Mish{});
   }
   return "unknown activation";
+}
+// The slope is the parameter of those that have one.
+template <class Op, class V>
+FASTOPS_FN V activate(V z, V slope) {
+  if constexpr (count_params(Op::params) == 0) {
+    return Op::forward(z);
+  } else {
+    return Op::forward(z, slope);
+  }
+}
+template <class Op, class V>
+FASTOPS_FN V activate_backward(V z, V dy, V slope) {
+  if constexpr (count_params(Op::params) == 0) {
+    return Op::backward(z, dy);
+  } else {
+    return Op::backward(z, dy, slope);
+  }
 }
 
 // What every pass knows of channel c.
@@ -149,7 +128,7 @@ struct Channels {
 
 // The gradient to the activation's input, of `count` elements: what the sums and the backward pass
 // begin with.
-template <class scalar_t, NormActivation activation>
+template <class scalar_t, class Op>
 struct Gradient {
   using L = VecIO<scalar_t>;
   using V = typename L::V;
@@ -171,7 +150,7 @@ struct Gradient {
     V r[L::count];
     L::load(x + i, n, deviation);
     L::load(dy + i, n, dz);
-    constexpr bool derivative = activation != NormActivation::kNone;
+    constexpr bool derivative = !std::is_same_v<Op, NoActivation>;
     if (derivative && residual) L::load(residual + i, n, r);
     for (int k = 0; k < L::count; ++k) {
       const V v = deviation[k];
@@ -179,7 +158,7 @@ struct Gradient {
       if constexpr (derivative) {
         V z = is_output ? r[k] : BatchNorm::forward(v, mean[k], scale[k], bias[k]);
         if (residual && !is_output) z = z + r[k];
-        dz[k] = activate_backward<scalar_t>(activation, z, dz[k], slope);
+        dz[k] = activate_backward<Op>(z, dz[k], slope);
       }
     }
   }
@@ -399,8 +378,8 @@ Error sums(const BatchNormArgs& a) {
     using real = typename L::real;
     constexpr int wide = sizeof(double) / sizeof(real);
     const Blocks blocks(a);
-    return with_activation(a.activation, [&](auto activation) -> Error {
-      const Gradient<scalar_t, activation()> gradient(a);
+    return with_activation(a.activation, [&]<class Op>(Op) -> Error {
+      const Gradient<scalar_t, Op> gradient(a);
       BatchNormArgs constants = a;
       constants.totals[0] = nullptr;
       const Channels<real> per_channel(constants);
@@ -570,7 +549,7 @@ Error forward(const BatchNormArgs& a) {
     const int64_t n = a.images * a.channels * a.positions;
     const V slope(static_cast<typename L::real>(a.slope));
     const bool stream = streams<L>(y, n, x) && a.y != a.residual;
-    return with_activation(a.activation, [&](auto activation) -> Error {
+    return with_activation(a.activation, [&]<class Op>(Op) -> Error {
       each_element<L>(a, 3, stream, [=](int64_t i, auto count, auto& operand, bool streamed) {
         V v[L::count], r[L::count], mean[L::count], scale[L::count], bias[L::count];
         L::load(x + i, count, v);
@@ -581,7 +560,7 @@ Error forward(const BatchNormArgs& a) {
         for (int k = 0; k < L::count; ++k) {
           V z = BatchNorm::forward(v[k], mean[k], scale[k], bias[k]);
           if (residual) z = z + r[k];
-          v[k] = activate<scalar_t>(activation, z, slope);
+          v[k] = activate<Op>(z, slope);
         }
         L::store(y + i, count, v, streamed);
       });
@@ -595,8 +574,8 @@ Error backward(const BatchNormArgs& a) {
     using scalar_t = decltype(zero);
     using L = VecIO<scalar_t>;
     using V = typename L::V;
-    return with_activation(a.activation, [&](auto activation) -> Error {
-      const Gradient<scalar_t, activation()> gradient(a);
+    return with_activation(a.activation, [&]<class Op>(Op) -> Error {
+      const Gradient<scalar_t, Op> gradient(a);
       auto *dx = static_cast<scalar_t*>(a.dx), *dresidual = static_cast<scalar_t*>(a.dresidual);
       const int64_t n = a.images * a.channels * a.positions;
       const bool stream = streams<L>(dx, n, a.dy) && (!dresidual || streams<L>(dresidual, n, a.dy));

@@ -170,7 +170,7 @@ struct AddBackward {
 struct ForwardDerivative {
   using Family = fastops::Family;
   enum { kSeedOrOutput };
-  static bool reads_input(const Family&, const Tensor&, double, const Tensor&) { return false; }
+  static bool reads_input(const Family&, double, const Tensor&) { return false; }
   static Tensor jvp(const Family& f, const Tensor& y, const DualTensor& x, double p,
                     const DualTensor& seed) {
     return f.linear ? f.forward.call(x.tangent, p, seed.value) : f.backward.call(y, x.tangent, p);

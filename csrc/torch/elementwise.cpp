@@ -125,7 +125,7 @@ auto with_parameters(const BackwardContext& c, F f) {
 template <class... P>
 struct ForwardDerivative {
   using Family = fastops::Family<P...>;
-  static bool reads_input(const Family& f, const Tensor&, P... p) {
+  static bool reads_input(const Family& f, P... p) {
     const double params[sizeof...(P) + 1] = {p...};
     return !f.from_output && !(f.output_will_do && f.output_will_do(params));
   }

@@ -112,7 +112,7 @@ struct Backward {
 struct ForwardDerivative {
   using Family = fastops::Family;
   enum { kInput, kOther };
-  static bool reads_input(const Family& f, const Tensor&, const Tensor&) { return f.broadcast; }
+  static bool reads_input(const Family& f, const Tensor&) { return f.broadcast; }
   static Tensor jvp(const Family& f, const Tensor& y, const DualTensor& x,
                     const DualTensor& other) {
     const Tensor of_other =

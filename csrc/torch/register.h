@@ -12,10 +12,9 @@
 //     // What backward will find in its context's `saved` and `values`.
 //     static void save(const Family&, Saved&, const Tensor& y, const Tensor& x, double p);
 //     static variable_list vjp(const variable_list& grads, const BackwardContext&);
-//     // Of an op with an in-place form: whether the two above look at x, which is then copied;
-//     else
+//     // Of an op with an in-place form: whether the two above look at x. Then it is copied, else
 //     // they are given an undefined one.
-//     static bool reads_input(const Family&, const Tensor& self, double p);
+//     static bool reads_input(const Family&, double p);
 //   };
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -188,7 +187,7 @@ struct InplaceAutogradKernel<Derivative, void(at::Tensor&, A...)> {
                dual = call_args::any_dual(self, a...);
     check_inplace(self, wanted);
     if (!wanted && !dual) return op->to_version_counter(ks, self, a...);
-    const bool copied = Derivative::reads_input(*family, self, a...);
+    const bool copied = Derivative::reads_input(*family, a...);
     const at::Tensor x = copied ? self.clone() : at::Tensor();
     const DualTensor before{copied ? primal(x) : at::Tensor(),
                             is_dual(self) ? tangent(self) : at::Tensor()};

@@ -203,19 +203,8 @@ def _method(name: str) -> Callable:
     return method
 
 
-def _attribute(name: str, theirs: Callable) -> Callable:
-    """self.name(...), where the attribute is torch's function now."""
-    ours = CALLS[theirs]
-
-    def attribute(self, *args, **kwargs):
-        function = getattr(self, name)
-        return (ours if function is theirs else function)(*args, **kwargs)
-
-    return attribute
-
-
 def _chosen(name: str, theirs: Callable, replaced: Callable) -> Callable:
-    """self.name(...), where a property of the class has chosen `theirs`."""
+    """self.name(...), where the attribute, or what a property of the class chooses, is `theirs` now."""
 
     def chosen(self, *args, **kwargs):
         function = getattr(self, name)
@@ -239,7 +228,9 @@ class _Replacer(ast.NodeTransformer):
     """Replaces the callees of one function. `found` holds our names of what it replaced, `missed` of what it saw and
     cannot reach."""
 
-    def __init__(self, function: Any, module: nn.Module | None, within: dict[Any, Any]):
+    def __init__(
+        self, function: Any, tree: ast.AST, module: nn.Module | None, within: dict[Any, Any]
+    ):
         code = function.__code__
         self.function, self.within, self.module = function, within, module
         self.owner = code.co_varnames[0] if module is not None and code.co_argcount else None
@@ -247,7 +238,7 @@ class _Replacer(ast.NodeTransformer):
         self.supplied: dict[str, object] = {}
         self.found: set[str] = set()
         self.missed: set[str] = set()
-        self.assigned: frozenset[tuple[str, ...]] = frozenset()
+        self.assigned = _assigned(tree)
 
     def _supply(self, node: ast.AST, title: str, value: object) -> ast.Name:
         name = f"_fastops_{title}"
@@ -344,7 +335,9 @@ class _Replacer(ast.NodeTransformer):
         if value is not MISSING:
             if is_hashable(value) and value in NAMES:
                 self.found.add(NAMES[value])
-                return self._supply(node, f"self_{name}", self._cached(_attribute, name, value))
+                return self._supply(
+                    node, f"self_{name}", self._cached(_chosen, name, value, CALLS[value])
+                )
             return None
         method = inspect.getattr_static(type(module), name, None)
         if method is None or name in vars(nn.Module):
@@ -489,8 +482,7 @@ def _replaced(function: Any, module: nn.Module | None, within: dict) -> tuple[An
         tree = copy.deepcopy(tree_of(plain))
     except Refused:
         return function, set(), set()
-    replacer = _Replacer(plain, module, within)
-    replacer.assigned = _assigned(tree)
+    replacer = _Replacer(plain, tree, module, within)
     tree.body = [replacer.visit(s) for s in tree.body]
     found, missed = replacer.found, replacer.missed
     mangled = any(

@@ -33,8 +33,9 @@ from .calls import FunctionalMode, replace_calls
 class Recipe:
     """How a module's forward is replaced.
 
-    `how` is "module" for the forward of fastops.nn's class, "sequence" for norms.in_sequence, "source" for a forward of its own text, "calls" for the class's
-    forward with torch's functions replaced, "" for the class's own. `replaced` holds what the report says (before, after).
+    `how` is "module" for the forward of fastops.nn's class, "sequence" for norms.in_sequence, "source" for a forward of its
+    own text, "calls" for the class's forward with torch's functions replaced, "" for the class's own. `replaced` holds what
+    the report says (before, after).
     """
 
     how: str
