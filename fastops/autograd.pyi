@@ -99,6 +99,16 @@ class SquareplusFunction(Function):
     @classmethod
     def apply(cls, input: Tensor, b: float = 4.0, /) -> Tensor: ...  # type: ignore[override]
 
+class HardshrinkFunction(Function):
+    """fastops::hardshrink as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, input: Tensor, lambd: float = 0.5, /) -> Tensor: ...  # type: ignore[override]
+
+class SoftshrinkFunction(Function):
+    """fastops::softshrink as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, input: Tensor, lambd: float = 0.5, /) -> Tensor: ...  # type: ignore[override]
+
 class AddReLUFunction(Function):
     """fastops::add_relu as a torch.autograd.Function; see the module's docstring."""
     @classmethod
@@ -131,6 +141,36 @@ class SwiGLUFunction(Function):
 
 class SwiGLUPackedFunction(Function):
     """fastops::swiglu_packed as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
+
+class GegluFunction(Function):
+    """fastops::geglu as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, a: Tensor, b: Tensor, /) -> Tensor: ...  # type: ignore[override]
+
+class GegluPackedFunction(Function):
+    """fastops::geglu_packed as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
+
+class GegluTanhFunction(Function):
+    """fastops::geglu_tanh as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, a: Tensor, b: Tensor, /) -> Tensor: ...  # type: ignore[override]
+
+class GegluTanhPackedFunction(Function):
+    """fastops::geglu_tanh_packed as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
+
+class RegluFunction(Function):
+    """fastops::reglu as a torch.autograd.Function; see the module's docstring."""
+    @classmethod
+    def apply(cls, a: Tensor, b: Tensor, /) -> Tensor: ...  # type: ignore[override]
+
+class RegluPackedFunction(Function):
+    """fastops::reglu_packed as a torch.autograd.Function; see the module's docstring."""
     @classmethod
     def apply(cls, input: Tensor, dim: int = -1, /) -> Tensor: ...  # type: ignore[override]
 

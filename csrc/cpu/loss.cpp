@@ -52,10 +52,18 @@ FASTOPS_FN void take_inputs(const LossArgs& a, Operand<scalar_t>* in) {
   if constexpr (inputs == 3) in[2].period = a.period;
 }
 
-// The sum of f over [begin, end).
-template <class Op, class L, class Inputs, class F>
+// Where the slope is written that a formula returns beside its value.
+template <class scalar_t>
+struct SlopeOutput {
+  scalar_t* data;
+  bool stream;
+};
+
+// The sum of f over [begin, end), or of its first results, of which the second go to `slope`.
+template <class Op, class L, class Inputs, class F, class Slope>
 FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const Inputs& inputs,
-                            DomainCheck<Op, typename L::V>& check, F f) {
+                            DomainCheck<Op, typename L::V>& check, F f, const Slope& slope) {
+  constexpr bool writes = !std::is_same_v<Slope, std::nullptr_t>;
   using V = typename L::V;
   double sum = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
@@ -64,14 +72,22 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const Inputs& inputs,
     for (int64_t from = block; from < behind; from += kFew * L::size) {
       V few(typename L::real(0));
       const int64_t to = from + kFew * L::size < behind ? from + kFew * L::size : behind;
-      inputs.template for_each_vector<L>(from, to, [&](int64_t, auto n, auto& x) {
+      inputs.template for_each_vector<L>(from, to, [&](int64_t i, auto n, auto& x) {
         V v[L::count];
+        [[maybe_unused]] V d[L::count];
         for (int k = 0; k < L::count; ++k) {
           check.look(x[0][k]);
-          v[k] = value_of(
+          const auto value = value_of(
               f, x, k,
               std::make_index_sequence<std::extent_v<std::remove_reference_t<decltype(x)>>>{});
+          if constexpr (writes) {
+            v[k] = value.v[0];
+            d[k] = value.v[1];
+          } else {
+            v[k] = value;
+          }
         }
+        if constexpr (writes) L::store(slope.data + i, n, d, slope.stream);
         if (n < L::size) L::mask_tail(n, 0, v);
         for (int k = 0; k < L::count; ++k) few = few + v[k];
       });
@@ -82,7 +98,7 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const Inputs& inputs,
   return sum;
 }
 
-template <class Op, int params, int inputs, class F>
+template <class Op, int params, int inputs, bool writes_slope = false, class F>
 Error total(const LossArgs& a, F f) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
@@ -92,6 +108,14 @@ Error total(const LossArgs& a, F f) {
     const Params<params, real> p(a.params);
     Operands<scalar_t, inputs, kRepeated<inputs>> operands;
     take_inputs<scalar_t, inputs>(a, operands.in);
+    const auto slope = [&] {
+      if constexpr (writes_slope) {
+        auto* to = static_cast<scalar_t*>(a.slope);
+        return SlopeOutput<scalar_t>{to, streams<L>(to, a.n, operands.in[0].data)};
+      } else {
+        return nullptr;
+      }
+    }();
     auto* partial = static_cast<double*>(a.workspace);
     const int64_t n = a.n, chunks = (n + kLossChunk - 1) / kLossChunk;
     bool* const outside = a.outside;
@@ -99,11 +123,13 @@ Error total(const LossArgs& a, F f) {
       DomainCheck<Op, V> check;
       for (int64_t k = begin; k < end; ++k) {
         const int64_t from = k * kLossChunk, to = from + kLossChunk;
-        partial[k] = sum_chunk<Op, L>(from, to < n ? to : n, operands, check, [&](auto... x) {
-          return with_params<params, V>(f, p.value, x...);
-        });
+        partial[k] = sum_chunk<Op, L>(
+            from, to < n ? to : n, operands, check,
+            [&](auto... x) { return with_params<params, V>(f, p.value, x...); }, slope);
       }
       check.tell(outside);
+      if constexpr (writes_slope)
+        if (slope.stream) fence();
     });
     double sum = 0;
     for (int64_t k = 0; k < chunks; ++k) sum += partial[k];
@@ -170,11 +196,22 @@ struct MakeLoss {
       Operand<scalar_t> in[inputs];
       take_inputs<scalar_t, inputs>(a, in);
       const Params<params, typename L::real> p(a.params);
+      if constexpr (saves_slope<Op>()) {
+        if (a.slope) {
+          const Result<scalar_t> both[] = {out[0], {static_cast<scalar_t*>(a.slope)}};
+          elementwise(a.n, both, in, [](auto x, auto t) { return value_and_slope<Op>(x, t); });
+          return nullptr;
+        }
+      }
       elementwise<kRepeated<inputs>>(a.n, out, in, CheckedValue<Op, params, L>{p, a.outside, {}});
       return nullptr;
     });
   }
   static Error sum(const LossArgs& a) {
+    if constexpr (saves_slope<Op>())
+      if (a.slope)
+        return total<Op, params, inputs, true>(
+            a, [](auto x, auto t) { return value_and_slope<Op>(x, t); });
     return total<Op, params, inputs>(
         a, [](auto x, auto t, auto... p) { return Op::value(x, t, p...); });
   }

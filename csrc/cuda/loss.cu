@@ -26,6 +26,42 @@ struct Value {
     return Op::value(x, t, p...);
   }
 };
+// The same, and d0 besides, where there is room for it.
+template <class Op>
+struct ValueAndSlope {
+  static constexpr int inputs = inputs_of<Op>, outputs = 2, params = count_params(Op::params);
+  template <class T, class... P>
+  static FASTOPS_FN Pair<T> apply(T x, T t, P... p) {
+    return value_and_slope<Op>(x, t, p...);
+  }
+};
+// Of a sum, in which d0 is written past the loop.
+template <class Op, class scalar_t>
+struct SummedWithSlope {
+  static constexpr int inputs = inputs_of<Op>, outputs = 1, params = count_params(Op::params);
+  template <class real>
+  struct Functor {
+    Params<params, real> p;
+    scalar_t* slope;
+
+    template <int n>
+    __device__ __forceinline__ void operator()(int64_t i, const real (&x)[inputs][n],
+                                               real (&y)[1][n]) const {
+      real d[n];
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        const auto both = apply<ValueAndSlope<Op>>(p, x[0][k], x[1][k]);
+        y[0][k] = both.v[0];
+        d[k] = both.v[1];
+      }
+      if constexpr (n == 1) {
+        store(slope + i, static_cast<scalar_t>(d[0]));
+      } else {
+        store_wide(slope + i, d);
+      }
+    }
+  };
+};
 template <class Op>
 struct D0 {
   template <class T, class... P>
@@ -88,6 +124,11 @@ Error values(const LossArgs& a) {
     using F = Value<Op>;
     std::array<Operand<scalar_t>, F::inputs> in;
     set_inputs(a, F::inputs, in);
+    if constexpr (saves_slope<Op>())
+      if (a.slope)
+        return launch_elementwise<ValueAndSlope<Op>, scalar_t>(
+            a.n, {static_cast<scalar_t*>(a.out), static_cast<scalar_t*>(a.slope)}, in,
+            {Params<F::params, real_of<scalar_t>>(a.params)}, a.stream);
     return launch_elementwise<F, scalar_t>(a.n, {static_cast<scalar_t*>(a.out)}, in,
                                            {Params<F::params, real_of<scalar_t>>(a.params)},
                                            a.stream);
@@ -194,27 +235,45 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // ------------------------------------------------------------------------------------------------
 // launchers
 
+template <class F, class scalar_t>
+Error total_of(const LossArgs& a, const Functor<F, real_of<scalar_t>>& functor) {
+  using real = real_of<scalar_t>;
+  std::array<Operand<scalar_t>, F::inputs> in;
+  set_inputs(a, F::inputs, in);
+  auto call = elementwise_call<F, scalar_t>(a.n, {nullptr}, in, functor);
+  set_steps(call, kThreads * pack_size<scalar_t>, 1);
+  auto* partial = static_cast<double*>(a.workspace);
+  const Finish<real> finish{static_cast<real*>(a.out), static_cast<const real*>(a.divisor),
+                            a.scale};
+  const int64_t chunks = (a.n + kDeviceLossChunk - 1) / kDeviceLossChunk;
+  if (chunks > 0) {
+    const Error error =
+        launch(chunk_kernel<F, scalar_t>, chunks, kThreads, a.stream, call, partial, finish);
+    if (error || chunks == 1) return error;
+  }
+  return launch(join_kernel<real>, 1, kThreads, a.stream, chunks, partial, finish);
+}
+
 template <class F>
 Error total(const LossArgs& a) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
-    using real = real_of<scalar_t>;
-    std::array<Operand<scalar_t>, F::inputs> in;
-    set_inputs(a, F::inputs, in);
-    auto call =
-        elementwise_call<F, scalar_t>(a.n, {nullptr}, in, {Params<F::params, real>(a.params)});
-    set_steps(call, kThreads * pack_size<scalar_t>, 1);
-    auto* partial = static_cast<double*>(a.workspace);
-    const Finish<real> finish{static_cast<real*>(a.out), static_cast<const real*>(a.divisor),
-                              a.scale};
-    const int64_t chunks = (a.n + kDeviceLossChunk - 1) / kDeviceLossChunk;
-    if (chunks > 0) {
-      const Error error =
-          launch(chunk_kernel<F, scalar_t>, chunks, kThreads, a.stream, call, partial, finish);
-      if (error || chunks == 1) return error;
-    }
-    return launch(join_kernel<real>, 1, kThreads, a.stream, chunks, partial, finish);
+    return total_of<F, scalar_t>(a, {Params<F::params, real_of<scalar_t>>(a.params)});
   });
+}
+
+template <class Op>
+Error loss_total(const LossArgs& a) {
+  if constexpr (saves_slope<Op>()) {
+    if (a.slope)
+      return dispatch(a.dtype, [&](auto zero) -> Error {
+        using scalar_t = decltype(zero);
+        return total_of<SummedWithSlope<Op, scalar_t>, scalar_t>(
+            a, {Params<count_params(Op::params), real_of<scalar_t>>(a.params),
+                static_cast<scalar_t*>(a.slope)});
+      });
+  }
+  return total<Value<Op>>(a);
 }
 
 struct Identity {
@@ -233,7 +292,7 @@ struct MakeLoss {
   static constexpr LossKernel kernel{Op::name,
                                      Op::params,
                                      &values<Op>,
-                                     &total<Value<Op>>,
+                                     &loss_total<Op>,
                                      &derivative<D0, Op>,
                                      &derivative<D1, Op>,
                                      &derivative<Second, Op>,

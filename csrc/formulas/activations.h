@@ -161,7 +161,7 @@ struct Softsign {
   }
 };
 
-// Visitor called swish (Elfwing et al., 2017).
+// Also called swish (Elfwing et al., 2017).
 struct SiLU {
   static constexpr const char *name = "silu", *params = "";
   static constexpr bool from_output = false;
@@ -255,6 +255,12 @@ struct GELUTanh {
     const T z = twice_u(x), e = exp(-abs(z));
     return x * select(z < c<T>(0), e, c<T>(1)) / (c<T>(1) + e);
   }
+  // forward(x) / x, whose Dual is finite.
+  template <class T>
+  static FASTOPS_FN T gate(T x) {
+    const T z = twice_u(within(x, c<T>(-32), c<T>(32))), e = exp(-smooth_abs(z));
+    return select(z < c<T>(0), e, c<T>(1)) / (c<T>(1) + e);
+  }
   template <class T>
   static FASTOPS_FN T backward(T x, T dy) {
     // From |x| = 22 on e is 0 in every dtype, and stays 0 when it is multiplied by a finite slope.
@@ -288,9 +294,35 @@ struct SquarePlus {
   }
 };
 
-using Activations =
-    List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh, LogSigmoid, Softplus,
-         Softsign, SiLU, Mish, Hardsigmoid, Hardswish, GELU, GELUTanh, SquarePlus>;
+struct Hardshrink {
+  static constexpr const char *name = "hardshrink", *params = "float lambd=0.5";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T lambd) {
+    return select(abs(x) <= lambd, c<T>(0), x);
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy, T lambd) {
+    return select(abs(x) <= lambd, c<T>(0), dy);
+  }
+};
+
+struct Softshrink {
+  static constexpr const char *name = "softshrink", *params = "float lambd=0.5";
+  static constexpr bool from_output = false;
+  template <class T>
+  static FASTOPS_FN T forward(T x, T lambd) {
+    return select(x > lambd, x - lambd, select(x < -lambd, x + lambd, x * c<T>(0)));  // NaN stays
+  }
+  template <class T>
+  static FASTOPS_FN T backward(T x, T dy, T lambd) {
+    return Hardshrink::backward(x, dy, lambd);
+  }
+};
+
+using Activations = List<ReLU, ReLU6, Hardtanh, LeakyReLU, ELU, SELU, CELU, Sigmoid, Tanh,
+                         LogSigmoid, Softplus, Softsign, SiLU, Mish, Hardsigmoid, Hardswish, GELU,
+                         GELUTanh, SquarePlus, Hardshrink, Softshrink>;
 
 // ------------------------------------------------------------------------------------------------
 // An activation of a sum: y = forward(x, t), and dx = dt = backward(x, t, dy), which a formula that

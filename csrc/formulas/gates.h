@@ -2,13 +2,9 @@
 // which is {da, db}. Everything else follows by Dual: the tangent, and the derivative of backward.
 #pragma once
 #include "activations.h"
+#include "pair.h"
 
 namespace fastops {
-
-template <class T>
-struct Pair {
-  T v[2];
-};
 
 // Dauphin et al., 2017.
 struct GLU {
@@ -37,6 +33,41 @@ struct SwiGLU {
   }
 };
 
+// GELU and ReLU in silu's place, from the same paper.
+struct GEGLU {
+  static constexpr const char* name = "geglu";
+  template <class T>
+  static FASTOPS_FN T forward(T a, T b) {
+    return GELU::forward(a) * b;
+  }
+  template <class T>
+  static FASTOPS_FN Pair<T> backward(T a, T b, T dy) {
+    return {GELU::backward(a, dy) * b, dy * GELU::forward(a)};
+  }
+};
+struct GEGLUTanh {
+  static constexpr const char* name = "geglu_tanh";
+  template <class T>
+  static FASTOPS_FN T forward(T a, T b) {
+    return GELUTanh::forward(a) * b;
+  }
+  template <class T>
+  static FASTOPS_FN Pair<T> backward(T a, T b, T dy) {
+    return {GELUTanh::backward(a, dy) * b, dy * (a * GELUTanh::gate(a))};
+  }
+};
+struct ReGLU {
+  static constexpr const char* name = "reglu";
+  template <class T>
+  static FASTOPS_FN T forward(T a, T b) {
+    return ReLU::forward(a) * b;
+  }
+  template <class T>
+  static FASTOPS_FN Pair<T> backward(T a, T b, T dy) {
+    return {ReLU::backward(a, dy * b), dy * ReLU::forward(a)};
+  }
+};
+
 // Along (u, v): f_a u + f_b v.
 template <class Op, class T>
 FASTOPS_FN T gate_tangent(T a, T b, T u, T v) {
@@ -52,6 +83,6 @@ FASTOPS_FN Pair<T> gate_second(T a, T b, T dy, T u, T v) {
   return {slopes.v[0].d, slopes.v[1].d};
 }
 
-using Gates = List<GLU, SwiGLU>;
+using Gates = List<GLU, SwiGLU, GEGLU, GEGLUTanh, ReGLU>;
 
 }  // namespace fastops

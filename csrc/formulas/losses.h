@@ -4,6 +4,7 @@
 // of d0 and d1 by Dual, see second_derivative().
 #pragma once
 #include "../math.h"
+#include "pair.h"
 
 namespace fastops {
 
@@ -168,6 +169,12 @@ constexpr Domain domain_of() {
 template <class Op>
 constexpr bool saves_slope() {
   return requires { Op::saves_slope; };
+}
+
+// The value and d0, of one visit.
+template <class Op, class T, class... P>
+FASTOPS_FN Pair<T> value_and_slope(T x, T t, P... p) {
+  return {Op::value(x, t, p...), Op::d0(x, t, p...)};
 }
 
 template <class Op>

@@ -20,6 +20,7 @@ struct LossArgs {
   const void* divisor;  // one real in device memory that divides the sum in `total`, or null
   const double* params;
   void* workspace;  // total: loss_workspace(n) bytes
+  void* slope;      // values, total, of a kernel that saves its slope: gets d0; or null
   bool* outside;    // values, total, on CPU: set to true where an element of x is not within [low,
                     // high] of the kernel (a NaN is not); or null
   void* stream;

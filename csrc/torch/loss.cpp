@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/neg.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/result_type.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
@@ -31,6 +30,8 @@ struct Family {
   bool saves_slope;
   // (input, target, reduction, float32 result wanted of half inputs, parameters)
   Op<Tensor(const Tensor&, const Tensor&, int64_t, bool, P...)> forward;
+  // The same and the slope d0, where that is what backward needs.
+  Op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, bool, P...)> with_slope;
   // (grad, input, target, reduction, parameters, 0 for the gradient to the input or 1 to the
   // target)
   Op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, P..., int64_t)> backward;
@@ -88,7 +89,8 @@ LossArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const Pa
 }
 
 Tensor total(const LossKernel& kernel, const Tensor& x, const Tensor& t, double scale,
-             const Tensor& divisor, const Parameters& params, bool* outside = nullptr) {
+             const Tensor& divisor, const Parameters& params, void* slope = nullptr,
+             bool* outside = nullptr) {
   const Tensor out = output_beside(x, {}, real_of(x.scalar_type()));
   const int64_t bytes = loss_workspace(x.numel());
   constexpr int64_t kStack = 256;
@@ -99,6 +101,7 @@ Tensor total(const LossKernel& kernel, const Tensor& x, const Tensor& t, double 
   a.scale = scale;
   if (divisor.defined()) a.divisor = divisor.const_data_ptr();
   a.workspace = fits ? static_cast<void*>(stack) : workspace.mutable_data_ptr();
+  a.slope = slope;
   a.outside = outside;
   check(kernel.name, kernel.total(a));
   return out;
@@ -116,17 +119,24 @@ struct Forward {
   explicit Forward(size_t number) : number(number) {}
   Tensor operator()(const Tensor& input, const Tensor& target, int64_t reduction, bool upcast,
                     P... p) {
+    return run(input, target, reduction, upcast, p..., nullptr);
+  }
+  Tensor run(const Tensor& input, const Tensor& target, int64_t reduction, bool upcast, P... p,
+             Tensor* slope) {
     check_reduction(name_of(number), reduction);
     const auto [x, t] = aligned(name_of(number), input, target);
     const c10::DeviceGuard guard(x.device());
     const LossKernel& r = kernels(x.device().type()).data[number];
     const Parameters params(r.name, x, p...);
     const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
+    if (slope) *slope = output_like(x);
+    void* const to_slope = slope && x.numel() > 0 ? slope->mutable_data_ptr() : nullptr;
     bool outside = false;
     if (reduction == at::Reduction::None) {
       Tensor out = output_like(x);
       if (x.numel() > 0) {
         LossArgs a = arguments(x, t, out, params);
+        a.slope = to_slope;
         a.outside = &outside;
         check(r.name, r.values(a));
       }
@@ -136,9 +146,21 @@ struct Forward {
     // The mean of nothing is nan, as torch has it: 0 / 0.
     const double scale =
         reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(x.numel()) : 1.0;
-    const Tensor out = total(r, x, t, scale, Tensor(), params, &outside);
+    const Tensor out = total(r, x, t, scale, Tensor(), params, to_slope, &outside);
     check_domain(r, outside);
     return as_dtype(out, dtype);
+  }
+};
+
+template <class... P>
+struct ForwardWithSlope {
+  size_t number;
+  explicit ForwardWithSlope(size_t number) : number(number) {}
+  std::tuple<Tensor, Tensor> operator()(const Tensor& input, const Tensor& target,
+                                        int64_t reduction, bool upcast, P... p) {
+    Tensor slope;
+    Tensor y = Forward<P...>(number).run(input, target, reduction, upcast, p..., &slope);
+    return {y, slope};
   }
 };
 
@@ -237,20 +259,11 @@ Tensor reduced(const Tensor& values, int64_t reduction) {
                                             : values.sum();
 }
 
-// Of a slope S = d value / dx = -d value / dt, which is constant in pieces.
-variable_list zero_vjp(const variable_list& grads, const BackwardContext& c) {
-  variable_list result(2);
-  for (size_t k = 0; k < 2; ++k)
-    if (c.wants(k)) result[k] = at::zeros_like(grads[0]);
-  return result;
-}
-
 enum { kInput, kTarget };
 
 template <class... P>
 struct ForwardDerivative {
   using Family = fastops::Family<P...>;
-  enum { kSlope };  // instead of the two, where the family saves that
 
   static Tensor jvp(const Family& f, const Tensor& y, const DualTensor& x, const DualTensor& t,
                     int64_t reduction, bool, const Given<P>&... p) {
@@ -267,14 +280,12 @@ struct ForwardDerivative {
                    int64_t reduction, bool, P... p) {
     (check_constant(f.name, p), ...);
     s.value(reduction);
-    if (f.saves_slope) return s.input(slope(f, x, t, p...));
     s.input(x);
     s.input(t);
     (save_parameter(s, p), ...);
   }
   static variable_list vjp(const variable_list& grads, const BackwardContext& c) {
     return with_parameters<P...>(c, [&](const Family& f, int64_t reduction, const auto&... p) {
-      if (f.saves_slope) return of_slope(grads[0], c.saved[kSlope], reduction, c);
       variable_list result(2);
       for (int64_t wrt = 0; wrt < 2; ++wrt)
         if (c.wants(wrt))
@@ -283,28 +294,54 @@ struct ForwardDerivative {
       return result;
     });
   }
+};
 
- private:
-  static Tensor slope(const Family& f, const Tensor& x, const Tensor& t, P... p) {
-    Tensor result;
-    {
-      const at::AutoDispatchBelowADInplaceOrView guard;
-      result = f.backward.call(at::ones({}, x.options()), x, t, at::Reduction::Sum, p..., 0);
-    }
-    record({f.backward.name, &zero_vjp, nullptr}, {&result}, edges_of({&x, &t}), {});
-    return result;
+// Of (values, slope), where slope = d value / dx = -d value / dt is constant in pieces. It is what
+// is saved, and has a derivative of 0.
+template <class... P>
+struct SlopeDerivative {
+  using Family = fastops::Family<P...>;
+  using Results = std::tuple<Tensor, Tensor>;
+
+  static Results jvp(const Family& f, const Results& y, const DualTensor& x, const DualTensor& t,
+                     int64_t reduction, bool upcast, const Given<P>&... p) {
+    return {ForwardDerivative<P...>::jvp(f, std::get<0>(y), x, t, reduction, upcast, p...), {}};
   }
-  static variable_list of_slope(const Tensor& grad, const Tensor& slope, int64_t reduction,
-                                const BackwardContext& c) {
-    Tensor g = grad;
-    if (reduction == at::Reduction::Mean) {
+  static void save(const Family& f, Saved& s, const Results& y, const Tensor&, const Tensor&,
+                   int64_t reduction, bool, P... p) {
+    (check_constant(f.name, p), ...);
+    s.value(reduction);
+    s.output(std::get<1>(y));
+  }
+  static variable_list vjp(const variable_list& grads, const BackwardContext& c) {
+    const Tensor& slope = c.saved[0];
+    variable_list result(2);
+    if (!grads[0].defined()) {
+      for (size_t k = 0; k < 2; ++k)
+        if (c.wants(k)) result[k] = at::zeros_like(slope);
+      return result;
+    }
+    Tensor g = grads[0];
+    if (c.values[0].toInt() == at::Reduction::Mean) {
       const c10::SymFloat n = slope.sym_numel();
       g = at::mul(as_dtype(g, real_of(g.scalar_type())), c10::Scalar(c10::SymFloat(1.0) / n));
     }
-    variable_list result(2);
     result[kInput] = at::mul(slope, g);
     if (c.wants(kTarget)) result[kTarget] = at::neg(result[kInput]);
     return result;
+  }
+};
+// The forward of such a family: it is recorded together with the slope.
+template <class... P>
+struct SlopeSavingForward {
+  const Family<P...>& f;
+  Tensor operator()(c10::DispatchKeySet ks, const Tensor& input, const Tensor& target,
+                    int64_t reduction, bool upcast, P... p) const {
+    if (call_args::any_requires_grad(input, target))
+      return std::get<0>(f.with_slope.call(input, target, reduction, upcast, p...));
+    using Signature = Tensor(const Tensor&, const Tensor&, int64_t, bool, P...);
+    return AutogradKernel<ForwardDerivative<P...>, Signature>{&f.forward, &f}(
+        ks, input, target, reduction, upcast, p...);
   }
 };
 
@@ -396,16 +433,23 @@ std::string without_defaults(const std::string& params) {
 
 template <class... P>
 void define(torch::Library& m, size_t number, const LossKernel& k) {
-  auto& f = *new Family<P...>{k.name, k.saves_slope, {}, {}, {}};
+  auto& f = *new Family<P...>{k.name, k.saves_slope, {}, {}, {}, {}};
   families.push_back(&f);
   const std::string n = k.name, params = *k.params ? std::string(", ") + k.params : "",
                     given = without_defaults(params),
                     first = count_tensors(k.params) ? ", int reduction, bool upcast"
                                                     : ", int reduction=1, bool upcast=False";
-  Registration(m, f.forward, n, "(Tensor input, Tensor target" + first + params + ") -> Tensor")
-      .kernel(Forward<P...>(number))
-      .template derivative<ForwardDerivative<P...>>(f)
-      .template autocast_upcasts<3>();
+  const std::string signature = "(Tensor input, Tensor target" + first + params + ") -> ";
+  Registration forward(m, f.forward, n, signature + "Tensor");
+  forward.kernel(Forward<P...>(number)).template autocast_upcasts<3>();
+  if (k.saves_slope) {
+    forward.on(c10::DispatchKey::Autograd, SlopeSavingForward<P...>{f});
+    Registration(m, f.with_slope, n + "_with_slope", signature + "(Tensor, Tensor slope)")
+        .kernel(ForwardWithSlope<P...>(number))
+        .template derivative<SlopeDerivative<P...>>(f);
+  } else {
+    forward.template derivative<ForwardDerivative<P...>>(f);
+  }
   Registration(
       m, f.backward, n + "_backward",
       "(Tensor grad, Tensor input, Tensor target, int reduction" + given + ", int wrt) -> Tensor")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fallback import reference_of
-from .registry import kernels_of, overload
+from .registry import has_slope, kernels_of, overload
 
 
 def _wide(x: Tensor, upcast: bool) -> Tensor:
@@ -28,6 +28,16 @@ def _loss(name: str) -> Callable:
 
     def decomposed(input, target, reduction=1, upcast=False, *params):
         return reference(_wide(input, upcast), _wide(target, upcast), reduction, *params)
+
+    return decomposed
+
+
+def _loss_with_slope(name: str) -> Callable:
+    """Of a loss that is constant in pieces but for a slope of -1 and 1."""
+    loss = _loss(name)
+
+    def decomposed(input, target, *rest):
+        return loss(input, target, *rest), (input - target).sign()
 
     return decomposed
 
@@ -79,6 +89,8 @@ def decompositions() -> dict[Any, Callable]:
     for name in kernels_of("loss"):
         if name != "sum":
             table[overload(name)] = _loss(name)
+            if has_slope(name):
+                table[overload(f"{name}_with_slope")] = _loss_with_slope(name)
     table[overload("cross_entropy")] = _cross_entropy
     return table
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .registry import KERNELS, kernels_of
+from .registry import KERNELS, has_slope, kernels_of
 from .usable import refused, tensors_of
 
 NONE, MEAN, SUM = 0, 1, 2  # torch.nn._reduction.get_enum
@@ -62,6 +62,13 @@ def _fakes() -> None:
         if name == "sum":
             continue
         fake(name)(loss)
+        if has_slope(name):
+            fake(f"{name}_with_slope")(
+                lambda input, target, *rest: (
+                    loss(input, target, *rest),
+                    like(input).to(torch.result_type(input, target)),
+                )
+            )
         fake(f"{name}_backward")(
             lambda grad, input, target, reduction, *rest: like(target if rest[-1] else input)
         )

@@ -124,6 +124,11 @@ def kernels_of(kind: str) -> list[str]:
     return [name for name, (k, _) in KERNELS.items() if k == kind]
 
 
+def has_slope(loss: str) -> bool:
+    """Whether a loss has an op that returns the slope with it, which is all that its backward needs."""
+    return hasattr(torch.ops.fastops, f"{loss}_with_slope")
+
+
 def overload(name: str) -> Any:
     """The dispatcher's op fastops::name."""
     return getattr(torch.ops.fastops, name).default

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .fake import MEAN, NONE
-from .registry import KERNELS, kernels_of, overload
+from .registry import KERNELS, has_slope, kernels_of, overload
 
 
 def at_front(x, dim, size):
@@ -125,9 +125,16 @@ def _vmaps() -> None:
             x, t = all_at_front(info, dims[:2], input, target)
             return second(x, t, *beside(x, dims[2:], rest)), 0
 
+        def slope_rule(info, dims, input, target, reduction=MEAN, upcast=False, *params):
+            x, t = all_at_front(info, dims[:2], input, target)
+            values, slope = overload(f"{name}_with_slope")(x, t, NONE, upcast, *params)
+            return (reduced(values, reduction), slope), (0, 0)
+
         batched(name, rule)
         batched(f"{name}_backward", backward_rule)
         batched(f"{name}_second", second_rule)
+        if has_slope(name):
+            batched(f"{name}_with_slope", slope_rule)
 
     for name in kernels_of("loss"):
         if name != "sum":

@@ -15,7 +15,7 @@ from torch.overrides import (
 
 from .. import _C
 from .._core.arguments import refusal  # noqa: F401  of the bodies that are written
-from .._core.registry import elementwise, op
+from .._core.registry import composed, elementwise, op
 
 __all__ = [
     "add_relu",
@@ -23,6 +23,7 @@ __all__ = [
     "celu",
     "elu",
     "gelu",
+    "hardshrink",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
@@ -35,9 +36,11 @@ __all__ = [
     "sigmoid",
     "silu",
     "softplus",
+    "softshrink",
     "softsign",
     "squareplus",
     "tanh",
+    "tanhshrink",
 ]
 
 
@@ -317,6 +320,52 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
     Same as :func:`torch.nn.functional.hardswish`. Example: ``hardswish(torch.ones(1))`` is 0.6667.
     """
+
+
+@elementwise(reference=F.hardshrink)
+def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """input where |input| > lambd, else 0.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        lambd: the largest magnitude that becomes 0.
+
+    Same as :func:`torch.nn.functional.hardshrink`. Example: ``hardshrink(torch.tensor([0.4, -2.0]))`` is ``[0., -2.]``.
+    """
+
+
+@op(kind="elementwise", reference=F.softshrink)
+def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """input - lambd above lambd, input + lambd below -lambd, else 0.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+        lambd: the threshold, not negative.
+
+    Raises:
+        RuntimeError: `lambd` is negative.
+
+    Same as :func:`torch.nn.functional.softshrink`. Example: ``softshrink(torch.tensor([0.4, -2.0]))`` is
+    ``[0.0, -1.5]``.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(softshrink, (input,), input, lambd=lambd)
+    if lambd < 0:
+        raise RuntimeError(f"lambda must be greater or equal to 0, but found to be {lambd:g}.")
+    return _C.softshrink(input, lambd)
+
+
+@composed
+def tanhshrink(input: Tensor) -> Tensor:
+    """input - tanh(input), elementwise.
+
+    Args:
+        input: a float64, float32, bfloat16 or float16 tensor of any shape.
+
+    Same as :func:`torch.nn.functional.tanhshrink`; it is :func:`tanh` and a subtraction. Example:
+    ``tanhshrink(torch.ones(1))`` is 0.2384.
+    """
+    return input - tanh(input)
 
 
 @op(

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _C
-from .._core.registry import op
+from .._core.registry import composed, op
 
-__all__ = ["log_softmax", "softmax"]
+__all__ = ["log_softmax", "softmax", "softmin"]
 
 
 def _softmax_dim(name: str, ndim: int, stacklevel: int) -> int:
@@ -64,3 +64,17 @@ def log_softmax(
     if dtype is None:
         return _C.log_softmax(input, dim)
     return _C.log_softmax(input.to(dtype=dtype), dim).to(dtype=dtype)  # whatever autocast asks for
+
+
+@composed
+def softmin(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """exp(-input) / sum(exp(-input)) along a dimension.
+
+    Args, errors: those of :func:`softmax`. Same as :func:`torch.nn.functional.softmin`; it is :func:`softmax` of -input.
+    Example: ``softmin(torch.zeros(4), dim=0)`` is 0.25 four times.
+    """
+    if dim is None:
+        dim = _softmax_dim("softmin", input.dim(), _stacklevel)
+    return softmax(-input, dim, dtype=dtype)

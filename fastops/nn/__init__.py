@@ -32,6 +32,32 @@ class LogSoftmax(torch.nn.LogSoftmax):
         return F.log_softmax(input, self.dim, _stacklevel=5)
 
 
+class Softmin(torch.nn.Softmin):
+    """:func:`fastops.functional.softmin` as a module; arguments of :class:`torch.nn.Softmin`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softmin(input, self.dim, _stacklevel=5)
+
+
+class Softmax2d(torch.nn.Softmax2d):
+    """:func:`fastops.functional.softmax` over the channels of images, (C, H, W) or (N, C, H, W); no arguments, as
+    :class:`torch.nn.Softmax2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (3, 4):
+            raise ValueError(
+                f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead"
+            )
+        return F.softmax(input, -3, _stacklevel=5)
+
+
+class Tanhshrink(torch.nn.Tanhshrink):
+    """:func:`fastops.functional.tanhshrink` as a module; arguments of :class:`torch.nn.Tanhshrink`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanhshrink(input)
+
+
 class Dropout(torch.nn.Dropout):
     """:func:`fastops.functional.dropout` as a module; arguments of :class:`torch.nn.Dropout`."""
 
@@ -105,6 +131,34 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
         return F.swiglu(gate, up, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class GEGLU(torch.nn.Module):
+    """:func:`fastops.functional.geglu` as a module: of two tensors, or of the halves of one along `dim`."""
+
+    def __init__(self, dim: int = -1, approximate: str = "none") -> None:
+        super().__init__()
+        self.dim, self.approximate = dim, approximate
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        return F.geglu(gate, up, self.dim, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, approximate={self.approximate!r}"
+
+
+class ReGLU(torch.nn.Module):
+    """:func:`fastops.functional.reglu` as a module: of two tensors, or of the halves of one along `dim`."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        return F.reglu(gate, up, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

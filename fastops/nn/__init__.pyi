@@ -59,11 +59,23 @@ class Dropout3d(torch.nn.Dropout3d):
 class ELU(torch.nn.ELU):
     """:func:`fastops.functional.elu` as a module; arguments of :class:`torch.nn.ELU`."""
 
+class GEGLU(torch.nn.Module):
+    """:func:`fastops.functional.geglu` as a module: of two tensors, or of the halves of one along `dim`."""
+
+    dim: int
+    approximate: str
+    def __init__(
+        self, *args: Any, dim: int = -1, approximate: str = "none", **kwargs: Any
+    ) -> None: ...
+
 class GELU(torch.nn.GELU):
     """:func:`fastops.functional.gelu` as a module; arguments of :class:`torch.nn.GELU`."""
 
 class GLU(torch.nn.GLU):
     """:func:`fastops.functional.glu` as a module; arguments of :class:`torch.nn.GLU`."""
+
+class Hardshrink(torch.nn.Hardshrink):
+    """:func:`fastops.functional.hardshrink` as a module; arguments of :class:`torch.nn.Hardshrink`."""
 
 class Hardsigmoid(torch.nn.Hardsigmoid):
     """:func:`fastops.functional.hardsigmoid` as a module; arguments of :class:`torch.nn.Hardsigmoid`."""
@@ -98,6 +110,12 @@ class Mish(torch.nn.Mish):
 class NLLLoss(torch.nn.NLLLoss):
     """:func:`fastops.functional.nll_loss` as a module; arguments of :class:`torch.nn.NLLLoss`."""
 
+class ReGLU(torch.nn.Module):
+    """:func:`fastops.functional.reglu` as a module: of two tensors, or of the halves of one along `dim`."""
+
+    dim: int
+    def __init__(self, *args: Any, dim: int = -1, **kwargs: Any) -> None: ...
+
 class ReLU(torch.nn.ReLU):
     """:func:`fastops.functional.relu` as a module; arguments of :class:`torch.nn.ReLU`."""
 
@@ -119,8 +137,18 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
 class Softmax(torch.nn.Softmax):
     """:func:`fastops.functional.softmax` as a module; arguments of :class:`torch.nn.Softmax`."""
 
+class Softmax2d(torch.nn.Softmax2d):
+    """:func:`fastops.functional.softmax` over the channels of images, (C, H, W) or (N, C, H, W); no arguments, as
+    :class:`torch.nn.Softmax2d`."""
+
+class Softmin(torch.nn.Softmin):
+    """:func:`fastops.functional.softmin` as a module; arguments of :class:`torch.nn.Softmin`."""
+
 class Softplus(torch.nn.Softplus):
     """:func:`fastops.functional.softplus` as a module; arguments of :class:`torch.nn.Softplus`."""
+
+class Softshrink(torch.nn.Softshrink):
+    """:func:`fastops.functional.softshrink` as a module; arguments of :class:`torch.nn.Softshrink`."""
 
 class Softsign(torch.nn.Softsign):
     """:func:`fastops.functional.softsign` as a module; arguments of :class:`torch.nn.Softsign`."""
@@ -133,3 +161,6 @@ class SwiGLU(torch.nn.Module):
 
 class Tanh(torch.nn.Tanh):
     """:func:`fastops.functional.tanh` as a module; arguments of :class:`torch.nn.Tanh`."""
+
+class Tanhshrink(torch.nn.Tanhshrink):
+    """:func:`fastops.functional.tanhshrink` as a module; arguments of :class:`torch.nn.Tanhshrink`."""

@@ -900,7 +900,13 @@ def test_fused_summed(row, dtype, lines, period):
 
 # ------------------------------------------------------------------------------------------------ gates
 
-GATES = {"glu": lambda a, b: a * b.sigmoid(), "swiglu": lambda a, b: F.silu(a) * b}
+GATES = {
+    "glu": lambda a, b: a * b.sigmoid(),
+    "swiglu": lambda a, b: F.silu(a) * b,
+    "geglu": lambda a, b: F.gelu(a) * b,
+    "geglu_tanh": lambda a, b: F.gelu(a, approximate="tanh") * b,
+    "reglu": lambda a, b: F.relu(a) * b,
+}
 
 
 def run_gate(row, which, outer, inner, outputs, inputs):

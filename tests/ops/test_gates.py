@@ -12,8 +12,17 @@ from fastops._core.registry import KERNELS, overload
 REFERENCES = {
     "glu": lambda a, b: a * b.sigmoid(),
     "swiglu": lambda a, b: torch.nn.functional.silu(a) * b,
+    "geglu": lambda a, b: torch.nn.functional.gelu(a) * b,
+    "geglu_tanh": lambda a, b: torch.nn.functional.gelu(a, approximate="tanh") * b,
+    "reglu": lambda a, b: torch.nn.functional.relu(a) * b,
 }
-PACKED = {"glu": F.glu, "swiglu": lambda x, dim=-1: F.swiglu(x, dim=dim)}
+PACKED = {
+    "glu": F.glu,
+    "swiglu": lambda x, dim=-1: F.swiglu(x, dim=dim),
+    "geglu": lambda x, dim=-1: F.geglu(x, dim=dim),
+    "geglu_tanh": lambda x, dim=-1: F.geglu(x, dim=dim, approximate="tanh"),
+    "reglu": lambda x, dim=-1: F.reglu(x, dim=dim),
+}
 LAYOUTS = {
     "row": (lambda: randn(10), -1),
     "rows": (lambda: randn(7, 66), -1),
