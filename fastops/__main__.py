@@ -1,6 +1,7 @@
 """The command: python -m fastops doctor | finetune | evaluate | predict | export."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -247,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     0: done. 1: some of the pictures to predict cannot be read. 2: wrong options, data, weights or
-    output folder, said in one line. 130: Ctrl-C.
+    output folder, said in one line. 130: Ctrl-C. 141: the reader of the output has gone.
     """
     options = make_parser().parse_args(arguments)
     if options.command == "doctor":
@@ -264,13 +265,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with any_terminal():
         try:
             if options.command == "predict":
-                return run_predict(options)
+                code = run_predict(options)
+                sys.stdout.flush()
+                return code
             run = {"finetune": run_finetune, "evaluate": run_evaluate, "export": run_export}
             run[options.command](options)
         except FineTuneError as error:
             if processes.first():
                 print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
             return 2
+            sys.stdout.flush()
+        except BrokenPipeError:  # `... | head`
+            # What is still to be flushed at exit would raise again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except KeyboardInterrupt:
             if processes.first() and options.command == "finetune":
                 print(

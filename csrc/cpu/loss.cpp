@@ -19,26 +19,30 @@ struct Sum {
   }
 };
 
-// Looks for inputs that a loss does not take. One that takes all is not looked at.
+// Looks for inputs and targets that a loss does not take. One that takes all is not looked at.
 template <class Op, class V>
 struct DomainCheck {
   static constexpr Domain domain = domain_of<Op>();
   static constexpr bool bounded = domain.low > -std::numeric_limits<double>::infinity() ||
                                   domain.high < std::numeric_limits<double>::infinity();
   static_assert(domain.low <= 0 && domain.high >= 0);  // what is behind the end of a tensor is 0
-  V outside{typename V::value_type(0)};
+  V outside[2] = {V(typename V::value_type(0)), V(typename V::value_type(0))};
 
+  // At the k-th operand, of which the first two are the input and the target.
+  template <int k>
   FASTOPS_FN void look(const V& x) {
-    if constexpr (bounded) {
+    if constexpr (bounded && k < 2) {
       const V one(typename V::value_type(1)), none(typename V::value_type(0));
       const V low = select(x >= V(typename V::value_type(domain.low)), none, one),
               high = select(x <= V(typename V::value_type(domain.high)), none, one);
-      outside = larger(outside, larger(low, high));
+      outside[k] = larger(outside[k], larger(low, high));
     }
   }
-  FASTOPS_FN void tell(bool* result) const {
+  FASTOPS_FN void tell(unsigned* result) const {
     if constexpr (bounded)
-      if (result && sum_of_lanes(outside) > 0) __atomic_store_n(result, true, __ATOMIC_RELAXED);
+      for (unsigned k = 0; k < 2; ++k)
+        if (result && sum_of_lanes(outside[k]) > 0)
+          __atomic_fetch_or(result, 1u << k, __ATOMIC_RELAXED);
   }
 };
 
@@ -76,7 +80,9 @@ FASTOPS_FN double sum_chunk(int64_t begin, int64_t end, const Inputs& inputs,
         V v[L::count];
         [[maybe_unused]] V d[L::count];
         for (int k = 0; k < L::count; ++k) {
-          check.look(x[0][k]);
+          check.template look<0>(x[0][k]);
+          if constexpr (std::extent_v<std::remove_reference_t<decltype(x)>> > 1)
+            check.template look<1>(x[1][k]);
           const auto value = value_of(
               f, x, k,
               std::make_index_sequence<std::extent_v<std::remove_reference_t<decltype(x)>>>{});
@@ -118,7 +124,7 @@ Error total(const LossArgs& a, F f) {
     }();
     auto* partial = static_cast<double*>(a.workspace);
     const int64_t n = a.n, chunks = (n + kLossChunk - 1) / kLossChunk;
-    bool* const outside = a.outside;
+    unsigned* const outside = a.outside;
     cpu::parallel(chunks, 1, [=](int64_t begin, int64_t end) {
       DomainCheck<Op, V> check;
       for (int64_t k = begin; k < end; ++k) {
@@ -145,14 +151,15 @@ template <class Op, int params, class L>
 struct CheckedValue {
   using V = typename L::V;
   Params<params, typename L::real> p;
-  bool* outside;
+  unsigned* outside;
   DomainCheck<Op, V> check;
 
   template <class... T>
-  FASTOPS_FN V operator()(V x, T... others) {
-    check.look(x);
+  FASTOPS_FN V operator()(V x, V t, T... others) {
+    check.template look<0>(x);
+    check.template look<1>(t);
     return with_params<params, V>([](auto x, auto t, auto... p) { return Op::value(x, t, p...); },
-                                  p.value, x, others...);
+                                  p.value, x, t, others...);
   }
   FASTOPS_FN void finish() const { check.tell(outside); }
 };

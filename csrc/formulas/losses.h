@@ -82,7 +82,7 @@ struct Huber {
 };
 
 // Cross-entropy of Bernoulli distributions. Logarithms are kept above -100, and what divides the
-// gradient above 1e-12, as torch keeps them. An input outside [0, 1] gives a NaN.
+// gradient above 1e-12, as torch keeps them. An input or a target outside [0, 1] gives a NaN.
 struct BCE {
   static constexpr const char *name = "binary_cross_entropy", *params = "";
   static constexpr bool linear_in_target = true;
@@ -90,7 +90,9 @@ struct BCE {
   template <class T>
   static FASTOPS_FN T value(T x, T t) {
     const auto [of, of_rest] = logs(x);
-    return (t - c<T>(1)) * larger(c<T>(-100), of_rest) - t * larger(c<T>(-100), of);
+    const T v = (t - c<T>(1)) * larger(c<T>(-100), of_rest) - t * larger(c<T>(-100), of);
+    const T none = c<T>(std::numeric_limits<double>::quiet_NaN());
+    return select(t >= c<T>(0), select(t <= c<T>(1), v, none), none);
   }
   template <class T>
   static FASTOPS_FN T d0(T x, T t) {
@@ -150,7 +152,7 @@ struct BCEWithLogitsPosWeight {
   }
 };
 
-// What a loss takes as input: all scalars, unless it says otherwise.
+// What a loss takes as input and target: all scalars, unless it says otherwise.
 struct Domain {
   double low = -std::numeric_limits<double>::infinity(),
          high = std::numeric_limits<double>::infinity();

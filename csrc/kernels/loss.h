@@ -19,10 +19,11 @@ struct LossArgs {
   int to_target;  // second: 0 for the derivative to x twice, 1 for that to x and t, 2 to t twice
   const void* divisor;  // one real in device memory that divides the sum in `total`, or null
   const double* params;
-  void* workspace;  // total: loss_workspace(n) bytes
-  void* slope;      // values, total, of a kernel that saves its slope: gets d0; or null
-  bool* outside;    // values, total, on CPU: set to true where an element of x is not within [low,
-                    // high] of the kernel (a NaN is not); or null
+  void* workspace;    // total: loss_workspace(n) bytes
+  void* slope;        // values, total, of a kernel that saves its slope: gets d0; or null
+  unsigned* outside;  // values, total, on CPU: bit 0 is set where an element of x is not within
+                      // [low, high] of the kernel (a NaN is not), bit 1 where one of t is not; or
+                      // null
   void* stream;
 };
 using LossLauncher = Error (*)(const LossArgs&);
@@ -34,7 +35,7 @@ struct LossKernel {
                        // n and period alone
   LossLauncher d0, d1;       // out[i] = scale grad d value / dx, and to t
   LossLauncher second;       // out[i] = scale grad d2 value / dx dx, dx dt or dt dt, by `to_target`
-  double low, high;          // an input outside of these gives a NaN
+  double low, high;          // an element of x or t outside of these gives a NaN
   bool saves_slope = false;  // d0 = -d1 is saved for backward; its own derivative is 0
 };
 // Sums are taken in chunks whose order n alone decides, so that they have the same bits on every

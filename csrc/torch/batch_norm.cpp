@@ -1,6 +1,6 @@
 // Batch norm with the addition and the activation after it, as torch sees it: schemas, checks,
-// layouts and derivatives. Gradients of gradients are made of torch's own ops, and whatever else
-// the kernels do not take never comes here: fastops/functional/_batch_norm.py hands it to torch.
+// layouts and derivatives. Gradients of gradients are made of torch's own ops. What takes() says
+// the kernels do not take, fastops/functional/_batch_norm.py hands to torch.
 #include <ATen/ops/add.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/gt.h>
@@ -368,6 +368,52 @@ void average(const Tensor& running, const Tensor& batch, double momentum, double
   if (!sum.is_same(running)) running.copy_(sum);
 }
 
+// ------------------------------------------------------------------------------------------------
+// what the kernels take
+
+// An ordinary tensor that they read, or a FakeTensor of one: no other subclass, nothing that is
+// traced, batched or has a tangent. (isTensorSubclassLike() would also ask for a mode, which may
+// watch a kernel.)
+bool is_ordinary(const Tensor& t) {
+  const auto keys = t.key_set();
+  const bool fake =
+      keys.has(DispatchKey::Python) && t.has_storage() && t.storage().device_type() == at::kMeta;
+  return t.layout() == at::kStrided && t.is_cpu() &&
+         (fake || !keys.has_any(at::kTensorSubclassLike)) &&
+         !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && !t.is_nested() && !is_dual(t);
+}
+
+bool has_kernels(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+         dtype == at::kBFloat16;
+}
+
+// Of the vectors the running statistics are the last two.
+bool takes(const Tensor& x, const MaybeTensor& residual,
+           const std::array<const MaybeTensor*, 4>& vectors, bool training) {
+  constexpr auto kTransforms = DispatchKey::FuncTorchDynamicLayerFrontMode;
+  if (!is_ordinary(x) || !has_kernels(x.scalar_type()) || x.dim() < 2 ||
+      x.numel() <= (training ? x.size(1) : 0) ||
+      c10::impl::tls_is_dispatch_key_included(kTransforms))
+    return false;
+  const bool half = x.scalar_type() != at::kDouble && x.scalar_type() != at::kFloat;
+  std::optional<at::ScalarType> dtype;
+  for (const MaybeTensor* v : vectors) {
+    if (!*v) continue;
+    const Tensor& t = **v;
+    if (!is_ordinary(t) || t.dim() != 1 || t.size(0) != x.size(1)) return false;
+    if (dtype.value_or(t.scalar_type()) != t.scalar_type()) return false;
+    dtype = t.scalar_type();
+  }
+  if (dtype && dtype != x.scalar_type() && !(half && dtype == at::kFloat)) return false;
+  const MaybeTensor &mean = *vectors[2], &variance = *vectors[3];
+  if (mean.has_value() != variance.has_value() || (!mean && !training) ||
+      (mean && (mean->requires_grad() || variance->requires_grad())))
+    return false;
+  return !residual || (is_ordinary(*residual) && residual->scalar_type() == x.scalar_type() &&
+                       residual->sizes() == x.sizes());
+}
+
 }  // namespace
 
 void register_batch_norm(torch::Library& m) {
@@ -386,23 +432,27 @@ void register_batch_norm(torch::Library& m) {
 }
 
 void bind_batch_norm(pybind11::module_& m) {
-  // Running statistics, where there are some, are updated in training.
-  def(m, kName,
-      [](const Tensor& input, const MaybeTensor& residual, const MaybeTensor& weight,
-         const MaybeTensor& bias, const MaybeTensor& running_mean, const MaybeTensor& running_var,
-         bool training, double momentum, double eps, int64_t activation, double slope) {
-        const auto [y, mean, inverse, variance] =
-            forward_op.call(input, residual, weight, bias, running_mean, running_var, training, eps,
-                            activation, slope);
-        if (training && running_mean && running_var) {
-          const at::NoGradGuard no_grad;
-          const double count = static_cast<double>(input.sym_numel().guard_int(__FILE__, __LINE__) /
-                                                   input.sym_size(1).guard_int(__FILE__, __LINE__));
-          average(*running_mean, mean, momentum, 1);
-          average(*running_var, variance, momentum, count / (count - 1));
-        }
-        return y;
-      });
+  // None where the kernels do not take the call. Running statistics, where there are some, are
+  // updated in training.
+  m.def(kName,
+        [](const Tensor& input, const MaybeTensor& residual, const MaybeTensor& weight,
+           const MaybeTensor& bias, const MaybeTensor& running_mean, const MaybeTensor& running_var,
+           bool training, double momentum, double eps, int64_t activation,
+           double slope) -> MaybeTensor {
+          if (!takes(input, residual, {&weight, &bias, &running_mean, &running_var}, training))
+            return std::nullopt;
+          const Unlocked unlocked(input);
+          const auto [y, mean, inverse, variance] =
+              forward_op.call(input, residual, weight, bias, running_mean, running_var, training,
+                              eps, activation, slope);
+          if (training && running_mean) {
+            const at::NoGradGuard no_grad;
+            const double count = static_cast<double>(input.numel() / input.size(1));
+            average(*running_mean, mean, momentum, 1);
+            average(*running_var, variance, momentum, count / (count - 1));
+          }
+          return y;
+        });
 }
 
 }  // namespace fastops

@@ -90,7 +90,7 @@ LossArgs arguments(const Tensor& x, const Tensor& t, const Tensor& out, const Pa
 
 Tensor total(const LossKernel& kernel, const Tensor& x, const Tensor& t, double scale,
              const Tensor& divisor, const Parameters& params, void* slope = nullptr,
-             bool* outside = nullptr) {
+             unsigned* outside = nullptr) {
   const Tensor out = output_beside(x, {}, real_of(x.scalar_type()));
   const int64_t bytes = loss_workspace(x.numel());
   constexpr int64_t kStack = 256;
@@ -108,9 +108,9 @@ Tensor total(const LossKernel& kernel, const Tensor& x, const Tensor& t, double 
 }
 
 // On CUDA, where the answer would be a wait for the device, the NaN in the result is left to speak.
-void check_domain(const LossKernel& r, bool outside) {
-  TORCH_CHECK(!outside, r.name, ": all elements of input should be between ", r.low, " and ",
-              r.high);
+void check_domain(const LossKernel& r, unsigned outside) {
+  TORCH_CHECK(!outside, r.name, ": all elements of ", outside & 1 ? "input" : "target",
+              " should be between ", r.low, " and ", r.high);
 }
 
 template <class... P>
@@ -131,7 +131,7 @@ struct Forward {
     const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
     if (slope) *slope = output_like(x);
     void* const to_slope = slope && x.numel() > 0 ? slope->mutable_data_ptr() : nullptr;
-    bool outside = false;
+    unsigned outside = 0;
     if (reduction == at::Reduction::None) {
       Tensor out = output_like(x);
       if (x.numel() > 0) {

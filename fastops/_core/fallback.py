@@ -37,8 +37,8 @@ def reference_of(name: str) -> Callable[..., Any]:
     reference = op.reference
     if op.kind == "gate":  # of the halves of one tensor, or of two that are put together
         if kernel.endswith("_packed"):
-            return lambda input, dim=-1: reference(input, dim=dim)
-        return lambda a, b: reference(torch.cat((a, b), -1), dim=-1)
+            return lambda input, dim=-1: reference(input, dim=dim, **fixed)
+        return lambda a, b: reference(torch.cat((a, b), -1), dim=-1, **fixed)
     defaults = {n: p.default for n, p in op.signature.parameters.items()}
     extras = {n: p.default for n, p in op.signature.parameters.items() if n not in accepted}
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from .errors import ConfigError, WeightsError
 from .networks import ARCHITECTURES, build, head_of
+from .storage import check_records
 
 State = dict[str, torch.Tensor]
 
@@ -79,6 +80,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             except ImportError as error:
                 raise WeightsError(f"{path}: reading it needs `pip install safetensors`") from error
             return load_file(path)
+        check_records(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise

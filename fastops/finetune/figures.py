@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from matplotlib import font_manager, rc_context, rcParams
@@ -60,6 +61,19 @@ def letters(path: str) -> set[str]:
     return set()
 
 
+@contextlib.contextmanager
+def quiet_fonts() -> Iterator[None]:
+    """Keep matplotlib from saying that a font has no regular weight, where any weight will do."""
+    logger = logging.getLogger(font_manager.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@quiet_fonts()
 def find_fonts(text: str) -> tuple[list[str], set[str]]:
     """Families of installed fonts that can draw `text` between them, matplotlib's own first; and the characters that
     none can."""
@@ -180,7 +194,7 @@ def render(
     for name, draw in figures.items():
         buffer = io.BytesIO()
         # A class may be called "$": that begins no formula.
-        with rc_context({"font.family": list(families), "text.parse_math": False}):
+        with quiet_fonts(), rc_context({"font.family": list(families), "text.parse_math": False}):
             draw().savefig(buffer, format="png", dpi=110)
         pictures[name] = buffer.getvalue()
     return pictures

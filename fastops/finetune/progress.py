@@ -11,7 +11,7 @@ from .config import FineTuneConfig
 from .data import Collection
 from .errors import ConfigError
 from .run import Run
-from .storage import complete_file
+from .storage import check_records, complete_file
 
 PROGRESS = "progress.pt"
 """What an unfinished experiment goes on from: the finished runs, and the state of the one that is not."""
@@ -65,6 +65,7 @@ def load_progress(
             else f"there is no {path}: name the folder of an unfinished run"
         )
     try:
+        check_records(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         runs, state, count, data, begun = (
             [Run(**run) for run in saved["runs"]],

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,3 +104,16 @@ def make_run_folder(out: str | os.PathLike | None) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write into {out or 'runs'}: {error.strerror}") from error
     return folder
+
+
+def check_records(path: Path) -> None:
+    """Compare the records of a file that torch.save wrote with their checksums; torch.load does not.
+
+    Raises:
+        ValueError: a record has changed since.
+        zipfile.BadZipFile: the archive is damaged.
+    """
+    if zipfile.is_zipfile(path):  # else torch.load says what is wrong
+        with zipfile.ZipFile(path) as archive:
+            if (record := archive.testzip()) is not None:
+                raise ValueError(f"{record} is not what was written")

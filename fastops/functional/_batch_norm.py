@@ -7,12 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _C
 from .._core.by_torch import DISABLED
 from .._core.registry import composed
-from .._core.usable import usable
 
 __all__ = ["batch_norm", "batch_norm_act"]
 
@@ -60,8 +58,8 @@ def batch_norm(
     memory, in an order that depends neither on threads nor on the memory layout. On CUDA, in compiled models and under
     torch.func, torch's own function is called. Example: ``batch_norm(torch.randn(8, 3), None, None, training=True)``.
     """
-    return _normalized(
-        input, running_mean, running_var, weight, bias, None, "none", training, momentum, eps, 0.01
+    return normalized_act(
+        input, running_mean, running_var, weight, bias, None, "none", training, momentum, eps
     )
 
 
@@ -99,57 +97,24 @@ def batch_norm_act(
         raise ValueError(
             f"batch_norm_act: activation must be one of {', '.join(_NUMBERS)}, got {activation!r}"
         )
-    return _normalized(
+    return normalized_act(
         input, running_mean, running_var, weight, bias, residual, activation, training, momentum,
         eps, negative_slope,
     )  # fmt: skip
 
 
-def _takes(input, running_mean, running_var, weight, bias, residual, training) -> bool:
-    """Whether the kernels take these. What they do not take is torch's, and so is what is wrong."""
-    if (
-        DISABLED
-        or not usable(input)
-        or input.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or input.dim() < 2
-        or input.numel() <= (input.size(1) if training else 0)
-        or (running_mean is None) != (running_var is None)
-        or (running_mean is None and not training)
-    ):
-        return False
-    channels, dtypes = (input.size(1),), set()
-    for t in (weight, bias, running_mean, running_var):
-        if t is None:
-            continue
-        if not usable(t) or t.shape != channels or t.device != input.device:
-            return False
-        dtypes.add(t.dtype)
-    if len(dtypes) > 1 or not (
-        dtypes <= {input.dtype} or (input.dtype != torch.float64 and dtypes == {torch.float32})
-    ):
-        return False
-    if running_mean is not None and running_mean.requires_grad | running_var.requires_grad:
-        return False
-    return residual is None or (
-        usable(residual)
-        and residual.dtype == input.dtype
-        and residual.shape == input.shape
-        and residual.device == input.device
-    )
-
-
-def _normalized(
-    input, running_mean, running_var, weight, bias, residual, activation, training, momentum, eps,
-    negative_slope,
+def normalized_act(
+    input, running_mean, running_var, weight, bias, residual=None, activation="relu",
+    training=False, momentum=0.1, eps=1e-5, negative_slope=0.01,
 ):  # fmt: skip
-    if _takes(input, running_mean, running_var, weight, bias, residual, training):
-        return _C.batch_norm_act(
+    """batch_norm_act of what has no __torch_function__."""
+    if not (DISABLED or torch.compiler.is_compiling()):
+        output = _C.batch_norm_act(
             input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
             _NUMBERS[activation], negative_slope,
         )  # fmt: skip
+        if output is not None:
+            return output
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         output = output + residual

@@ -119,8 +119,10 @@ def hardtanh(
         return handle_torch_function(
             hardtanh, (input,), input, min_val=min_val, max_val=max_val, inplace=inplace
         )
-    if min_val > max_val:
-        raise ValueError(f"min_val cannot be greater than max_val, got {min_val} and {max_val}")
+    if not min_val <= max_val:
+        if min_val > max_val:
+            raise ValueError(f"min_val cannot be greater than max_val, got {min_val} and {max_val}")
+        return F.hardtanh(input, min_val, max_val, inplace)  # a NaN
     return (
         _C.hardtanh_(input, min_val, max_val) if inplace else _C.hardtanh(input, min_val, max_val)
     )

@@ -44,6 +44,18 @@ class _StandIn:
             self._optimizer._put_back()
 
 
+class _Counted:
+    """An iterable that counts what it gives."""
+
+    def __init__(self, items):
+        self._items, self.count = items, 0
+
+    def __iter__(self):
+        for item in self._items:
+            self.count += 1
+            yield item
+
+
 class _BatchNormStatistics:
     """The running statistics of a model's batch norms, and how to compute them anew."""
 
@@ -58,7 +70,13 @@ class _BatchNormStatistics:
         model, batches, device = self._of
         training = {m: m.training for m in model.modules()}
         try:
+            batches = _Counted(batches)
             torch.optim.swa_utils.update_bn(batches, model, device)
+            if self.buffers and batches.count == 0:
+                raise ValueError(
+                    "swap_ema: there was nothing in `batches` to take batch norm's statistics from; give a loader, or a "
+                    "list: an iterator can be used once"
+                )
         finally:
             for m, momentum in self._momenta:
                 m.momentum = momentum
@@ -95,6 +113,7 @@ class KeepsAverages(ExtraOptions):
         Raises:
             RuntimeError: the optimizer keeps no averages.
             TypeError: one of `model` and `batches` without the other.
+            ValueError: there is no batch in `batches`; nothing has changed.
         """
         if self.ema_decay is None:
             raise RuntimeError(

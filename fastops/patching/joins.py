@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as _hooks
 
 from .. import functional
-from .._core.batch_norms import normalized
 from .._core.usable import usable
 from ..nn import MODULES
 from .calls import CALLS, NAMES
@@ -28,7 +27,7 @@ from .modules import Recipe
 from .norms import (
     FUNCTION,
     activation_of,
-    arguments,
+    fused,
     is_norm,
     norm_act,
     plain_activation,
@@ -231,8 +230,7 @@ def norm_add_act(norm, input, residual, activation, inplace):
         if activation is None or plain(activation, getattr(activation, "inplace", None)):
             return joined(output, residual, inplace)
         return activation(operator.iadd(output, residual) if inplace else output + residual)
-    options = arguments(activation)
-    return normalized(norm, input, functional.batch_norm_act, residual=residual, **options)
+    return fused(norm, input, activation, residual)
 
 
 def _path(value: object) -> str:

@@ -124,8 +124,10 @@ def attached(module: nn.Module) -> Attachment | None:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether somebody else has set a forward on the instance."""
+    if "forward" not in vars(module):
+        return False
     found = attached(module)
-    return "forward" in vars(module) and not (found and vars(module)["forward"] is found.forward)
+    return not (found and vars(module)["forward"] is found.forward)
 
 
 def attach(module: nn.Module, recipe: Recipe | None) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
+from torch.overrides import has_torch_function_unary
 
 from .. import functional
 from .._core.batch_norms import normalized
 from .._core.usable import CLASSES
+from ..functional._batch_norm import normalized_act
 from ..nn import MODULES
 from .modules import Recipe, has_own_forward
 
@@ -65,12 +67,18 @@ def plain_activation(module: nn.Module | None) -> bool:
     return activation_of(module) is not None and _bare(module)
 
 
-def arguments(activation: Any) -> dict[str, Any]:
-    """batch_norm_act's arguments; an activation that is no module is relu."""
-    if activation is None:
-        return {"activation": "relu"}
-    slope = {"negative_slope": activation.negative_slope} if isinstance(activation, nn.LeakyReLU) else {}  # fmt: skip
-    return {"activation": activation_of(activation), **slope}
+def fused(
+    norm: nn.Module, input: Tensor, activation: Any, residual: Tensor | None = None
+) -> Tensor:
+    """activation(norm(input) + residual) in one call. An activation that is no module is relu."""
+    name, slope = "relu", 0.01
+    if activation is not None:
+        name = _ACTIVATIONS[type(activation)]
+        if name == "leaky_relu":
+            slope = activation.negative_slope
+    # A mode has to see one function; without one, finding that out for each tensor takes longer than a small kernel.
+    function = functional.batch_norm_act if has_torch_function_unary(input) else normalized_act
+    return normalized(norm, input, function, residual=residual, activation=name, negative_slope=slope)  # fmt: skip
 
 
 def norm_act(norm, input, activation):
@@ -78,7 +86,7 @@ def norm_act(norm, input, activation):
     if torch.compiler.is_compiling() or type(input) not in CLASSES:
         output = norm(input)
         return torch.relu(output) if activation is None else activation(output)
-    return normalized(norm, input, functional.batch_norm_act, **arguments(activation))
+    return fused(norm, input, activation)
 
 
 # ---------------------------------------------------------------------------------------------- torch.nn.Sequential

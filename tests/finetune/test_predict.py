@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +58,19 @@ def test_json(tmp_path, run, capsys):
     assert {c["class"] for c in good["classes"]} == {"cat", "dog", "owl"} and "error" not in good
     assert sum(c["probability"] for c in good["classes"]) == pytest.approx(1)
     assert bad["classes"] == [] and "No such file" in bad["error"]
+
+
+def test_a_reader_that_goes(tmp_path, run):
+    """`predict ... | head` ends quietly."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastops", "predict", run, str(tmp_path / "data")]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_device(tmp_path, run, capsys):

@@ -1,5 +1,7 @@
 """The functions that are made of others: against torch, and what they promise beyond it."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,8 +206,23 @@ def test_binary_cross_entropy_of_what_is_no_probability(bad, reduction):
         ours.binary_cross_entropy(x, torch.ones(40), reduction=reduction)
     with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
         F.binary_cross_entropy(x, torch.ones(40), reduction=reduction)
-    target = torch.full((40,), torch.nan)  # not the input's fault
-    assert ours.binary_cross_entropy(torch.full((40,), 0.5), target).isnan()
+    for function in (
+        ours.binary_cross_entropy,
+        F.binary_cross_entropy,
+        torch.nn.BCELoss(reduction=reduction),
+    ):
+        if isinstance(function, torch.nn.Module):
+            fastops.patch(function)
+        else:
+            function = functools.partial(function, reduction=reduction)
+        with pytest.raises(RuntimeError, match="all elements of target should be between 0 and 1"):
+            function(torch.full((40,), 0.5), x)
+
+
+@pytest.mark.parametrize("bounds", [(torch.nan, 1.0), (-1.0, torch.nan), (torch.nan, torch.nan)])
+def test_hardtanh_within_nan(bounds):
+    x = torch.linspace(-2, 2, 40)
+    torch.testing.assert_close(ours.hardtanh(x, *bounds), F.hardtanh(x, *bounds), equal_nan=True)
 
 
 def test_binary_cross_entropy_under_autocast_is_torchs():

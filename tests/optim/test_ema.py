@@ -202,6 +202,10 @@ def test_batch_norm_statistics_of_the_averages():
     with pytest.raises(RuntimeError):
         optimizer.swap_ema(model, [rand(16, 4).float()])
     assert same(model.state_dict(), before) and not model.training
+    for empty in ([], iter([])):
+        with pytest.raises(ValueError, match="nothing in `batches`"):
+            optimizer.swap_ema(model, empty)
+        assert same(model.state_dict(), before) and not model.training
     for given in ({"model": model}, {"batches": batches}):
         with pytest.raises(TypeError, match="both model and batches"):
             optimizer.swap_ema(**given)

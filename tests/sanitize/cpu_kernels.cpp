@@ -172,7 +172,7 @@ struct Elementwise {
       a.scale = 0.5;
       a.params = kParams;
       a.workspace = b.raw(static_cast<size_t>(loss_workspace(n)));
-      bool outside = false;
+      unsigned outside = 0;
       a.outside = &outside;
       a.divisor = b.values(1, real_of(type));
       a.out = b.values(1, real_of(type));
