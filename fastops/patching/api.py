@@ -18,6 +18,7 @@ from .modules import Recipe, attach, attached, has_own_forward
 from .norms import NORMS, sequence
 from .reading import Refused, is_hashable
 from .report import PatchReport
+from .rms_norms import may_be_rms_norm, rms_norm_recipe
 
 __all__ = ["PatchReport", "patch", "patched", "unpatch"]
 _NATIVE = {ours: native for native, ours in MODULES.items()}
@@ -80,6 +81,10 @@ def _recipe_for(
     cls: Any = type(module)
     if functional and (found := FOREIGN.get(f"{cls.__module__}.{cls.__qualname__}")):
         return found, [], set(), False
+    if may_be_rms_norm(module):
+        reason = OWN_FORWARD if has_own_forward(module) else _why_not_class(cls)
+        recipe, different = (None, reason) if reason else rms_norm_recipe(module)
+        return recipe, [different] if different else [], set(), False
     _, calls, missed = replace_calls(cls.forward, module)
     joins = may_join(module)
     if not (calls or missed or joins):
@@ -203,8 +208,9 @@ def _plan_mode(
 
 def patch(model: nn.Module, *, functional: bool = False, dry_run: bool = False) -> PatchReport:
     """Makes a model run the kernels of fastops, in place: for its activations, losses, softmaxes and dropouts, for a batch
-    norm with the addition and the activation after it (:func:`fastops.functional.batch_norm_act`), and for any other
-    addition with a relu after it (:func:`fastops.functional.add_relu`). A batch norm without either stays torch's.
+    norm with the addition and the activation after it (:func:`fastops.functional.batch_norm_act`), for layer norms and RMS
+    norms (those of Hugging Face's models too, which are recognized by what they compute), and for any other addition with a
+    relu after it (:func:`fastops.functional.add_relu`). A batch norm without either stays torch's.
 
     Args:
         model: any module. It may be an activation or loss itself.
