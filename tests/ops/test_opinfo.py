@@ -21,7 +21,7 @@ OTHER_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, 
                 torch.complex128, torch.complex64, torch.float8_e4m3fn]  # fmt: skip
 RANDOM = ["dropout", "dropout2d", "dropout3d", "alpha_dropout"]
 NOT_IN_DATABASE = {"dropout1d"}  # torch has it, its database has not
-OURS_ALONE = {"add_relu", "bias_gelu", "bias_dropout_add", "mixup_cross_entropy", "relu_dropout", "squareplus", "swiglu", "geglu", "reglu", "batch_norm_act"}  # fmt: skip
+OURS_ALONE = {"add_relu", "bias_gelu", "bias_dropout_add", "mixup_cross_entropy", "relu_dropout", "squareplus", "swiglu", "geglu", "reglu", "batch_norm_act", "add_layer_norm", "add_rms_norm"}  # fmt: skip
 
 # Positions of float tensors that no gradient flows to: running statistics.
 CONSTANT = {"batch_norm": (1, 2)}
