@@ -153,7 +153,7 @@ def _dims(input, normalized_shape, weight, bias) -> int:
     if not 0 < dims <= len(shape):
         return 0
     shape = shape[-dims:]
-    if shape != tuple(normalized_shape):
+    if shape != tuple(normalized_shape) or float in map(type, normalized_shape):
         return 0
     if shape.numel() == 1:
         return 0  # nothing deviates from a mean of one: the gradient is 0 to the bit in torch
