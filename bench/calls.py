@@ -17,7 +17,7 @@ from fastops._core.registry import OPS
 from fastops.selfcheck import example_inputs
 
 from . import peers
-from .cases import BOTH, FORWARD, NORM, STEP, Case
+from .cases import BOTH, FORWARD, NORM, ROW_NORM, STEP, Case
 from .models import MODEL, model_calls
 
 Call = Callable[[], Any]
@@ -118,10 +118,37 @@ def _norm_inputs(case: Case, device: str) -> dict[str, Tensor]:
     return inputs
 
 
+def _row_norm(name: str, module: Any) -> Callable:
+    """layer_norm, rms_norm and, where `name` says so, of the sum of two tensors, with the functions of a module."""
+    plain = getattr(module, name.removeprefix("add_"))
+    both = getattr(module, name, None)
+
+    def norm(input: Tensor, *rest: Tensor) -> Tensor:
+        if not name.startswith("add_"):
+            return plain(input, input.shape[-1:], *rest)
+        residual, *parameters = rest
+        if both is None:
+            return plain(input + residual, input.shape[-1:], *parameters)
+        return both(input, residual, input.shape[-1:], *parameters)[0]
+
+    return norm
+
+
+def _row_norm_inputs(case: Case, device: str) -> dict[str, Tensor]:
+    """Parameters are of the input's dtype, as those of a model in bfloat16 are."""
+    (shape,), generator = case.shapes, seeded(case)
+    tensors = ["input", "residual"] if case.op.startswith("add_") else ["input"]
+    vectors = ["weight", "bias"] if "layer" in case.op else ["weight"]
+    inputs = {name: normal(shape, case, generator, device) for name in tensors}
+    return inputs | {name: normal(shape[-1:], case, generator, device) for name in vectors}
+
+
 def functions_of(case: Case) -> tuple[Callable, Callable]:
     """Our function of a case, and torch's."""
     if case.kind == NORM:
         return _norm, _torchs_norm
+    if case.kind == ROW_NORM:
+        return _row_norm(case.op, functional), _row_norm(case.op, torch.nn.functional)
     op = OPS[case.op]
     return VARIANTS.get((case.op, case.variant)) or (op.function, op.reference)
 
@@ -134,6 +161,8 @@ def make_inputs(case: Case, device: str) -> dict[str, Tensor]:
     """
     if case.kind == NORM:
         return _norm_inputs(case, device)
+    if case.kind == ROW_NORM:
+        return _row_norm_inputs(case, device)
     (shape,) = case.shapes
     return example_inputs(
         OPS[case.op], shape, case.dtype, seeded(case), device, case.arguments, case.probabilities

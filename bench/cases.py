@@ -15,6 +15,7 @@ import torch
 
 FORWARD, BOTH, STEP = "forward", "forward+backward", "step"
 NORM = "batch_norm"  # the kind of batch_norm_act, which is in no table of ops
+ROW_NORM = "row_norm"  # that of layer_norm and rms_norm, which are not there either
 PROBABILITIES = (
     "probabilities"  # the variant of a loss whose target is a distribution, which is read as well
 )
@@ -294,6 +295,34 @@ def norm_cases() -> Iterator[Case]:
                 )
 
 
+# Of a small batch and of a language model's hidden states.
+ROW_NORM_SHAPES: tuple[Shape, ...] = ((128, 768), (4096, 768), (512, 4096), (8192, 1024))
+# Backward reads the upstream gradient and what was normalized, and writes a gradient. A sum of two tensors is written as well.
+ROW_NORM_PASSES = {
+    "layer_norm": {FORWARD: 2, BOTH: 5},
+    "rms_norm": {FORWARD: 2, BOTH: 5},
+    "add_layer_norm": {FORWARD: 4, BOTH: 7},
+    "add_rms_norm": {FORWARD: 4, BOTH: 7},
+}
+
+
+def row_norm_cases() -> Iterator[Case]:
+    """The cases of layer norm and RMS norm."""
+    for op, passes in ROW_NORM_PASSES.items():
+        runs = [(s, torch.float32, mode) for s in ROW_NORM_SHAPES for mode in (FORWARD, BOTH)]
+        runs += [(s, torch.bfloat16, BOTH) for s in ROW_NORM_SHAPES[1:3]]
+        for shape, dtype, mode in runs:
+            yield Case(
+                op=op,
+                kind=ROW_NORM,
+                size="x".join(map(str, shape)),
+                shapes=(shape,),
+                dtype=dtype,
+                mode=mode,
+                floor=passes[mode] * prod(shape) * dtype.itemsize,
+            )
+
+
 def optimizer_cases(name: str) -> Iterator[Case]:
     """The cases of one optimizer."""
     work = OPTIMIZERS[name]
@@ -313,7 +342,7 @@ def optimizer_cases(name: str) -> Iterator[Case]:
 
 
 def all_cases(ops: Mapping[str, Any]) -> list[Case]:
-    """Every case of the functions in `ops` (name -> an entry with `kind`), of batch norm and of the optimizers."""
+    """Every case of the functions in `ops` (name -> an entry with `kind`), of the norms and of the optimizers."""
     cases = [case for name, op in ops.items() for case in function_cases(name, op.kind)]
-    cases += norm_cases()
+    cases += [*norm_cases(), *row_norm_cases()]
     return cases + [case for name in OPTIMIZERS for case in optimizer_cases(name)]

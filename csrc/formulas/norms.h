@@ -37,4 +37,10 @@ struct BatchNorm {
   }
 };
 
+// The same of a row, whose elements have weights of their own: forward() is given what is left of x
+// once the rounded mean is subtracted, and what the mean lost when it was rounded; backward() dy
+// weight and the normalized x, with 1 / sqrt(variance + eps) as the scale. RMS norm is that of a
+// mean of 0.
+using RowNorm = BatchNorm;
+
 }  // namespace fastops

@@ -9,6 +9,7 @@
 #include "gradient_norm.h"
 #include "loss.h"
 #include "optimizer.h"
+#include "row_norm.h"
 #include "softmax.h"
 
 namespace fastops {
@@ -24,6 +25,7 @@ struct Tables {
   KernelTable<OptimizerKernel> optimizer;
   GradientNormKernel gradient_norm;
   BatchNormKernel batch_norm;  // all null where there is none
+  RowNormKernel row_norm;      // the same
 };
 
 #define FASTOPS_TABLES(back_end)                                                             \
@@ -38,10 +40,11 @@ struct Tables {
   extern const KernelTable<OptimizerKernel> optimizer_kernels;                               \
   extern const GradientNormKernel gradient_norm_kernel;                                      \
   extern const BatchNormKernel batch_norm_kernel;                                            \
+  extern const RowNormKernel row_norm_kernel;                                                \
   inline Tables tables() {                                                                   \
     return {elementwise_kernels,  fused_kernels,         gate_kernels,    loss_kernels,      \
             softmax_kernels,      cross_entropy_kernels, dropout_kernels, optimizer_kernels, \
-            gradient_norm_kernel, batch_norm_kernel};                                        \
+            gradient_norm_kernel, batch_norm_kernel,     row_norm_kernel};                   \
   }                                                                                          \
   }
 FASTOPS_TABLES(DEFAULT)

@@ -38,6 +38,7 @@ void bind_cross_entropy(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_optimizers(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
+void bind_row_norms(pybind11::module_& m);
 
 // What fastops/_core/fallback.py makes of (name, arguments) of a call that was refused;
 // NotImplemented where it has nothing better. `knows_only_torch` is asked of calls with tensors

@@ -24,6 +24,7 @@ TORCH_LIBRARY_FRAGMENT(fastops, m) {
   register_cross_entropy(m);
   register_dropout(m);
   register_batch_norm(m);
+  register_row_norms(m);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -38,6 +39,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_dropout(m);
   bind_optimizers(m);
   bind_batch_norm(m);
+  bind_row_norms(m);
   resolve_negations_in_place();
 
   m.def("set_fallback", &set_fallback);

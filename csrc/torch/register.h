@@ -334,5 +334,6 @@ void register_softmax(torch::Library& m);
 void register_cross_entropy(torch::Library& m);
 void register_dropout(torch::Library& m);
 void register_batch_norm(torch::Library& m);
+void register_row_norms(torch::Library& m);
 
 }  // namespace fastops

@@ -30,10 +30,11 @@ GRAIN = {
     "cross_entropy": 16384,
     "dropout": 4096,
     "batch_norm": 16384,
+    "row_norm": 16384,
 }
 POOL_MINIMUM = 128 << 10
 #: What has a kernel that stands for no one function of torch's, and so is in no row of the table: C function -> kind.
-OUTSIDE = {"batch_norm_act": "batch_norm"}
+OUTSIDE = {"batch_norm_act": "batch_norm", "layer_norm": "row_norm", "rms_norm": "row_norm"}
 
 
 @dataclass(frozen=True)
@@ -273,11 +274,14 @@ def _threads(kind: str, given: Tensor, args: tuple) -> tuple[bool, str]:
     threads = torch.get_num_threads()
     if threads == 1:
         return False, "torch.get_num_threads() is 1"
-    if kind in ("softmax", "cross_entropy"):
+    if kind == "row_norm":
+        classes = given.shape[-args[4] :].numel()
+    elif kind in ("softmax", "cross_entropy"):
         dim = (
             args[1] if len(args) == 2 else min(1, given.dim() - 1)
         )  # softmax(x, dim), cross_entropy(x, target ...)
         classes = given.shape[dim] if given.dim() else 1
+    if kind in ("row_norm", "softmax", "cross_entropy"):
         each = max(1, grain // max(classes, 1))
         rows = n // max(classes, 1)
         return rows > each, f"{rows} rows, of which a thread takes {each} at least"

@@ -182,6 +182,18 @@ def _fakes() -> None:
         x = input.contiguous(memory_format=suggest_memory_format(input))
         return like(x), *(input.new_empty(input.shape[1], dtype=dtype) for _ in range(3))
 
+    def row_norm(centered):
+        def shapes(input, residual, weight, bias, dims, eps):
+            y = input.new_empty(input.shape)
+            total = input.new_empty(0 if residual is None else input.shape)
+            rows = (1 + centered, input[(..., *(0,) * dims)].numel())
+            return y, total, input.new_empty(rows, dtype=real(input, True))
+
+        return shapes
+
+    fake("layer_norm")(row_norm(True))
+    fake("rms_norm")(row_norm(False))
+
     fake("relu_dropout_backward")(lambda output, grad, p: like(output))
 
     @fake("bias_dropout_add_backward")

@@ -8,13 +8,14 @@ have the name of a function."""
 
 import torch.nn.functional as _torchs
 
-from . import _batch_norm, _cross_entropy, _dropout, _elementwise, _gate, _loss, _softmax
+from . import _batch_norm, _cross_entropy, _dropout, _elementwise, _gate, _loss, _row_norm, _softmax
 from ._batch_norm import *  # noqa: F403
 from ._cross_entropy import *  # noqa: F403
 from ._dropout import *  # noqa: F403
 from ._elementwise import *  # noqa: F403
 from ._gate import *  # noqa: F403
 from ._loss import *  # noqa: F403
+from ._row_norm import *  # noqa: F403
 from ._softmax import *  # noqa: F403
 
 __all__: list[str] = []
@@ -24,6 +25,7 @@ __all__ += _dropout.__all__
 __all__ += _elementwise.__all__
 __all__ += _gate.__all__
 __all__ += _loss.__all__
+__all__ += _row_norm.__all__
 __all__ += _softmax.__all__
 
 

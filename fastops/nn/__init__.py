@@ -115,6 +115,20 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
     forward = _batch_norm
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """:func:`fastops.functional.layer_norm` as a module; arguments of :class:`torch.nn.LayerNorm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """:func:`fastops.functional.rms_norm` as a module; arguments of :class:`torch.nn.RMSNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
 class GLU(torch.nn.GLU):
     """:func:`fastops.functional.glu` as a module; arguments of :class:`torch.nn.GLU`."""
 

@@ -94,7 +94,7 @@ def _fill_calls() -> None:
             _call(name, _softmax(OPS[name].function), getattr(place, name))
     _call("dropout", _dropout, torch.dropout)
     for name, function in COMPOSED.items():
-        if "dropout" in name:
+        if "dropout" in name or name in ("layer_norm", "rms_norm"):
             _call(name, function, getattr(TF, name))
 
 

@@ -77,7 +77,11 @@ def test_an_autograd_function_names_the_argument(row):
 def test_a_module_names_the_argument(cls):
     if cls is fastops.nn.NLLLoss:  # torch's own
         return
-    given = {"Softmax": {"dim": 1}, "BatchNorm": {"num_features": 3}}
+    given = {
+        "Softmax": {"dim": 1},
+        "BatchNorm": {"num_features": 3},
+        "Norm": {"normalized_shape": 3},
+    }
     module = cls(**next((a for word, a in given.items() if word in cls.__name__), {}))
     arguments = [3, X] if "Loss" in cls.__name__ else [3]
     with pytest.raises(TypeError, match=r"argument 'input' \(position 1\) must be Tensor, not int"):

@@ -7,6 +7,7 @@ import re
 import warnings
 
 import pytest
+import row_norm_cases
 import torch
 from cases import DTYPES, assert_as_accurate
 from torch.autograd import gradcheck, gradgradcheck
@@ -21,10 +22,13 @@ OTHER_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, 
                 torch.complex128, torch.complex64, torch.float8_e4m3fn]  # fmt: skip
 RANDOM = ["dropout", "dropout2d", "dropout3d", "alpha_dropout"]
 NOT_IN_DATABASE = {"dropout1d"}  # torch has it, its database has not
-OURS_ALONE = {"add_relu", "bias_gelu", "bias_dropout_add", "mixup_cross_entropy", "relu_dropout", "squareplus", "swiglu", "geglu", "reglu", "batch_norm_act"}  # fmt: skip
+OURS_ALONE = {"add_relu", "bias_gelu", "bias_dropout_add", "mixup_cross_entropy", "relu_dropout", "squareplus", "swiglu", "geglu", "reglu", "batch_norm_act", "add_layer_norm", "add_rms_norm"}  # fmt: skip
 
 # Positions of float tensors that no gradient flows to: running statistics.
 CONSTANT = {"batch_norm": (1, 2)}
+
+# What is right in float64, where torch's own float64 is not much better than ours.
+EXACT = {name: getattr(row_norm_cases, name) for name in ("layer_norm", "rms_norm")}
 
 # Where ours is not torch's on purpose. A test counts them; nothing else may differ.
 DIFFERENT = {
@@ -48,7 +52,7 @@ class Entry:
 
     def exact(self, sample):
         """What is right in float64: torch's function, or what the table names as better, if it takes the arguments."""
-        better = OPS[self.name].exact if self.name in OPS else self.theirs
+        better = OPS[self.name].exact if self.name in OPS else EXACT.get(self.name, self.theirs)
         try:
             takes = inspect.signature(better).parameters
         except ValueError:

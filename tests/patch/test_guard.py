@@ -84,6 +84,11 @@ CALLS = [
     (F.batch_norm, (SMALL, None, None), {"training": True}, [("batch_norm", "batch_norm_act")]),
     (F.batch_norm_act, (SMALL, None, None), {"training": True}, [("batch_norm", "batch_norm_act")]),
     (fastops.nn.BatchNorm2d(3), (torch.ones(2, 3, 4, 4),), {}, [("batch_norm", "batch_norm_act")]),
+    (F.layer_norm, (SMALL, SMALL.shape[1:]), {}, [("row_norm", "layer_norm")]),
+    (F.rms_norm, (SMALL, SMALL.shape), {}, [("row_norm", "rms_norm")]),
+    (F.add_layer_norm, (SMALL, SMALL, SMALL.shape[1:]), {}, [("row_norm", "layer_norm")]),
+    (F.add_rms_norm, (SMALL, SMALL, SMALL.shape[1:]), {}, [("row_norm", "rms_norm")]),
+    (fastops.nn.RMSNorm(SMALL.shape[1:]), (SMALL,), {}, [("row_norm", "rms_norm")]),
 ]
 
 
@@ -187,6 +192,7 @@ def test_what_explain_knows_of_the_kernels_is_what_they_are_compiled_with():
     rows = ("online_softmax.h", "kRowsGrain")
     files = {"softmax": rows, "cross_entropy": rows, "dropout": ("dropout.cpp", "kGrain")}
     files["batch_norm"] = ("batch_norm.cpp", "kGrain")
+    files["row_norm"] = rows
     for kind, grain in explain.GRAIN.items():
         file, constant = files.get(kind, ("elementwise.h", "kElementwiseGrain"))
         (found,) = re.findall(rf"constexpr int64_t {constant} = (\d+);", (CPU / file).read_text())
@@ -307,7 +313,7 @@ def test_disabled_everything_is_torchs():
             assert torch.equal(y, theirs()) and y.requires_grad, function
 
         for native, cls in MODULES.items():
-            options = {"Softmax": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 4}}
+            options = {"Softmax": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 4}, "Norm": {"normalized_shape": 6}}
             args = next((a for word, a in options.items() if word in cls.__name__), {})
             m = cls(**args)
             given = (x.sigmoid(),)

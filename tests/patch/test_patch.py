@@ -666,7 +666,7 @@ def test_functional_after_plain_and_back():
 @pytest.mark.parametrize("cls", list(fastops.nn.MODULES.values()), ids=lambda c: c.__name__)
 def test_modules_are_torchs(cls):
     base = cls.__base__
-    given = {"Softmax": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 6}}
+    given = {"Softmax": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 6}, "Norm": {"normalized_shape": 6}}  # fmt: skip
     args = next((a for word, a in given.items() if word in cls.__name__), {})
     ours, theirs = cls(**args), base(**args)
     assert repr(ours) == repr(theirs)

@@ -364,6 +364,41 @@ void batch_norms(c10::ScalarType type, Buffers& b) {
   }
 }
 
+// Rows and their lengths: one of each, whole vectors and not, several chunks, few and long rows.
+constexpr std::array<int64_t, 2> kNormRows[] = {{1, 1},    {37, 5},    {5, 64},   {19, 130},
+                                                {1100, 3}, {70, 1000}, {3, 5003}, {5, 20'000}};
+
+void row_norms(c10::ScalarType type, Buffers& b) {
+  const RowNormKernel& k = kTables.row_norm;
+  const c10::ScalarType real = real_of(type);
+  for (const auto& [rows, n] : kNormRows) {
+    RowNormArgs a{};
+    a.dtype = type;
+    a.rows = rows, a.n = n;
+    a.eps = 1e-5;
+    a.x = b.input(rows * n, type), a.dy = b.input(rows * n, type);
+    const void *other = b.input(rows * n, type), *weight = b.input(n, real),
+               *bias = b.input(n, real);
+    void *sum = b.values(rows * n, type), *dx = b.values(rows * n, type);
+    void *mean = b.values(rows, real), *dweight = b.values(n, real), *dbias = b.values(n, real);
+    a.y = b.values(rows * n, type), a.inverse = b.values(rows, real);
+    for (const bool centered : {false, true})
+      for (const int how : {0, 1, 2, 3}) {
+        a.centered = centered;
+        a.mean = centered ? mean : nullptr;
+        a.weight = how == 1 ? nullptr : weight, a.bias = how == 2 ? nullptr : bias;
+        a.residual = how == 0 ? nullptr : other, a.sum = how == 0 ? nullptr : sum;
+        expect("row_norm", "forward", k.forward(a));
+        a.dsum = how == 0 ? nullptr : other;
+        a.dx = how == 3 ? nullptr : dx;
+        a.dweight = how == 1 ? nullptr : dweight, a.dbias = how == 2 ? nullptr : dbias;
+        const int64_t quantities = (a.dweight != nullptr) + (a.dbias != nullptr);
+        a.workspace = b.raw(static_cast<size_t>(row_norm_workspace(rows, n, quantities)));
+        expect("row_norm", "backward", k.backward(a));
+      }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------
 // modes
 
@@ -384,6 +419,7 @@ void kernels() {
       if (type == c10::ScalarType::Float) steps(type, c10::ScalarType::BFloat16, own);
       norm(type, own);
       batch_norms(type, own);
+      row_norms(type, own);
     }
   }
   // Results that are written past the caches, aligned and not.
@@ -407,6 +443,7 @@ void threads() {
         steps(type, type, own);
         norm(type, own);
         batch_norms(type, own);
+        row_norms(type, own);
       });
     for (auto& w : workers) w.join();
   }
