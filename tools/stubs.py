@@ -20,12 +20,13 @@ from fastops._core.registry import KERNELS, overload  # noqa: E402
 
 WRITTEN = "# Written by tools/stubs.py (`make stubs`).\n"
 STUB = ROOT / "fastops" / "_C.pyi"
-HEAD = "# Written by tools/stubs.py (`make stubs`).\nfrom collections.abc import Callable\n\nimport torch\n"
+HEAD = "# Written by tools/stubs.py (`make stubs`).\nfrom collections.abc import Callable, Sequence\n\nimport torch\n"
 PLAIN = {
     "typing.SupportsFloat | typing.SupportsIndex": "float",
     "typing.SupportsInt | typing.SupportsIndex": "int",
     "fastops._C.": "",
     "collections.abc.Callable": "Callable[..., object]",
+    "collections.abc.Sequence": "Sequence",
 }
 KNOWN = {"pool_info() -> dict": "pool_info() -> dict[str, int | bool]"}  # pybind11 says less
 

@@ -9,8 +9,10 @@
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../kernels/row_norm.h"
@@ -265,14 +267,59 @@ void register_row_norms(torch::Library& m) {
   }
 }
 
+namespace {
+
+// Whether the kernels take these. It is asked before every call, so that what they do not take, and
+// what is wrong, is torch's.
+bool takes(const Tensor& input, const MaybeTensor& residual, const std::vector<int64_t>& shape,
+           const MaybeTensor& weight, const MaybeTensor& bias) {
+  const bool in_python = input.key_set().has(c10::DispatchKey::Python);
+  const auto usable = [&](const Tensor& t) {
+    return t.is_cpu() && t.layout() == at::kStrided && !t.is_nested() &&
+           !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
+           t.key_set().has(c10::DispatchKey::Python) == in_python;
+  };
+  const auto dtype = input.scalar_type();
+  const bool reduced = dtype == at::kBFloat16 || dtype == at::kHalf;
+  if (!reduced && dtype != at::kFloat && dtype != at::kDouble) return false;
+  if (!usable(input) || input.numel() == 0) return false;
+  const auto sizes = input.sizes();
+  if (shape.empty() || shape.size() > sizes.size()) return false;
+  const auto inner = sizes.slice(sizes.size() - shape.size());
+  // Nothing deviates from a mean of one: torch's gradient is 0 to the bit.
+  if (inner != at::IntArrayRef(shape) || c10::multiply_integers(inner) == 1) return false;
+  if (residual &&
+      !(usable(*residual) && residual->scalar_type() == dtype && residual->sizes() == sizes &&
+        input.is_contiguous() && residual->is_contiguous()))
+    return false;
+  const auto& first = weight ? weight : bias;
+  if (!first) return true;
+  const auto of_vectors = first->scalar_type();
+  const auto fits = [&](const MaybeTensor& t) {
+    return !t || (usable(*t) && t->scalar_type() == of_vectors && t->sizes() == inner);
+  };
+  return (of_vectors == dtype || (reduced && of_vectors == at::kFloat)) && fits(weight) &&
+         fits(bias);
+}
+
+}  // namespace
+
 void bind_row_norms(pybind11::module_& m) {
-  // (output, sum); the sum is empty without a residual.
+  // (output, sum), the sum empty without a residual; nothing where the kernels do not take these.
   for (const Family* f : {&layer_norm, &rms_norm})
     def(m, f->name,
-        [f](const Tensor& input, const MaybeTensor& residual, const MaybeTensor& weight,
-            const MaybeTensor& bias, int64_t dims, double eps) {
-          auto [y, sum, statistics] = f->forward.call(input, residual, weight, bias, dims, eps);
-          return std::make_tuple(y, sum);
+        [f](const Tensor& input, const MaybeTensor& residual, const std::vector<int64_t>& shape,
+            const MaybeTensor& weight, const MaybeTensor& bias,
+            std::optional<double> eps) -> std::optional<std::tuple<Tensor, Tensor>> {
+          if ((f->centered && !eps) || !takes(input, residual, shape, weight, bias))
+            return std::nullopt;
+          const double smallest = input.scalar_type() == at::kDouble
+                                      ? std::numeric_limits<double>::epsilon()
+                                      : std::numeric_limits<float>::epsilon();
+          auto [y, sum, statistics] =
+              f->forward.call(input, residual, weight, bias, static_cast<int64_t>(shape.size()),
+                              eps.value_or(smallest));
+          return std::make_tuple(std::move(y), std::move(sum));
         });
 }
 

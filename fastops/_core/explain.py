@@ -4,6 +4,7 @@ without values and with notes in place of kernels, so that what is said cannot d
 from __future__ import annotations
 
 import inspect
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,8 +86,10 @@ class _Kernels:
 
     def __getattr__(self, name):
         def kernel(*args):
-            self._notes.append((name, args))
-            return getattr(_C, name)(*args)
+            result = getattr(_C, name)(*args)
+            if result is not None:  # the kernel took them
+                self._notes.append((name, args))
+            return result
 
         return kernel
 
@@ -275,7 +278,7 @@ def _threads(kind: str, given: Tensor, args: tuple) -> tuple[bool, str]:
     if threads == 1:
         return False, "torch.get_num_threads() is 1"
     if kind == "row_norm":
-        classes = given.shape[-args[4] :].numel()
+        classes = math.prod(args[2])
     elif kind in ("softmax", "cross_entropy"):
         dim = (
             args[1] if len(args) == 2 else min(1, given.dim() - 1)

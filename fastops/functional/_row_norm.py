@@ -12,13 +12,9 @@ from torch.autograd import forward_ad
 from .. import _C
 from .._core.by_torch import DISABLED
 from .._core.registry import composed
-from .._core.usable import CLASSES, usable
+from .._core.usable import CLASSES
 
 __all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
-
-#: eps=None of rms_norm, by dtype: that of what it is computed in.
-_EPS = {torch.float64: torch.finfo(torch.float64).eps}
-_EPS_OF_FLOAT = torch.finfo(torch.float32).eps
 
 
 @composed
@@ -46,8 +42,9 @@ def layer_norm(
     order that does not depend on threads. On CUDA, in compiled models and under torch.func, torch's own function is called.
     Example: ``layer_norm(torch.randn(8, 3), (3,))``.
     """
-    if dims := _dims(input, normalized_shape, weight, bias):
-        return _C.layer_norm(input, None, weight, bias, dims, eps)[0]
+    found = _by_kernels(_C.layer_norm, input, None, normalized_shape, weight, bias, eps)
+    if found is not None:
+        return found[0]
     return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
 
 
@@ -71,10 +68,9 @@ def rms_norm(
     Same as :func:`torch.nn.functional.rms_norm` (Zhang and Sennrich, 2019), in one visit of memory. On CUDA, in compiled
     models and under torch.func, torch's own function is called. Example: ``rms_norm(torch.randn(8, 3), (3,))``.
     """
-    if dims := _dims(input, normalized_shape, weight, None):
-        if eps is None:
-            eps = _EPS.get(input.dtype, _EPS_OF_FLOAT)
-        return _C.rms_norm(input, None, weight, None, dims, eps)[0]
+    found = _by_kernels(_C.rms_norm, input, None, normalized_shape, weight, None, eps)
+    if found is not None:
+        return found[0]
     return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
 
 
@@ -100,8 +96,10 @@ def add_layer_norm(
     :func:`torch.nn.functional.layer_norm`, one after the other. Example: ``add_layer_norm(torch.randn(8, 3), torch.ones(8,
     3), (3,))``.
     """
-    if _fits(x, residual) and (dims := _dims(x, normalized_shape, weight, bias)):
-        return _C.layer_norm(x, residual, weight, bias, dims, eps)
+    if residual is not None:
+        found = _by_kernels(_C.layer_norm, x, residual, normalized_shape, weight, bias, eps)
+        if found is not None:
+            return found
     total = _sum(x, residual)
     return layer_norm(total, normalized_shape, weight, bias, eps), total
 
@@ -127,60 +125,29 @@ def add_rms_norm(
     :func:`torch.nn.functional.rms_norm`, one after the other. Example: ``add_rms_norm(torch.randn(8, 3), torch.ones(8, 3),
     (3,))``.
     """
-    if _fits(x, residual) and (dims := _dims(x, normalized_shape, weight, None)):
-        if eps is None:
-            eps = _EPS.get(x.dtype, _EPS_OF_FLOAT)
-        return _C.rms_norm(x, residual, weight, None, dims, eps)
+    if residual is not None:
+        found = _by_kernels(_C.rms_norm, x, residual, normalized_shape, weight, None, eps)
+        if found is not None:
+            return found
     total = _sum(x, residual)
     return rms_norm(total, normalized_shape, weight, eps), total
 
 
-def _dims(input, normalized_shape, weight, bias) -> int:
-    """The number of dimensions to normalize over if the kernels take these, else 0. What they do not take is torch's, and so
-    is what is wrong."""
+def _by_kernels(kernel, input, residual, normalized_shape, weight, bias, eps):
+    """(output, sum) if the kernels take these, else None. What they do not take is torch's, and so is what is wrong."""
     if (
-        DISABLED
-        or not usable(input)
-        or not input.is_cpu
+        type(input) not in CLASSES
+        or DISABLED
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or not isinstance(normalized_shape, tuple | list)
-        or input.numel() == 0
+        or not isinstance(normalized_shape, (tuple, list))  # noqa: UP038  the faster of the two
     ):
-        return 0
-    dims, shape = len(normalized_shape), input.shape
-    if not 0 < dims <= len(shape):
-        return 0
-    shape = shape[-dims:]
-    if shape != tuple(normalized_shape) or float in map(type, normalized_shape):
-        return 0
-    if shape.numel() == 1:
-        return 0  # nothing deviates from a mean of one: the gradient is 0 to the bit in torch
-    dtype = input.dtype
-    if weight is not None:
-        dtype = weight.dtype if type(weight) in CLASSES else None
-    elif bias is not None:
-        dtype = bias.dtype if type(bias) in CLASSES else None
-    if dtype != input.dtype and (dtype != torch.float32 or input.dtype == torch.float64):
-        return 0
-    for t in (weight, bias):
-        if t is not None and not (usable(t) and t.dtype == dtype and t.shape == shape and t.is_cpu):
-            return 0
-    return dims
-
-
-def _fits(x, residual) -> bool:
-    """Whether the kernels add these."""
-    return (
-        usable(residual)
-        and type(x) in CLASSES
-        and x.dtype == residual.dtype
-        and x.shape == residual.shape
-        and x.device == residual.device
-        and x.is_contiguous()
-        and residual.is_contiguous()
-    )
+        return None
+    try:
+        return kernel(input, residual, normalized_shape, weight, bias, eps)
+    except TypeError:
+        return None
 
 
 def _sum(x, residual):

@@ -92,6 +92,9 @@ class HuberLoss(torch.nn.HuberLoss):
 class L1Loss(torch.nn.L1Loss):
     """:func:`fastops.functional.l1_loss` as a module; arguments of :class:`torch.nn.L1Loss`."""
 
+class LayerNorm(torch.nn.LayerNorm):
+    """:func:`fastops.functional.layer_norm` as a module; arguments of :class:`torch.nn.LayerNorm`."""
+
 class LeakyReLU(torch.nn.LeakyReLU):
     """:func:`fastops.functional.leaky_relu` as a module; arguments of :class:`torch.nn.LeakyReLU`."""
 
@@ -109,6 +112,9 @@ class Mish(torch.nn.Mish):
 
 class NLLLoss(torch.nn.NLLLoss):
     """:func:`fastops.functional.nll_loss` as a module; arguments of :class:`torch.nn.NLLLoss`."""
+
+class RMSNorm(torch.nn.RMSNorm):
+    """:func:`fastops.functional.rms_norm` as a module; arguments of :class:`torch.nn.RMSNorm`."""
 
 class ReGLU(torch.nn.Module):
     """:func:`fastops.functional.reglu` as a module: of two tensors, or of the halves of one along `dim`."""
