@@ -313,7 +313,7 @@ def test_disabled_everything_is_torchs():
             assert torch.equal(y, theirs()) and y.requires_grad, function
 
         for native, cls in MODULES.items():
-            options = {"Softmax": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 4}, "Norm": {"normalized_shape": 6}}
+            options = {"Softmax2d": {}, "Softmax": {"dim": 1}, "Softmin": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 4}, "Norm": {"normalized_shape": 6}}
             args = next((a for word, a in options.items() if word in cls.__name__), {})
             m = cls(**args)
             given = (x.sigmoid(),)
@@ -323,6 +323,8 @@ def test_disabled_everything_is_torchs():
                 given = (x.sigmoid(), x.sigmoid())
             elif "BatchNorm" in cls.__name__:
                 given = (torch.randn(2, 4, *[3] * int(cls.__name__[-2])),)
+            elif cls.__name__ == "Softmax2d":
+                given = (torch.randn(2, 3, 4, 5),)
             elif cls.__name__ in ("Dropout2d", "Dropout3d"):
                 given = (torch.randn(2, 3, 4, 2, 2)[..., 0] if "2d" in cls.__name__ else torch.randn(2, 3, 4, 2, 2),)
             assert not ran(m, *given), cls

@@ -666,7 +666,7 @@ def test_functional_after_plain_and_back():
 @pytest.mark.parametrize("cls", list(fastops.nn.MODULES.values()), ids=lambda c: c.__name__)
 def test_modules_are_torchs(cls):
     base = cls.__base__
-    given = {"Softmax": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 6}, "Norm": {"normalized_shape": 6}}  # fmt: skip
+    given = {"Softmax2d": {}, "Softmax": {"dim": 1}, "Softmin": {"dim": 1}, "ropout": {"p": 0.0}, "BatchNorm": {"num_features": 6}, "Norm": {"normalized_shape": 6}}  # fmt: skip
     args = next((a for word, a in given.items() if word in cls.__name__), {})
     ours, theirs = cls(**args), base(**args)
     assert repr(ours) == repr(theirs)
@@ -678,6 +678,8 @@ def test_modules_are_torchs(cls):
         x, extra = x.sigmoid(), (torch.rand(3, 6),)
     elif "BatchNorm" in cls.__name__:
         x = torch.randn(2, 6, *[3] * int(cls.__name__[-2]))
+    elif cls.__name__ == "Softmax2d":
+        x = torch.randn(2, 3, 4, 5)
     elif cls.__name__ in ("Dropout2d", "Dropout3d"):
         x = torch.randn(2, 3, 4, 2, *[2] * (cls.__name__ == "Dropout3d"))
     torch.testing.assert_close(ours(x, *extra), theirs(x, *extra))
