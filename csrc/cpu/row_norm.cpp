@@ -115,12 +115,17 @@ FASTOPS_FN void load_or(const typename L::real* p, int64_t i, N n, double otherw
   }
 }
 
-Error forward(const RowNormArgs& a) {
+// `added`: whether there is a residual. Asked within the loops, it costs short rows a fifth.
+template <bool added>
+Error forward_of(const RowNormArgs& a) {
   return dispatch(a.dtype, [&](auto zero) -> Error {
     using scalar_t = decltype(zero);
     using L = VecIO<scalar_t>;
     using V = typename L::V;
     using real = typename L::real;
+    // Whether the row is kept in real: where it is not there as x, as what is streamed has left the
+    // caches.
+    constexpr bool kept = L::reduced || added;
     auto* x = static_cast<const scalar_t*>(a.x);
     auto* residual = static_cast<const scalar_t*>(a.residual);
     auto *y = static_cast<scalar_t*>(a.y), *sum = static_cast<scalar_t*>(a.sum);
@@ -132,29 +137,26 @@ Error forward(const RowNormArgs& a) {
     const bool centered = a.centered;
     const double eps = a.eps;
     cpu::parallel(a.rows, rows_per_thread(n), [=](int64_t begin, int64_t end) {
-      // The row in real, where it is not there as x: what is streamed has left the caches.
-      alignas(64) real room[kNear];
-      real* near = nullptr;
-      if (L::reduced || residual)
-        near = n <= kNear ? room : static_cast<real*>(std::malloc(n * sizeof(real)));
+      alignas(64) real room[kept ? kNear : 1];
+      real* near = room;
+      if (kept && n > kNear) near = static_cast<real*>(std::malloc(n * sizeof(real)));
       for (int64_t r = begin; r < end; ++r) {
         const int64_t from = r * n, ahead = r + 1 < end ? n : 0;
         double total[2];
         sum_row<L>(n, total, [&](int64_t i, auto count, V(&t)[2][L::count]) {
           L::load(x + from + i, count, t[0]);
-          if (residual) {
+          if constexpr (added) {
             V u[L::count];
             L::load(residual + from + i, count, u);
             for (int k = 0; k < L::count; ++k) t[0][k] = t[0][k] + u[k];
             round_to<L, scalar_t>(t[0]);
             L::store(sum + from + i, count, t[0], sum_streamed);
           }
-          if (near) store_real<L>(near + i, count, t[0]);
+          if constexpr (kept) store_real<L>(near + i, count, t[0]);
           for (int k = 0; k < L::count; ++k) t[1][k] = t[0][k] * t[0][k];
         });
         const real* row = near;
-        if constexpr (!L::reduced)
-          if (!near) row = x + from;
+        if constexpr (!kept) row = x + from;
         const Statistics<real> s = statistics(row, n, centered, eps, total[0], total[1]);
         if (centered) mean[r] = s.mean + s.rest;
         inverse[r] = s.inverse;
@@ -163,7 +165,7 @@ Error forward(const RowNormArgs& a) {
         out.for_each_vector(0, n, [&](int64_t i, auto count) {
           V v[L::count], w[L::count], b[L::count];
           prefetch(x + from + i + ahead);
-          if (residual) prefetch(residual + from + i + ahead);
+          if constexpr (added) prefetch(residual + from + i + ahead);
           load_real<L>(row + i, count, v);
           load_or<L>(weight, i, count, 1, w);
           load_or<L>(bias, i, count, 0, b);
@@ -177,6 +179,10 @@ Error forward(const RowNormArgs& a) {
     });
     return nullptr;
   });
+}
+
+Error forward(const RowNormArgs& a) {
+  return a.residual ? forward_of<true>(a) : forward_of<false>(a);
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def read_picture(path: Path, format: InputFormat) -> torch.Tensor:
                 raise ValueError(
                     f"{picture.width} x {picture.height} pixels could be a decompression bomb"
                 )
+            picture.load()  # raises; what is read of it afterwards would be what came before the damage
             upright = turn_upright(picture)
             colors = reduce_to_8_bits(upright).convert("L" if format.channels == 1 else "RGB")
         # Of a picture longer than 8 : 1 only the middle is taken: scaling 1 x 30000 pixels up to

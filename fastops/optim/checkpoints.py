@@ -93,6 +93,10 @@ class Checkpoints(KeepsAverages):
         for group, seed in zip(self.param_groups, seeds, strict=True):
             if seed is not None:
                 group.setdefault("rounding_seed", seed)
+        for values in self.state.values():  # in the dtype of a parameter, or integers
+            step = values.get("step")
+            if isinstance(step, Tensor) and step.dtype not in (torch.float32, torch.float64):
+                values["step"] = step.to(torch.float32)
         saved = [i for g in state_dict["param_groups"] for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
         for i, p in zip(saved, params, strict=True):

@@ -113,6 +113,28 @@ class FusedStep(Checkpoints):
                 raise RuntimeError(
                     f"{type(self).__name__}: {name} must be one number, got {given.numel()} elements"
                 )
+        self._step_groups(sources, groups, for_torch, scale, found_inf)
+        if scale is not None and not for_torch:
+            self._unscale(scale, found_inf)
+        return loss
+
+    @torch.no_grad()
+    def _unscale(self, scale, found_inf):
+        """Leaves the gradients as torch's fused step leaves them: divided by the scale of a GradScaler, unless the step was
+        skipped."""
+        grads = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    grads.setdefault((p.grad.device, p.grad.layout), []).append(p.grad)
+        for (device, _), of_device in grads.items():
+            divisor = scale.to(device).reshape(())
+            if found_inf is not None:
+                divisor = torch.where(found_inf.to(device).reshape(()) != 0, 1.0, divisor)
+            torch._foreach_div_(of_device, divisor)
+
+    def _step_groups(self, sources, groups, for_torch, scale, found_inf):
+        """The step of the groups: `sources` and `groups` are for the kernels."""
         if found_inf is not None and groups and not found_inf.is_cuda and found_inf.item():
             sources, groups = [], []
         left, before = None, self._stepper.steps
@@ -125,10 +147,10 @@ class FusedStep(Checkpoints):
                 if left is None:
                     if self.max_grad_norm is not None and groups:
                         self.grad_norm = self._stepper.grad_norm
-                    return loss
+                    return
             if found_inf is not None and groups and found_inf.item():
                 if not for_torch:
-                    return loss
+                    return
                 sources, groups = [], []
             if self.max_grad_norm is not None:
                 scale = self._clip(scale)
@@ -136,7 +158,6 @@ class FusedStep(Checkpoints):
         finally:
             if self._stepper.steps != before:
                 self._count_roundings(sources)
-        return loss
 
     @staticmethod
     def _count_roundings(groups):

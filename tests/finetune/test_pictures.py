@@ -216,3 +216,15 @@ def test_pictures_of_folders_are_found(tmp_path):
     assert [path.name for path in found] == ["0.png", "1.png"] * 2 + ["other.jpg"]
     with pytest.raises(DataError, match="empty has no pictures"):
         find_pictures([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_png_that_is_damaged_in_the_middle_is_not_read(seed, tmp_path):
+    """Pillow raises once, and then hands out what it had decoded until then."""
+    path, random = tmp_path / "a.png", np.random.default_rng(seed)
+    Image.fromarray(random.integers(100, 200, (100, 100, 3), dtype=np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * random.uniform(0.1, 0.9))] ^= 1 << int(random.integers(8))
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="cannot read picture"):
+        read_picture(path, SHIPPED_FORMAT)

@@ -529,6 +529,48 @@ def test_a_norm_that_is_not_finite_is_torchs(bad):
 
 # ------------------------------------------------------------------------------------------------ schedules, scalers, rollbacks
 
+
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "Adagrad"]
+)  # those that torch has a fused form of
+@pytest.mark.parametrize("overflow", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_scaler_leaves_the_gradients_that_torch_leaves(name, overflow, clip):
+    """With fused=True the step unscales them, unless it is skipped."""
+    left = []
+    for module, extra in ((torch.optim, {}), (fastops.optim, {"max_grad_norm": clip})):
+        p = torch.nn.Parameter(torch.arange(5.0))
+        optimizer = getattr(module, name)([p], lr=0.1, fused=True, **extra)
+        scaler = torch.amp.GradScaler("cpu", init_scale=3000.0)
+        scaler.scale((p * p).sum()).backward()
+        if overflow:
+            p.grad[2] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        left.append(p.grad)
+    torch.testing.assert_close(*left)
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "NAdam"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_whose_step_has_another_dtype(name, dtype):
+    results = []
+    for module in (torch.optim, fastops.optim):
+        p = torch.nn.Parameter(torch.arange(5.0))
+        optimizer = getattr(module, name)([p], lr=0.1)
+        for _ in range(3):
+            p.grad = torch.ones(5)
+            optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"][0]["step"] = saved["state"][0]["step"].to(dtype)
+        optimizer = getattr(module, name)([p], lr=0.1)
+        optimizer.load_state_dict(saved)
+        p.grad = torch.ones(5)
+        optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
 MOMENTUM = [("Adam", {}), ("AdamW", {}), ("SGD", {"momentum": 0.9}), ("RMSprop", {"momentum": 0.9})]
 
 
@@ -624,7 +666,7 @@ def test_grad_scaler_leaves_the_scaling_to_a_fused_sgd():
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     scaler.scale(params[0].sum()).backward()
     scaler.step(optimizer)
-    assert torch.equal(params[0].grad, torch.full((3,), 256.0))  # divided by within the step
+    assert torch.equal(params[0].grad, torch.ones(3))  # the scale is divided out within the step
     assert torch.equal(params[0].detach(), torch.full((3,), 0.5))
 
 
