@@ -439,7 +439,9 @@ void bind_batch_norm(pybind11::module_& m) {
            const MaybeTensor& bias, const MaybeTensor& running_mean, const MaybeTensor& running_var,
            bool training, double momentum, double eps, int64_t activation,
            double slope) -> MaybeTensor {
-          if (!takes(input, residual, {&weight, &bias, &running_mean, &running_var}, training))
+          const bool positive = training ? eps > 0 : eps >= 0;  // else torch's error
+          if (!positive ||
+              !takes(input, residual, {&weight, &bias, &running_mean, &running_var}, training))
             return std::nullopt;
           const Unlocked unlocked(input);
           const auto [y, mean, inverse, variance] =

@@ -124,10 +124,21 @@ struct Forward {
   Tensor run(const Tensor& input, const Tensor& target, int64_t reduction, bool upcast, P... p,
              Tensor* slope) {
     check_reduction(name_of(number), reduction);
-    const auto [x, t] = aligned(name_of(number), input, target);
+    auto [x, t] = aligned(name_of(number), input, target);
+    if (upcast && reduction == at::Reduction::None) {  // no value is to be rounded to x's dtype
+      x = as_dtype(x, real_of(x.scalar_type()));
+      t = as_dtype(t, x.scalar_type());
+    }
     const c10::DeviceGuard guard(x.device());
     const LossKernel& r = kernels(x.device().type()).data[number];
-    const Parameters params(r.name, x, p...);
+    const auto beside = [&, &x = x]<class T>(const T& q) {
+      if constexpr (std::is_same_v<T, Tensor>) {
+        return upcast ? as_dtype(q, x.scalar_type()) : q;
+      } else {
+        return q;
+      }
+    };
+    const Parameters params(r.name, x, beside(p)...);
     const auto dtype = upcast ? real_of(x.scalar_type()) : x.scalar_type();
     if (slope) *slope = output_like(x);
     void* const to_slope = slope && x.numel() > 0 ? slope->mutable_data_ptr() : nullptr;

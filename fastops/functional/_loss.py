@@ -62,7 +62,7 @@ def mse_loss(
 
 
 def _warn_of_broadcasting(input, target):
-    if input.shape != target.shape:
+    if input.shape != target.shape and not torch.compiler.is_compiling():
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size "
             f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
@@ -92,6 +92,18 @@ def _weighted(kernel, input, target, reduction, weight, *params, weighted_mean=F
         raise ValueError("Weights and input must have the same size.")
     values = kernel(*expanded, _reduction.get_enum("none"), *params) * weight
     return _reduced(values, reduction, weight.sum() if weighted_mean else None)
+
+
+def _is_unusual(weight, input):
+    """Whether a weight promotes or enlarges the loss by itself, or cannot be multiplied with it: torch says what follows."""
+    if weight is None:
+        return False
+    sizes = zip(reversed(weight.shape), reversed(input.shape), strict=False)
+    return (
+        weight.dtype != input.dtype
+        or weight.dim() > input.dim()
+        or any(w not in (1, n) for w, n in sizes)
+    )
 
 
 def _not_ours(input, target):
@@ -243,6 +255,8 @@ def binary_cross_entropy(
     if (
         _not_ours(input, target)
         or input.dtype != target.dtype
+        or _is_unusual(weight, input)
+        or (weight is not None and weight.requires_grad)
         or (input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type))
     ):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
@@ -305,6 +319,7 @@ def binary_cross_entropy_with_logits(
     if (
         input.dtype != target.dtype
         or _not_ours(input, target)
+        or _is_unusual(weight, input)
         or (weight is not None and pos_weight is not None)
         or not (
             pos_weight is None

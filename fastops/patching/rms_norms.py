@@ -1,17 +1,23 @@
-"""RMS norms that models bring along, such as Hugging Face's: recognized by what they compute."""
+"""RMS norms that models bring along, such as Hugging Face's: recognized by what they compute.
+
+Two things are asked. The forward, traced with torch.fx, is made of nothing but the operations of an RMS norm: no branch, no
+attribute but epsilon, no dropout, no detach. And its result for a sample is that of fastops.functional.rms_norm."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import functional
 from ..selfcheck import Wrong, compare
 from .modules import Recipe
+from .reading import Refused
+from .tracing import trace
 
 _EPS = ("variance_epsilon", "eps", "epsilon")
 _NAMES = (
@@ -30,6 +36,37 @@ _CALLS = {
         "rms_norm({x}, self.weight.shape, 1.0 + self.weight.float(), self.{eps})",
     ),
 }
+
+
+_METHODS = {"to", "float", "type", "type_as", "pow", "square", "mean", "rsqrt", "sqrt", "mul", "div", "add"}  # fmt: skip
+_FUNCTIONS = {
+    operator.add, operator.mul, operator.truediv, operator.pow, torch.add, torch.mul, torch.div, torch.pow, torch.square,
+    torch.mean, torch.rsqrt, torch.sqrt,
+}  # fmt: skip
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node is one that an RMS norm over the last dimension has."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op == "get_attr":
+        return node.target == "weight"
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] == "dtype"
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name == "mean" and (node.args[1:], node.kwargs) not in (
+        ((-1,), {"keepdim": True}), ((-1, True), {}), ((), {"dim": -1, "keepdim": True}),
+    ):  # fmt: skip
+        return False
+    return node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS)
+
+
+def _is_all_plain(module: nn.Module, eps: str) -> bool:
+    try:
+        graph, read = trace(module, type(module))
+    except Refused:
+        return False
+    return all(map(_is_plain, graph.nodes)) and read.keys() <= {"weight", eps}
 
 
 def may_be_rms_norm(module: nn.Module) -> bool:
@@ -53,6 +90,8 @@ def rms_norm_recipe(module: Any) -> tuple[Recipe | None, str | None]:
     """The recipe of an RMS norm; why not, where it computes something else."""
     eps = next(name for name in _EPS if isinstance(vars(module).get(name), float))
     name = list(inspect.signature(type(module).forward).parameters)[1]
+    if not _is_all_plain(module, eps):
+        return None, "its forward is more than an RMS norm over the last dimension"
     for weight, (condition, call) in _CALLS.items():
         if _computes(module, getattr(module, eps), weight):
             cls = type(module)

@@ -629,3 +629,19 @@ def test_shapes_without_values():
         fakes = torch.ops.fastops.batch_norm_act(mode.from_tensor(given[0]), None, None, None, None, None, True, 1e-5)  # fmt: skip
     for a, b in zip(results, fakes, strict=True):
         assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5])
+@pytest.mark.parametrize("training", [True, False])
+def test_epsilon_that_torch_refuses(eps, training):
+    x, mean, var = torch.randn(4, 2), torch.zeros(2), torch.ones(2)
+    found = []
+    for function in (ours.batch_norm, F.batch_norm):
+        try:
+            found.append(function(x, mean.clone(), var.clone(), training=training, eps=eps))
+        except ValueError as error:
+            found.append(str(error))
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        torch.testing.assert_close(*found)

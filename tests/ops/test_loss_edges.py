@@ -315,3 +315,49 @@ def test_inputs_that_are_no_probabilities(n, reduction):
         odd[-1] = nan
         result = ours.binary_cross_entropy(x.to(dtype), odd, reduction=reduction)
         assert result.isnan().sum() == 1
+
+
+AUTOCAST = [
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_unreduced_losses_under_autocast_are_not_rounded(name, dtype, grad):
+    """Their dtype is float32, and so is what they are computed in: 300 squared is too large for float16."""
+    x = torch.tensor([300.0, -7.3, 0.1]).to(dtype).requires_grad_(grad)
+    t = torch.tensor([0.0, 1.0, 0.7]).to(dtype)
+    with torch.autocast("cpu", dtype):
+        y, expected = (
+            getattr(m, name)(x, t, reduction="none") for m in (ours, torch.nn.functional)
+        )
+    assert y.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(y, expected)
+    if grad:
+        gradients = [torch.autograd.grad((v * 0.5).sum(), x)[0] for v in (y, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["binary_cross_entropy", "binary_cross_entropy_with_logits"])
+@pytest.mark.parametrize(
+    "weight", [torch.ones(4, 5).double(), torch.ones(4, 5), torch.ones(5), torch.ones(4, 1), torch.ones(3, 4, 5), torch.ones(7)],
+    ids=lambda w: f"{w.dtype} {tuple(w.shape)}",
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_weight_gives_what_it_gives_in_torch(name, weight, dtype, rows):
+    x, t = (
+        torch.rand(rows, 5, generator=torch.Generator().manual_seed(k)).to(dtype) for k in range(2)
+    )
+    found = []
+    for module in (ours, torch.nn.functional):
+        try:
+            found.append(getattr(module, name)(x, t, weight, reduction="none"))
+        except (RuntimeError, ValueError) as error:
+            found.append(type(error))
+    if isinstance(found[1], type):
+        assert found[0] is found[1]
+    else:
+        torch.testing.assert_close(*found)

@@ -55,6 +55,58 @@ class L1RMSNorm(LlamaRMSNorm):
         return self.weight * hidden_states / hidden_states.abs().mean(-1, keepdim=True)
 
 
+class StopGradientRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).detach()
+        return x * r * self.weight
+
+
+class FrozenRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return x * r * self.weight.detach()
+
+
+class DropoutRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class FlagRMSNorm(LlamaRMSNorm):
+    flag = False
+
+    def forward(self, x):
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+        return y * 2 if self.flag else y
+
+
+class ClampRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        x = x.clamp(-1000, 1000)
+        return (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+        )
+
+
+class ImageRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        if x.dim() == 4:
+            return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + self.variance_epsilon)
+        return (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+        )
+
+
+class ScaledRMSNorm(LlamaRMSNorm):
+    def __init__(self, hidden_size):
+        super().__init__(hidden_size)
+        self.scale = 1.0
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return x * self.weight * self.scale
+
+
 KNOWN = [LlamaRMSNorm, GemmaRMSNorm]
 
 
@@ -104,12 +156,27 @@ def test_what_stays_as_it_was(cls):
     assert attached(norm) is None and torch.equal(norm(wide), before(wide))
 
 
-@pytest.mark.parametrize("cls", [HalfRMSNorm, L1RMSNorm])
-def test_another_formula_is_left_and_named(cls):
-    norm = made(cls)
+class TwiceRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return x * self.weight * 2.0
+
+
+OTHERS = [
+    StopGradientRMSNorm, FrozenRMSNorm, DropoutRMSNorm, FlagRMSNorm, ClampRMSNorm, ImageRMSNorm, ScaledRMSNorm, HalfRMSNorm,
+    L1RMSNorm, TwiceRMSNorm,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", OTHERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_another_formula_is_left_and_named(cls, training):
+    """Also where it is the same for most inputs, in the other mode, or until an attribute changes."""
+    norm = made(cls).train(training)
     report = fastops.patch(norm)
-    assert not report.replaced
-    assert report.left == [("", cls.__name__, "it computes something else than fastops.functional.rms_norm")]  # fmt: skip
+    assert not report.replaced and attached(norm) is None
+    (left,) = report.left
+    assert left[:2] == ("", cls.__name__) and "RMS norm over the last dimension" in left[2] or "fastops.functional.rms_norm" in left[2]  # fmt: skip
 
 
 def test_epsilon_that_is_changed_later_counts():
