@@ -52,7 +52,7 @@ def _is_plain(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return node.target == "weight"
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] == "dtype"
+        return bool(node.args[1] == "dtype")
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if name == "mean" and (node.args[1:], node.kwargs) not in (
         ((-1,), {"keepdim": True}), ((-1, True), {}), ((), {"dim": -1, "keepdim": True}),
