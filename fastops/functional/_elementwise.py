@@ -352,8 +352,8 @@ def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
     """
     if has_torch_function_unary(input):
         return handle_torch_function(softshrink, (input,), input, lambd=lambd)
-    if lambd < 0:
-        raise RuntimeError(f"lambda must be greater or equal to 0, but found to be {lambd:g}.")
+    if not 0 <= lambd <= 65504:  # beyond, it depends on the dtype, and torch says so
+        return F.softshrink(input, lambd)
     return _C.softshrink(input, lambd)
 
 

@@ -44,7 +44,7 @@ class Softmax2d(torch.nn.Softmax2d):
     :class:`torch.nn.Softmax2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in (3, 4):
+        if isinstance(input, Tensor) and input.dim() not in (3, 4):
             raise ValueError(
                 f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead"
             )

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from emulation.library import rows
 
+from fastops._core.registry import has_slope
 from tools import cuda_report
 
 MADE, LINES = cuda_report.read()
@@ -33,6 +34,7 @@ def test_every_op_is_in_the_table():
         pytest.skip(f"{STALE} have changed since the table was made")
     found = Counter(line["kernel"].partition("<")[0] for line in LINES)
     losses = len(rows("loss")) - 1  # without "sum"
+    slopes = sum(has_slope(row.name) for row in rows("loss"))
     expected = {
         # Activations: forward, backward, second. Losses: values, each first derivative, all second ones.
         # What is fused with an addition; dropouts, and the backward of the one that its output tells;
@@ -41,13 +43,14 @@ def test_every_op_is_in_the_table():
         * (
             3 * len(rows("elementwise"))
             + 4 * losses
+            + slopes
             + sum(1 + row.broadcast for row in rows("fused"))
             + 4 * len(rows("gate"))  # forward, backward, tangent, second
             + len(rows("dropout"))
             + 1
             + 1
         ),
-        "chunk_kernel": 4 * len(rows("loss")),
+        "chunk_kernel": 4 * (len(rows("loss")) + slopes),
         # Dtypes of parameters and states; each also extended (rounding, numbers of the device).
         "step_kernel": sum(2 * (7 if row.states else 4) for row in rows("optimizer")),
         "derive_kernel": 2 * len(rows("optimizer")),

@@ -36,8 +36,8 @@ def test_the_recipe_to_copy_equals_the_command(tmp_path):
         batch_size=6, shots=0, modes=("full",), schedule="together", augment="none",
     ))  # fmt: skip
     # The command cuts the network, so that the first batch norm and relu are one kernel in the recipe alone. They round
-    # otherwise, and AdamW makes more of that with each step.
-    assert losses[:3] == pytest.approx(result.runs[0].losses[:3], rel=1e-4)
+    # otherwise, and AdamW makes more of that with each step: with AVX2 the third loss differs by 3e-4.
+    assert losses[:2] == pytest.approx(result.runs[0].losses[:2], rel=1e-4)
     assert losses == pytest.approx(result.runs[0].losses, rel=1e-2)
     (accuracy,) = map(float, re.findall(r"^test accuracy ([\d.]+)$", done.stdout, re.M))
     assert accuracy == pytest.approx(result.runs[0].accuracy, abs=1e-4)

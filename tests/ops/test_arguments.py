@@ -78,6 +78,7 @@ def test_a_module_names_the_argument(cls):
     if cls is fastops.nn.NLLLoss:  # torch's own
         return
     given = {
+        "Softmax2d": {},
         "Softmax": {"dim": 1},
         "BatchNorm": {"num_features": 3},
         "Norm": {"normalized_shape": 3},

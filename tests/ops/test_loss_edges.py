@@ -302,19 +302,17 @@ def test_many_targets(dtype):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("n", [1, 7, 40, 100_001])
 def test_inputs_that_are_no_probabilities(n, reduction):
-    """Each is seen, at the end of a vector too; a NaN in the target is none of the input."""
+    """Each is seen, in the target as well, and at the end of a vector too."""
     x, t = torch.full((n,), 0.25), torch.full((n,), 0.5)
     for dtype in DTYPES:
         for at in (0, n // 2, n - 1):
             for value in (-0.125, 1.125, inf, -inf, nan):
                 wrong = x.to(dtype, copy=True)
                 wrong[at] = value
-                with pytest.raises(RuntimeError, match="should be between 0 and 1"):
+                with pytest.raises(RuntimeError, match="of input should be between 0 and 1"):
                     ours.binary_cross_entropy(wrong, t.to(dtype), reduction=reduction)
-        odd = t.to(dtype, copy=True)
-        odd[-1] = nan
-        result = ours.binary_cross_entropy(x.to(dtype), odd, reduction=reduction)
-        assert result.isnan().sum() == 1
+                with pytest.raises(RuntimeError, match="of target should be between 0 and 1"):
+                    ours.binary_cross_entropy(t.to(dtype), wrong, reduction=reduction)
 
 
 AUTOCAST = [
