@@ -264,17 +264,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with any_terminal():
         try:
-            if options.command == "predict":
-                code = run_predict(options)
-                sys.stdout.flush()
-                return code
-            run = {"finetune": run_finetune, "evaluate": run_evaluate, "export": run_export}
-            run[options.command](options)
+            run = {
+                "finetune": run_finetune,
+                "evaluate": run_evaluate,
+                "predict": run_predict,
+                "export": run_export,
+            }
+            code = run[options.command](options) or 0
+            sys.stdout.flush()
+            return code
         except FineTuneError as error:
             if processes.first():
                 print(f"python -m fastops {options.command}: error: {error}", file=sys.stderr)
             return 2
-            sys.stdout.flush()
         except BrokenPipeError:  # `... | head`
             # What is still to be flushed at exit would raise again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -287,7 +289,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file=sys.stderr,
                 )
             return 130
-    return 0
 
 
 if __name__ == "__main__":

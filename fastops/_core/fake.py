@@ -58,17 +58,16 @@ def _fakes() -> None:
         x = x.to(real(x, upcast))
         return x if reduction == NONE else x.new_empty(())
 
+    def with_slope(input, target, reduction=MEAN, upcast=False, *params):
+        values = loss(input, target, NONE, upcast and reduction == NONE, *params)
+        return loss(input, target, reduction, upcast, *params), like(values)
+
     for name in kernels_of("loss"):
         if name == "sum":
             continue
         fake(name)(loss)
         if has_slope(name):
-            fake(f"{name}_with_slope")(
-                lambda input, target, *rest: (
-                    loss(input, target, *rest),
-                    like(input).to(torch.result_type(input, target)),
-                )
-            )
+            fake(f"{name}_with_slope")(with_slope)
         fake(f"{name}_backward")(
             lambda grad, input, target, reduction, *rest: like(target if rest[-1] else input)
         )

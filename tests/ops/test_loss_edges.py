@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, assert_as_accurate
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -359,3 +360,16 @@ def test_a_weight_gives_what_it_gives_in_torch(name, weight, dtype, rows):
         assert found[0] is found[1]
     else:
         torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_slopes_without_values(dtype, reduction, upcast):
+    x, t = torch.randn(3, 5).to(dtype), torch.randn(3, 5).to(dtype)
+    op = torch.ops.fastops.l1_loss_with_slope
+    real = op(x, t, reduction, upcast)
+    with FakeTensorMode() as mode:
+        fake = op(mode.from_tensor(x), mode.from_tensor(t), reduction, upcast)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
